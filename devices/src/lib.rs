@@ -1,0 +1,1 @@
+//! The PC's devices: ports, MMIO and interrupt lines, nothing of CPUs.

@@ -1,0 +1,2 @@
+//! Diglot: the command line.
+fn main() {}
