@@ -1,1 +1,18 @@
 //! The x86-64 CPU: one semantics, interpreted while cold and compiled by Cranelift when hot.
+
+pub mod addr;
+pub mod cpu;
+pub mod cpuid;
+pub mod decode;
+pub mod emit;
+pub mod eval;
+pub mod exception;
+pub mod flags;
+pub mod insn;
+pub mod mem;
+pub mod mmu;
+pub mod platform;
+pub mod semantics;
+pub mod state;
+pub mod width;
+pub mod x87;

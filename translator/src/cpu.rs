@@ -1,0 +1,232 @@
+//! One vCPU: its architectural state, its MMU and its way to the machine.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use crate::cpuid::CpuModel;
+use crate::exception::{Exception, Trap, vector};
+use crate::insn::{Insn, Mode};
+use crate::mem::GuestRam;
+use crate::mmu::Mmu;
+use crate::mmu::tlb::Class;
+use crate::platform::Platform;
+use crate::state::{CpuState, Segment, cr, seg};
+
+/// Asks a vCPU, from any thread, to leave guest code soon and look at what changed.
+#[derive(Clone, Debug, Default)]
+pub struct Kick(Arc<AtomicU32>);
+
+impl Kick {
+    /// Kick bit: an interrupt may wait, or a timer is due.
+    pub const ATTENTION: u32 = 1;
+    /// Kick bit: [`crate::vcpu::Vcpu::run`] shall return.
+    pub const STOP: u32 = 2;
+
+    /// Sets bits of the request.
+    pub fn request(&self, bits: u32) {
+        self.0.fetch_or(bits, Ordering::Release);
+    }
+
+    /// The requested bits, left set.
+    #[inline(always)]
+    pub fn pending(&self) -> u32 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Takes the bits of `mask`.
+    pub fn take(&self, mask: u32) -> u32 {
+        self.0.fetch_and(!mask, Ordering::AcqRel) & mask
+    }
+
+    /// The word that compiled code polls.
+    pub(crate) fn as_ptr(&self) -> *const AtomicU32 {
+        Arc::as_ptr(&self.0)
+    }
+}
+
+/// Counters that `--stats` shows.
+#[allow(missing_docs)]
+#[derive(Clone, Debug, Default)]
+pub struct CpuCounts {
+    pub exceptions: [u64; 32],
+    pub interrupts: u64,
+    pub undefined: u64,
+    pub unknown_msr: u64,
+    pub port_io: u64,
+}
+
+/// A vCPU as instruction semantics see it. `s` comes first: compiled code holds one pointer to both.
+#[repr(C)]
+pub struct Cpu {
+    /// Architectural state.
+    pub s: CpuState,
+    /// Linear instruction pointer of the first byte of the block that runs (CS base not included).
+    pub ip_base: u64,
+    /// Set when the running block must not go on to its next instruction: its code was overwritten, or the mode,
+    /// a mapping or the interrupt state changed.
+    pub stop_block: bool,
+    /// Whether the jump cache must be emptied before its next use.
+    pub flush_jump_cache: bool,
+    /// Whether the access under way goes through SS, for #SS instead of #GP.
+    pub through_ss: bool,
+    /// The current access class, from CPL, CR4.SMAP and RFLAGS.AC.
+    pub class: Class,
+    /// The current decode mode.
+    pub mode: Mode,
+    /// Combined with linear addresses in jump-cache and code-TLB keys: mode, privilege and address space, in the bits
+    /// that a canonical address leaves redundant.
+    pub salt: u64,
+    /// The exception that the last [`Trap`] stands for.
+    pub raised: Exception,
+    /// Linear memory.
+    pub mmu: Mmu,
+    /// Guest RAM.
+    pub ram: Arc<GuestRam>,
+    /// The machine around the CPU.
+    pub platform: Box<dyn Platform>,
+    /// What CPUID reports.
+    pub model: CpuModel,
+    /// Requests from other threads.
+    pub kick: Kick,
+    /// Code pages overwritten by the current instruction: physical page and granules.
+    pub smc: Vec<(u64, u64)>,
+    /// Debug-exception conditions met by the current instruction (DR6 bits), reported as a trap after it.
+    pub pending_debug: u64,
+    /// Statistics.
+    pub counts: CpuCounts,
+}
+
+impl Cpu {
+    /// A vCPU after RESET.
+    pub fn new(ram: Arc<GuestRam>, platform: Box<dyn Platform>, model: CpuModel) -> Cpu {
+        let mut cpu = Cpu {
+            s: CpuState::reset(),
+            ip_base: 0,
+            stop_block: false,
+            flush_jump_cache: false,
+            through_ss: false,
+            class: Class::Supervisor,
+            mode: Mode(0),
+            salt: 0,
+            raised: Exception::plain(vector::UD),
+            mmu: Mmu::new(),
+            ram,
+            platform,
+            model,
+            kick: Kick::default(),
+            smc: Vec::new(),
+            pending_debug: 0,
+            counts: CpuCounts::default(),
+        };
+        cpu.mode_changed();
+        cpu
+    }
+
+    /// Replaces the whole architectural state (boot, restore) and forgets everything derived from the old one.
+    pub fn set_state(&mut self, s: CpuState) {
+        self.s = s;
+        if self.s.cr0 & cr::CR0_PG != 0 && self.s.cr4 & cr::CR4_PAE != 0 && !self.s.long_mode() {
+            self.mmu.pdpte = crate::mmu::walk::load_pdptes(&self.ram, self.s.cr3).unwrap_or_default();
+        }
+        self.flush_tlb_all();
+        self.switch_address_space(true);
+        self.mode_changed();
+    }
+
+    /// Recomputes what is derived from the control registers, segments, CPL and RFLAGS.AC. To be called after each
+    /// change of any of them. (Not TLB flushes: those are the caller's.)
+    pub fn mode_changed(&mut self) {
+        let s = &self.s;
+        let cs = &s.seg[usize::from(seg::CS)];
+        let ss = &s.seg[usize::from(seg::SS)];
+        let mut mode = 0;
+        if s.code64() {
+            mode |= Mode::CODE64 | Mode::FLAT;
+        } else {
+            if cs.attr & Segment::DB != 0 {
+                mode |= Mode::CODE32;
+            }
+            if ss.attr & Segment::DB != 0 {
+                mode |= Mode::STACK32;
+            }
+            if s.protected()
+                && !s.vm86()
+                && [seg::ES, seg::SS, seg::DS].iter().all(|&r| is_flat_data(s, r))
+                && is_flat_code(s)
+            {
+                mode |= Mode::FLAT;
+            }
+        }
+        let fpu = s.cr0 & (cr::CR0_EM | cr::CR0_TS) == 0;
+        if fpu && s.cr4 & cr::CR4_OSFXSR != 0 {
+            mode |= Mode::SSE;
+            if s.cr4 & cr::CR4_OSXSAVE != 0 && s.xcr0 & 6 == 6 {
+                mode |= Mode::AVX;
+            }
+        }
+        self.mode = Mode(mode);
+        self.class = self.access_class();
+        // 15 bits: two salts never differ in all 16 redundant bits, so keys of distinct addresses stay distinct.
+        let user = u64::from(self.s.cpl == 3);
+        self.salt = (u64::from(mode) | user << 6 | u64::from(self.mmu.tlb.tag()) << 7) << 48;
+        self.stop_block = true;
+    }
+
+    /// Records an exception; the returned token makes the instruction fail with it.
+    #[cold]
+    pub fn raise(&mut self, e: Exception) -> Trap {
+        self.raised = e;
+        Trap
+    }
+
+    /// Fails with #UD.
+    #[cold]
+    pub fn ud(&mut self) -> Trap {
+        self.raise(Exception::plain(vector::UD))
+    }
+
+    /// Fails with #GP and an error code.
+    #[cold]
+    pub fn gp(&mut self, error: u32) -> Trap {
+        self.raise(Exception::with_error(vector::GP, error))
+    }
+
+    /// Fails with #GP(0) unless CPL is 0.
+    pub fn require_cpl0(&mut self) -> Result<(), Trap> {
+        if self.s.cpl == 0 { Ok(()) } else { Err(self.gp(0)) }
+    }
+
+    /// The address of the next instruction as CS:RIP holds it.
+    #[inline(always)]
+    pub fn next_ip_value(&self, i: &Insn) -> u64 {
+        self.cut_ip(self.ip_base.wrapping_add(i.next_off()))
+    }
+
+    /// Cuts an instruction pointer to the code size.
+    #[inline(always)]
+    pub fn cut_ip(&self, ip: u64) -> u64 {
+        if self.mode.has(Mode::CODE64) {
+            ip
+        } else if self.mode.has(Mode::CODE32) {
+            ip & 0xffff_ffff
+        } else {
+            ip & 0xffff
+        }
+    }
+
+    /// The guest's time-stamp counter now.
+    pub fn tsc(&mut self) -> u64 {
+        self.platform.tsc().wrapping_add(self.s.tsc_offset)
+    }
+}
+
+fn is_flat_data(s: &CpuState, r: u8) -> bool {
+    let d = &s.seg[usize::from(r)];
+    let want = Segment::PRESENT | Segment::S | Segment::RW;
+    d.base == 0 && d.limit == u32::MAX && d.attr & (want | Segment::CODE | Segment::EXPAND_DOWN) == want
+}
+
+fn is_flat_code(s: &CpuState) -> bool {
+    let d = &s.seg[usize::from(seg::CS)];
+    d.base == 0 && d.limit == u32::MAX && d.attr & Segment::RW != 0
+}

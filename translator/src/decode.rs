@@ -1,0 +1,247 @@
+//! From guest bytes to predecoded instructions, by iced-x86.
+
+use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
+
+use crate::cpuid::CpuModel;
+use crate::insn::{Insn, Mode, NO_REG, Opnd, Rep};
+use crate::semantics::{self, Form};
+use crate::state::seg;
+
+/// The longest instruction (SDM vol. 2 §2.3.11).
+pub const MAX_LEN: usize = 15;
+
+/// Why no instruction could be decoded from the bytes at hand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NeedMoreBytes;
+
+/// Decodes the instruction at the start of `bytes`. Invalid encodings and instructions that the CPU model does not
+/// have decode to one that raises the right exception.
+pub fn decode(bytes: &[u8], mode: Mode, model: &CpuModel) -> Result<Insn, NeedMoreBytes> {
+    let bytes = &bytes[..bytes.len().min(MAX_LEN)];
+    let mut decoder = Decoder::with_ip(mode.bits(), bytes, 0, DecoderOptions::NONE);
+    let instr = decoder.decode();
+    if instr.is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes && bytes.len() < MAX_LEN {
+        return Err(NeedMoreBytes);
+    }
+    Ok(predecode(&instr, bytes, mode, model, decoder.last_error() == DecoderError::NoMoreBytes))
+}
+
+fn predecode(instr: &Instruction, bytes: &[u8], mode: Mode, model: &CpuModel, too_long: bool) -> Insn {
+    let form = Form { instr, bytes: operand_bytes(instr), mode };
+    let sem = if too_long {
+        semantics::too_long()
+    } else if instr.is_invalid() || !instr.cpuid_features().iter().all(|&f| model.supports(f)) {
+        semantics::undefined()
+    } else {
+        semantics::lookup(&form)
+    };
+    let len = (instr.len() as u8).clamp(1, MAX_LEN as u8);
+    let mut insn = Insn {
+        run: sem.run,
+        sem,
+        imm: 0,
+        imm2: 0,
+        code: instr.code() as u16,
+        disp: 0,
+        op: [Opnd::None; 4],
+        base: NO_REG,
+        index: NO_REG,
+        scale: 0,
+        seg: seg::DS,
+        addr_bytes: mode.stack_bytes().max((mode.bits() / 8) as u8),
+        rip_relative: false,
+        flat: mode.has(Mode::FLAT),
+        aux: (sem.aux)(instr),
+        osize: form.bytes,
+        mem_bytes: instr.memory_size().size().min(255) as u8,
+        stack_bytes: mode.stack_bytes(),
+        lock: instr.has_lock_prefix(),
+        rep: if instr.has_repne_prefix() {
+            Rep::Repne
+        } else if instr.has_rep_prefix() {
+            Rep::Rep
+        } else {
+            Rep::None
+        },
+        len,
+        off: 0,
+        ends_block: sem.ends || instr.flow_control() != FlowControl::Next,
+    };
+    insn.addr_bytes = (address_bits(instr, bytes, mode) / 8) as u8;
+    for n in 0..instr.op_count().min(4) {
+        insn.op[n as usize] = operand(instr, n, len, &mut insn);
+    }
+    let s = segment_number(instr.memory_segment());
+    insn.seg = s.unwrap_or(seg::DS);
+    // FS and GS have bases in every mode; the flat bit says nothing about them.
+    insn.flat = mode.has(Mode::FLAT) && (s.is_none() || insn.seg < seg::FS);
+    insn
+}
+
+/// Address size: the mode's, or the other one after a 67h prefix.
+fn address_bits(instr: &Instruction, bytes: &[u8], mode: Mode) -> u32 {
+    let size = |r: Register| r.size() as u32 * 8;
+    if instr.is_vsib() {
+        return if size(instr.memory_base()) != 0 { size(instr.memory_base()) } else { mode.bits() };
+    }
+    for n in 0..instr.op_count() {
+        match instr.op_kind(n) {
+            OpKind::Memory => {
+                let base = instr.memory_base();
+                let r = if base != Register::None { base } else { instr.memory_index() };
+                return match r {
+                    Register::None => match instr.memory_displ_size() {
+                        2 => 16,
+                        4 => 32,
+                        8 => 64,
+                        _ => mode.bits(),
+                    },
+                    r => size(r),
+                };
+            }
+            OpKind::MemorySegSI | OpKind::MemorySegDI | OpKind::MemoryESDI => return 16,
+            OpKind::MemorySegESI | OpKind::MemorySegEDI | OpKind::MemoryESEDI => return 32,
+            OpKind::MemorySegRSI | OpKind::MemorySegRDI | OpKind::MemoryESRDI => return 64,
+            _ => {}
+        }
+    }
+    // Instructions with implicit addresses or counters (LOOP, JCXZ, MASKMOVQ): look for the prefix itself.
+    let prefix = bytes.iter().take(instr.len()).take_while(|&&b| is_prefix(b, mode)).any(|&b| b == 0x67);
+    match (mode.bits(), prefix) {
+        (64, true) | (16, true) => 32,
+        (32, true) => 16,
+        (bits, _) => bits,
+    }
+}
+
+fn is_prefix(b: u8, mode: Mode) -> bool {
+    matches!(b, 0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3)
+        || (mode.bits() == 64 && (0x40..0x50).contains(&b))
+}
+
+fn operand(instr: &Instruction, n: u32, len: u8, insn: &mut Insn) -> Opnd {
+    match instr.op_kind(n) {
+        OpKind::Register => register(instr.op_register(n)),
+        OpKind::Memory => {
+            memory(instr, len, insn);
+            Opnd::Mem
+        }
+        OpKind::NearBranch16 => relative(insn, u64::from(instr.near_branch16()), len, 16),
+        OpKind::NearBranch32 => relative(insn, u64::from(instr.near_branch32()), len, 32),
+        OpKind::NearBranch64 => relative(insn, instr.near_branch64(), len, 64),
+        OpKind::FarBranch16 => {
+            insn.imm = u64::from(instr.far_branch16());
+            insn.imm2 = instr.far_branch_selector();
+            Opnd::Imm
+        }
+        OpKind::FarBranch32 => {
+            insn.imm = u64::from(instr.far_branch32());
+            insn.imm2 = instr.far_branch_selector();
+            Opnd::Imm
+        }
+        OpKind::Immediate8_2nd => {
+            insn.imm2 = u16::from(instr.immediate8_2nd());
+            Opnd::None
+        }
+        OpKind::Immediate8
+        | OpKind::Immediate16
+        | OpKind::Immediate32
+        | OpKind::Immediate64
+        | OpKind::Immediate8to16
+        | OpKind::Immediate8to32
+        | OpKind::Immediate8to64
+        | OpKind::Immediate32to64 => {
+            insn.imm = instr.immediate(n);
+            Opnd::Imm
+        }
+        // String operands: address size and segment say all.
+        _ => Opnd::None,
+    }
+}
+
+/// Decoding at address 0 makes a relative target `len + displacement`.
+fn relative(insn: &mut Insn, target: u64, len: u8, bits: u32) -> Opnd {
+    let displacement = target.wrapping_sub(u64::from(len));
+    let unused = 64 - bits;
+    insn.imm = (((displacement << unused) as i64) >> unused) as u64;
+    Opnd::Imm
+}
+
+fn memory(instr: &Instruction, len: u8, insn: &mut Insn) {
+    let base = instr.memory_base();
+    insn.rip_relative = matches!(base, Register::RIP | Register::EIP);
+    insn.disp = instr.memory_displacement64() as i64;
+    if insn.rip_relative {
+        insn.disp = insn.disp.wrapping_sub(i64::from(len));
+    } else {
+        // iced zero-extends 16- and 32-bit displacements; the effective address is cut to the same size again.
+        insn.base = gpr_number(base);
+        let index = instr.memory_index();
+        // XLAT's index is AL; its semantics add it.
+        insn.index = match index {
+            Register::None | Register::AL => NO_REG,
+            r if r.is_vector_register() => r.number() as u8,
+            r => gpr_number(r),
+        };
+        insn.scale = instr.memory_index_scale().trailing_zeros() as u8;
+    }
+}
+
+fn gpr_number(r: Register) -> u8 {
+    if r.is_gpr() { r.number() as u8 } else { NO_REG }
+}
+
+fn segment_number(r: Register) -> Option<u8> {
+    r.is_segment_register().then(|| r.number() as u8)
+}
+
+fn register(r: Register) -> Opnd {
+    let n = r.number() as u8;
+    match r {
+        Register::AH | Register::CH | Register::DH | Register::BH => Opnd::GprHigh(n & 3),
+        r if r.is_gpr() => Opnd::Gpr(n),
+        r if r.is_xmm() => Opnd::Xmm(n),
+        r if r.is_ymm() => Opnd::Ymm(n),
+        r if r.is_mm() => Opnd::Mmx(n),
+        r if r.is_segment_register() => Opnd::Seg(n),
+        r if r.is_cr() => Opnd::Cr(n),
+        r if r.is_dr() => Opnd::Dr(n),
+        r if r.is_st() => Opnd::St(n),
+        _ => Opnd::None,
+    }
+}
+
+/// The operand size of an instruction in bytes; 0 where it has none.
+fn operand_bytes(instr: &Instruction) -> u8 {
+    use Code::*;
+    let stack = instr.stack_pointer_increment().unsigned_abs() as u8;
+    match instr.code() {
+        Retnw | Retnw_imm16 | Retfw | Retfw_imm16 | Iretw | Call_ptr1616 | Jmp_ptr1616 | Call_m1616 | Jmp_m1616
+        | Enterw_imm16_imm8 | Leavew | Pushaw | Popaw => 2,
+        Retnd | Retnd_imm16 | Retfd | Retfd_imm16 | Iretd | Call_ptr1632 | Jmp_ptr1632 | Call_m1632 | Jmp_m1632
+        | Enterd_imm16_imm8 | Leaved | Pushad | Popad => 4,
+        Retnq | Retnq_imm16 | Retfq | Retfq_imm16 | Iretq | Call_m1664 | Jmp_m1664 | Enterq_imm16_imm8 | Leaveq => 8,
+        _ => match instr.mnemonic() {
+            Mnemonic::Push
+            | Mnemonic::Pop
+            | Mnemonic::Pushf
+            | Mnemonic::Pushfd
+            | Mnemonic::Pushfq
+            | Mnemonic::Popf
+            | Mnemonic::Popfd
+            | Mnemonic::Popfq => stack,
+            _ => match instr.op0_kind() {
+                OpKind::NearBranch16 => 2,
+                OpKind::NearBranch32 => 4,
+                OpKind::NearBranch64 => 8,
+                // OUT and other forms whose first operand does not have the size of the operation.
+                OpKind::Register if instr.op_count() > 0 && instr.mnemonic() != Mnemonic::Out => {
+                    instr.op0_register().size() as u8
+                }
+                _ if instr.mnemonic() == Mnemonic::Out => instr.op1_register().size() as u8,
+                _ if instr.memory_size().size() != 0 => instr.memory_size().size().min(64) as u8,
+                _ => 0,
+            },
+        },
+    }
+}

@@ -1,0 +1,221 @@
+//! The arithmetic flags in their lazy form ([`crate::state::CpuState`]), written once for both evaluators.
+
+use crate::emit::{Bin, Cmp, Cond, Emit, Flags, Un};
+use crate::width::{W8, W64, Width};
+
+/// The lazy words (`cc_z`, `cc_sp`, `cc_co`) after an operation of width `W`.
+#[inline(always)]
+pub fn materialise<E: Emit, W: Width>(e: &mut E, f: Flags<E::V>) -> (E::V, E::V, E::V) {
+    match f {
+        Flags::Add { a, b, r } => {
+            // Carry out of each bit: both addends set, or one of them and no sum bit.
+            let both = e.and::<W>(a, b);
+            let either = e.or::<W>(a, b);
+            let not_r = e.un::<W>(Un::Not, r);
+            let through = e.and::<W>(either, not_r);
+            let carries = e.or::<W>(both, through);
+            with_carries::<E, W>(e, r, carries)
+        }
+        Flags::Sub { a, b, r } | Flags::Cmp { a, b, r } => {
+            let borrows = borrows::<E, W>(e, a, b, r);
+            with_carries::<E, W>(e, r, borrows)
+        }
+        Flags::Logic { r } => {
+            let r = e.sext::<W, W64>(r);
+            let co = e.imm::<W64>(0);
+            (r, r, co)
+        }
+        Flags::Inc { a, r } => {
+            // Adding 1 carries through the low ones: carry out of bit i is `a & ~r`.
+            let not_r = e.un::<W>(Un::Not, r);
+            let carries = e.and::<W>(a, not_r);
+            keep_carry::<E, W>(e, r, carries)
+        }
+        Flags::Dec { a, r } => {
+            let not_a = e.un::<W>(Un::Not, a);
+            let borrows = e.and::<W>(not_a, r);
+            keep_carry::<E, W>(e, r, borrows)
+        }
+        Flags::Result { r, cf, of } => {
+            let r = e.sext::<W, W64>(r);
+            let co = carry_overflow(e, cf, of);
+            (r, r, co)
+        }
+        Flags::CfOf { cf, of } => {
+            let (z, sp, old) = e.flags_raw();
+            let af = e.bin_imm::<W64>(Bin::And, old, 8);
+            let co = carry_overflow(e, cf, of);
+            (z, sp, e.or::<W64>(co, af))
+        }
+        Flags::Cf { cf } => {
+            let (z, sp, old) = e.flags_raw();
+            let of = overflow_of(e, old);
+            let af = e.bin_imm::<W64>(Bin::And, old, 8);
+            let co = carry_overflow(e, cf, of);
+            (z, sp, e.or::<W64>(co, af))
+        }
+        Flags::Zf { zf } => {
+            let (_, sp, co) = e.flags_raw();
+            let z = e.bin_imm::<W8>(Bin::Xor, zf, 1);
+            (e.zext::<W8, W64>(z), sp, co)
+        }
+        Flags::Raw { z, sp, co } => (z, sp, co),
+    }
+}
+
+/// The borrow out of each bit of `r = a - b (- borrow)`.
+#[inline(always)]
+fn borrows<E: Emit, W: Width>(e: &mut E, a: E::V, b: E::V, r: E::V) -> E::V {
+    let not_a = e.un::<W>(Un::Not, a);
+    let fresh = e.and::<W>(not_a, b);
+    let either = e.or::<W>(not_a, b);
+    let through = e.and::<W>(either, r);
+    e.or::<W>(fresh, through)
+}
+
+/// Result and carry vector of width `W` in the lazy form.
+#[inline(always)]
+fn with_carries<E: Emit, W: Width>(e: &mut E, r: E::V, carries: E::V) -> (E::V, E::V, E::V) {
+    let r = e.sext::<W, W64>(r);
+    let carries = e.zext::<W, W64>(carries);
+    if W::BITS == 64 {
+        return (r, r, carries);
+    }
+    let top = e.bin_imm::<W64>(Bin::Shl, carries, u64::from(64 - W::BITS));
+    let af = e.bin_imm::<W64>(Bin::And, carries, 8);
+    (r, r, e.or::<W64>(top, af))
+}
+
+/// As [`with_carries`], but CF stays what it was while OF is that of the operation.
+#[inline(always)]
+fn keep_carry<E: Emit, W: Width>(e: &mut E, r: E::V, carries: E::V) -> (E::V, E::V, E::V) {
+    let (z, sp, fresh) = with_carries::<E, W>(e, r, carries);
+    let (_, _, old) = e.flags_raw();
+    // Bits 63 and 62 of the new word are CF' and CF' ^ OF'. With bit 63 replaced by the old CF, bit 62 must be
+    // CF ^ OF': flip it together with bit 63 where the two carries differ.
+    let differ = e.xor::<W64>(old, fresh);
+    let differ = e.bin_imm::<W64>(Bin::Sar, differ, 63);
+    let flip = e.bin_imm::<W64>(Bin::And, differ, 3 << 62);
+    (z, sp, e.xor::<W64>(fresh, flip))
+}
+
+/// The `cc_co` word with the given CF and OF (0/1 bytes) and AF clear.
+#[inline(always)]
+fn carry_overflow<E: Emit>(e: &mut E, cf: E::V, of: E::V) -> E::V {
+    let mixed = e.xor::<W8>(cf, of);
+    let cf = e.zext::<W8, W64>(cf);
+    let cf = e.bin_imm::<W64>(Bin::Shl, cf, 63);
+    let mixed = e.zext::<W8, W64>(mixed);
+    let mixed = e.bin_imm::<W64>(Bin::Shl, mixed, 62);
+    e.or::<W64>(cf, mixed)
+}
+
+#[inline(always)]
+fn overflow_of<E: Emit>(e: &mut E, co: E::V) -> E::V {
+    let shifted = e.bin_imm::<W64>(Bin::Shl, co, 1);
+    let of = e.xor::<W64>(co, shifted);
+    e.bit::<W64>(of, 63)
+}
+
+/// CF as a boolean.
+#[inline(always)]
+pub fn carry<E: Emit>(e: &mut E) -> E::V {
+    e.cond(Cond::B)
+}
+
+/// A condition code from the lazy words.
+#[inline(always)]
+pub fn condition<E: Emit>(e: &mut E, c: Cond) -> E::V {
+    let (z, sp, co) = e.flags_raw();
+    let positive = match c {
+        Cond::O | Cond::No => overflow_of(e, co),
+        Cond::B | Cond::Ae => e.bit::<W64>(co, 63),
+        Cond::E | Cond::Ne => e.is_zero::<W64>(z),
+        Cond::Be | Cond::A => {
+            let cf = e.bit::<W64>(co, 63);
+            let zf = e.is_zero::<W64>(z);
+            e.or::<W8>(cf, zf)
+        }
+        Cond::S | Cond::Ns => e.bit::<W64>(sp, 63),
+        Cond::P | Cond::Np => {
+            let low = e.zext::<W64, W8>(sp);
+            let ones = e.un::<W8>(Un::Popcnt, low);
+            let odd = e.bin_imm::<W8>(Bin::And, ones, 1);
+            e.bin_imm::<W8>(Bin::Xor, odd, 1)
+        }
+        Cond::L | Cond::Ge => less(e, sp, co),
+        Cond::Le | Cond::G => {
+            let less = less(e, sp, co);
+            let zf = e.is_zero::<W64>(z);
+            e.or::<W8>(less, zf)
+        }
+    };
+    if c as u8 & 1 == 0 { positive } else { e.bin_imm::<W8>(Bin::Xor, positive, 1) }
+}
+
+/// SF ≠ OF.
+#[inline(always)]
+fn less<E: Emit>(e: &mut E, sp: E::V, co: E::V) -> E::V {
+    let shifted = e.bin_imm::<W64>(Bin::Shl, co, 1);
+    let of = e.xor::<W64>(co, shifted);
+    let mixed = e.xor::<W64>(of, sp);
+    e.bit::<W64>(mixed, 63)
+}
+
+/// The condition straight from the operands of a comparison, where that is possible: what lets a compiler fuse
+/// CMP/TEST with the branch behind it.
+#[inline(always)]
+pub fn fused<E: Emit, W: Width>(e: &mut E, f: &Flags<E::V>, c: Cond) -> Option<E::V> {
+    let positive = match (*f, Cond::from_bits(c as u8 & !1)) {
+        (Flags::Cmp { a, b, .. }, Cond::E) => e.cmp::<W>(Cmp::Eq, a, b),
+        (Flags::Cmp { a, b, .. }, Cond::B) => e.cmp::<W>(Cmp::Ltu, a, b),
+        (Flags::Cmp { a, b, .. }, Cond::L) => e.cmp::<W>(Cmp::Lts, a, b),
+        // a ≤ b is not b < a.
+        (Flags::Cmp { a, b, .. }, Cond::Be) => {
+            let above = e.cmp::<W>(Cmp::Ltu, b, a);
+            e.bin_imm::<W8>(Bin::Xor, above, 1)
+        }
+        (Flags::Cmp { a, b, .. }, Cond::Le) => {
+            let greater = e.cmp::<W>(Cmp::Lts, b, a);
+            e.bin_imm::<W8>(Bin::Xor, greater, 1)
+        }
+        (Flags::Logic { r }, Cond::E) => e.is_zero::<W>(r),
+        (Flags::Logic { r }, Cond::S | Cond::L) => e.bit::<W>(r, W::BITS - 1),
+        (Flags::Logic { r }, Cond::Le) => {
+            let one = e.imm::<W>(1);
+            e.cmp::<W>(Cmp::Lts, r, one)
+        }
+        (Flags::Logic { .. }, Cond::B | Cond::O) => e.imm::<W8>(0),
+        (Flags::Logic { r }, Cond::Be) => e.is_zero::<W>(r),
+        (
+            Flags::Add { r, .. }
+            | Flags::Sub { r, .. }
+            | Flags::Cmp { r, .. }
+            | Flags::Inc { r, .. }
+            | Flags::Dec { r, .. }
+            | Flags::Result { r, .. },
+            Cond::S,
+        ) => e.bit::<W>(r, W::BITS - 1),
+        (
+            Flags::Add { r, .. }
+            | Flags::Sub { r, .. }
+            | Flags::Inc { r, .. }
+            | Flags::Dec { r, .. }
+            | Flags::Result { r, .. },
+            Cond::E,
+        ) => e.is_zero::<W>(r),
+        (Flags::Result { cf, .. } | Flags::CfOf { cf, .. } | Flags::Cf { cf }, Cond::B) => cf,
+        (Flags::Result { of, .. } | Flags::CfOf { of, .. }, Cond::O) => of,
+        _ => return None,
+    };
+    Some(if c as u8 & 1 == 0 { positive } else { e.bin_imm::<W8>(Bin::Xor, positive, 1) })
+}
+
+impl Cond {
+    /// The condition with encoding `bits` (low four).
+    pub fn from_bits(bits: u8) -> Cond {
+        use Cond::*;
+        const ALL: [Cond; 16] = [O, No, B, Ae, E, Ne, Be, A, S, Ns, P, Np, L, Ge, Le, G];
+        ALL[usize::from(bits & 15)]
+    }
+}

@@ -1,0 +1,532 @@
+//! Linear memory as the guest sees it: translation through the soft TLB, with every fault exact.
+//!
+//! The fast path is one compare and one add; everything else (misses, page crossings, MMIO, stores to pages that
+//! hold translated code) is in the slow path here.
+
+pub mod tlb;
+pub mod walk;
+
+use crate::addr::{PAGE_MASK, PAGE_SIZE, is_canonical};
+use crate::cpu::Cpu;
+use crate::exception::{Exception, Trap, vector};
+use crate::mem::granule_mask;
+use crate::state::{cr, flag, seg};
+use crate::width::Width;
+use tlb::{Class, EMPTY, GLOBAL, JumpFlush, LARGE, SLOW, Table, TlbEntry};
+use walk::{Access, Paging, Walk, walk};
+
+/// Entries of the code TLB.
+const CODE_ENTRIES: usize = 256;
+
+/// One translation for instruction fetch.
+#[derive(Clone, Copy)]
+struct CodeEntry {
+    /// Page address combined with the address-space salt ([`Cpu::salt`]).
+    key: u64,
+    gpa_page: u64,
+}
+
+/// The MMU state of a vCPU.
+pub struct Mmu {
+    /// Data translations.
+    pub tlb: tlb::Tlb,
+    code: Box<[CodeEntry; CODE_ENTRIES]>,
+    /// PDPTE registers.
+    pub pdpte: [u64; 4],
+    /// One bit per hash of a linear page that an instruction was fetched from since the jump cache was last emptied:
+    /// INVLPG of any other page leaves the jump cache alone.
+    fetched: [u64; 16],
+    /// Counters for statistics.
+    pub counts: MmuCounts,
+}
+
+/// What the MMU counted.
+#[allow(missing_docs)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct MmuCounts {
+    pub tlb_misses: u64,
+    pub code_tlb_misses: u64,
+    pub flushes: u64,
+    pub page_flushes: u64,
+    pub smc_stores: u64,
+}
+
+impl Mmu {
+    /// An MMU with nothing cached.
+    pub fn new() -> Mmu {
+        Mmu {
+            tlb: tlb::Tlb::new(),
+            code: Box::new([CodeEntry { key: EMPTY, gpa_page: 0 }; CODE_ENTRIES]),
+            pdpte: [0; 4],
+            fetched: [0; 16],
+            counts: MmuCounts::default(),
+        }
+    }
+
+    fn fetched_bit(linear: u64) -> (usize, u64) {
+        let h = (linear >> 12) ^ (linear >> 22);
+        ((h >> 6 & 15) as usize, 1 << (h & 63))
+    }
+}
+
+impl Default for Mmu {
+    fn default() -> Self {
+        Mmu::new()
+    }
+}
+
+/// A linear range of at most two pages, translated.
+#[derive(Clone, Copy)]
+struct Translated {
+    gpa: u64,
+    /// Host address of the byte, if it is RAM.
+    host: Option<*mut u8>,
+}
+
+impl Cpu {
+    fn paging(&self) -> Paging {
+        Paging { cr0: self.s.cr0, cr3: self.s.cr3, cr4: self.s.cr4, efer: self.s.efer, pdpte: self.mmu.pdpte }
+    }
+
+    /// The class of data accesses by the running code.
+    pub fn access_class(&self) -> Class {
+        if self.s.cpl == 3 {
+            Class::User
+        } else if self.s.cr4 & cr::CR4_SMAP == 0 || self.s.rflags & flag::AC != 0 {
+            Class::Supervisor
+        } else {
+            Class::SupervisorSmap
+        }
+    }
+
+    /// The class of implicit supervisor accesses to descriptor tables and task-state segments (SDM vol. 3 §4.6.1).
+    fn system_class(&self) -> Class {
+        if self.s.cr4 & cr::CR4_SMAP == 0 { Class::Supervisor } else { Class::SupervisorSmap }
+    }
+
+    /// Loads `W` from a linear address as the running code.
+    #[inline(always)]
+    pub fn load_linear<W: Width>(&mut self, linear: u64) -> Result<u64, Trap> {
+        let e = self.tlb_entry(linear);
+        if e.read == linear & !PAGE_MASK && linear & PAGE_MASK <= PAGE_SIZE - W::BYTES {
+            // SAFETY: a read tag that equals the page says that `addend + linear` is the host address of this byte in
+            // guest RAM, and the access stays inside the page.
+            return Ok(unsafe { read_host::<W>(e.addend.wrapping_add(linear) as *const u8) });
+        }
+        self.load_slow(linear, W::BYTES as usize, self.class)
+    }
+
+    /// Loads `W` that the same instruction stores back: a page that may not be written faults as a write first.
+    #[inline(always)]
+    pub fn load_linear_rmw<W: Width>(&mut self, linear: u64) -> Result<u64, Trap> {
+        let e = self.tlb_entry(linear);
+        if e.write & !PAGE_MASK != linear & !PAGE_MASK || linear & PAGE_MASK > PAGE_SIZE - W::BYTES {
+            self.probe_write(linear, W::BYTES)?;
+        }
+        self.load_linear::<W>(linear)
+    }
+
+    /// Stores `W` to a linear address as the running code.
+    #[inline(always)]
+    pub fn store_linear<W: Width>(&mut self, linear: u64, value: u64) -> Result<(), Trap> {
+        let e = self.tlb_entry(linear);
+        if e.write == linear & !PAGE_MASK && linear & PAGE_MASK <= PAGE_SIZE - W::BYTES {
+            // SAFETY: as in `load_linear`, for the write tag.
+            unsafe { write_host::<W>(e.addend.wrapping_add(linear) as *mut u8, value) };
+            return Ok(());
+        }
+        self.store_slow(linear, W::BYTES as usize, value, self.class)
+    }
+
+    /// Loads `W` as an implicit supervisor access (descriptor tables, TSS).
+    pub fn load_system<W: Width>(&mut self, linear: u64) -> Result<u64, Trap> {
+        self.through_ss = false;
+        self.load_slow(linear, W::BYTES as usize, self.system_class())
+    }
+
+    /// Stores `W` as an implicit supervisor access.
+    pub fn store_system<W: Width>(&mut self, linear: u64, value: u64) -> Result<(), Trap> {
+        self.through_ss = false;
+        self.store_slow(linear, W::BYTES as usize, value, self.system_class())
+    }
+
+    /// Checks that `len` (at most a page) bytes at `linear` may be written by the running code, without writing.
+    pub fn probe_write(&mut self, linear: u64, len: u64) -> Result<(), Trap> {
+        self.probe(linear, len, Access::Write, self.class)
+    }
+
+    /// Checks that `len` (at most a page) bytes at `linear` may be read by the running code.
+    pub fn probe_read(&mut self, linear: u64, len: u64) -> Result<(), Trap> {
+        self.probe(linear, len, Access::Read, self.class)
+    }
+
+    /// Checks that `len` bytes at `linear` may be written by an implicit supervisor access.
+    pub fn probe_write_system(&mut self, linear: u64, len: u64) -> Result<(), Trap> {
+        self.probe(linear, len, Access::Write, self.system_class())
+    }
+
+    fn probe(&mut self, linear: u64, len: u64, access: Access, class: Class) -> Result<(), Trap> {
+        self.translate(linear, access, class)?;
+        let last = self.wrap_linear(linear.wrapping_add(len.max(1) - 1));
+        if (linear ^ last) & !PAGE_MASK != 0 {
+            self.translate(last, access, class)?;
+        }
+        Ok(())
+    }
+
+    /// Reads bytes (at most two pages' worth of one instruction's operand) into `out`.
+    pub fn load_bytes(&mut self, linear: u64, out: &mut [u8]) -> Result<(), Trap> {
+        self.probe(linear, out.len() as u64, Access::Read, self.class)?;
+        let mut done = 0;
+        while done < out.len() {
+            let n = (out.len() - done).min(8);
+            let at = self.wrap_linear(linear.wrapping_add(done as u64));
+            let v = self.load_slow(at, n, self.class)?;
+            out[done..done + n].copy_from_slice(&v.to_le_bytes()[..n]);
+            done += n;
+        }
+        Ok(())
+    }
+
+    /// Writes bytes of one instruction's operand; nothing is written when any of them may not be.
+    pub fn store_bytes(&mut self, linear: u64, bytes: &[u8]) -> Result<(), Trap> {
+        self.probe(linear, bytes.len() as u64, Access::Write, self.class)?;
+        for (k, chunk) in bytes.chunks(8).enumerate() {
+            let mut word = [0; 8];
+            word[..chunk.len()].copy_from_slice(chunk);
+            let at = self.wrap_linear(linear.wrapping_add(8 * k as u64));
+            self.store_slow(at, chunk.len(), u64::from_le_bytes(word), self.class)?;
+        }
+        Ok(())
+    }
+
+    /// Loads 16 bytes.
+    #[inline]
+    pub fn load_linear_x(&mut self, linear: u64) -> Result<u128, Trap> {
+        let e = self.tlb_entry(linear);
+        if e.read == linear & !PAGE_MASK && linear & PAGE_MASK <= PAGE_SIZE - 16 {
+            // SAFETY: as in `load_linear`, for 16 bytes inside the page.
+            return Ok(unsafe { (e.addend.wrapping_add(linear) as *const u128).read_unaligned() });
+        }
+        self.probe_read(linear, 16)?;
+        let low = self.load_slow(linear, 8, self.class)?;
+        let high = self.load_slow(self.wrap_linear(linear.wrapping_add(8)), 8, self.class)?;
+        Ok(u128::from(low) | u128::from(high) << 64)
+    }
+
+    /// Stores 16 bytes.
+    #[inline]
+    pub fn store_linear_x(&mut self, linear: u64, v: u128) -> Result<(), Trap> {
+        let e = self.tlb_entry(linear);
+        if e.write == linear & !PAGE_MASK && linear & PAGE_MASK <= PAGE_SIZE - 16 {
+            // SAFETY: as in `store_linear`, for 16 bytes inside the page.
+            unsafe { (e.addend.wrapping_add(linear) as *mut u128).write_unaligned(v) };
+            return Ok(());
+        }
+        self.store_bytes(linear, &v.to_le_bytes())
+    }
+
+    /// The host address of `linear` and how many bytes from there on may be accessed directly, if the page is plain
+    /// RAM for this access: what string instructions copy by.
+    pub fn direct(&mut self, linear: u64, write: bool) -> Result<Option<(*mut u8, u64)>, Trap> {
+        let access = if write { Access::Write } else { Access::Read };
+        let t = self.translate(linear, access, self.class)?;
+        if write && self.ram.code_granules(t.gpa) != 0 {
+            return Ok(None);
+        }
+        Ok(t.host.map(|h| (h, PAGE_SIZE - (linear & PAGE_MASK))))
+    }
+
+    /// Cuts a linear address to 32 bits outside 64-bit mode.
+    #[inline(always)]
+    pub fn wrap_linear(&self, linear: u64) -> u64 {
+        if self.s.long_mode() { linear } else { linear & 0xffff_ffff }
+    }
+
+    #[inline(always)]
+    fn tlb_entry(&mut self, linear: u64) -> TlbEntry {
+        self.mmu.tlb.table(self.class).entries[Table::index(linear)]
+    }
+
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn load_slow(&mut self, linear: u64, len: usize, class: Class) -> Result<u64, Trap> {
+        let in_first = (PAGE_SIZE - (linear & PAGE_MASK)) as usize;
+        let first = self.translate(linear, Access::Read, class)?;
+        if len <= in_first {
+            return Ok(self.read_translated(first, len));
+        }
+        let second = self.translate(self.wrap_linear(linear.wrapping_add(in_first as u64)), Access::Read, class)?;
+        let low = self.read_translated(first, in_first);
+        let high = self.read_translated(second, len - in_first);
+        Ok(low | high << (8 * in_first))
+    }
+
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn store_slow(&mut self, linear: u64, len: usize, value: u64, class: Class) -> Result<(), Trap> {
+        let in_first = (PAGE_SIZE - (linear & PAGE_MASK)) as usize;
+        let first = self.translate(linear, Access::Write, class)?;
+        if len <= in_first {
+            self.write_translated(first, len, value);
+            return Ok(());
+        }
+        let second = self.translate(self.wrap_linear(linear.wrapping_add(in_first as u64)), Access::Write, class)?;
+        self.write_translated(first, in_first, value);
+        self.write_translated(second, len - in_first, value >> (8 * in_first));
+        Ok(())
+    }
+
+    fn read_translated(&mut self, t: Translated, len: usize) -> u64 {
+        let mut bytes = [0u8; 8];
+        match t.host {
+            // SAFETY: `host` is inside a page of guest RAM and the caller keeps `len` (≤ 8) inside that page.
+            Some(host) => unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), len) },
+            None => {
+                for (at, n) in power_of_two_pieces(t.gpa, len) {
+                    let v = self.platform.mmio_read(at, n);
+                    let k = (at - t.gpa) as usize;
+                    bytes[k..k + usize::from(n)].copy_from_slice(&v.to_le_bytes()[..usize::from(n)]);
+                }
+            }
+        }
+        u64::from_le_bytes(bytes)
+    }
+
+    fn write_translated(&mut self, t: Translated, len: usize, value: u64) {
+        let bytes = value.to_le_bytes();
+        match t.host {
+            Some(host) => {
+                // SAFETY: as in `read_translated`.
+                unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), host, len) };
+                self.note_code_store(t.gpa, len as u64);
+            }
+            None => {
+                for (at, n) in power_of_two_pieces(t.gpa, len) {
+                    self.platform.mmio_write(at, n, value >> (8 * (at - t.gpa)));
+                }
+            }
+        }
+    }
+
+    /// Queues the invalidation of translated code that a store to RAM has overwritten.
+    pub(crate) fn note_code_store(&mut self, gpa: u64, len: u64) {
+        let hit = self.ram.code_granules(gpa) & granule_mask(gpa & PAGE_MASK, len);
+        if hit != 0 {
+            self.mmu.counts.smc_stores += 1;
+            self.smc.push((gpa & !PAGE_MASK, hit));
+            self.stop_block = true;
+        }
+    }
+
+    /// Translates one linear address, through the TLB, raising the fault if there is one.
+    fn translate(&mut self, linear: u64, access: Access, class: Class) -> Result<Translated, Trap> {
+        let page = linear & !PAGE_MASK;
+        let e = self.mmu.tlb.table(class).entries[Table::index(linear)];
+        let tag = if access == Access::Write { e.write } else { e.read };
+        if tag & !PAGE_MASK == page && tag & PAGE_MASK <= SLOW {
+            let gpa = e.phys & !PAGE_MASK | linear & PAGE_MASK;
+            // Every present page has a read tag, and only MMIO has it slow.
+            let host = (e.read & SLOW == 0).then(|| e.addend.wrapping_add(linear) as *mut u8);
+            return Ok(Translated { gpa, host });
+        }
+        self.mmu.counts.tlb_misses += 1;
+        if self.s.long_mode() && !is_canonical(linear) {
+            // The caller knows whether the access went through SS; #GP is the rule for everything else.
+            let v = if self.through_ss { vector::SS } else { vector::GP };
+            return Err(self.raise(Exception::with_error(v, 0)));
+        }
+        let w = walk(&self.ram, &self.paging(), linear, access, class == Class::User, class == Class::SupervisorSmap)
+            .map_err(|e| self.raise(e))?;
+        Ok(self.fill(linear, w, class))
+    }
+
+    fn fill(&mut self, linear: u64, w: Walk, class: Class) -> Translated {
+        let page = linear & !PAGE_MASK;
+        let host_page = self.ram.host_page(w.gpa);
+        let slow = if host_page.is_some() { 0 } else { SLOW };
+        let code = if self.ram.code_granules(w.gpa) != 0 { SLOW } else { 0 };
+        let entry = TlbEntry {
+            read: page | slow,
+            write: if w.writable { page | slow | code } else { EMPTY },
+            addend: host_page.map_or(0, |h| (h as u64).wrapping_sub(page)),
+            phys: w.gpa & !PAGE_MASK | if w.global { GLOBAL } else { 0 } | if w.large { LARGE } else { 0 },
+        };
+        self.mmu.tlb.table(class).insert(linear, entry);
+        Translated { gpa: w.gpa, host: host_page.map(|h| h.wrapping_add((linear & PAGE_MASK) as usize)) }
+    }
+
+    /// Fills the TLB for compiled code. `Some(host)` when the whole access then is plain RAM in one page.
+    pub(crate) fn resolve(&mut self, linear: u64, len: u64, write: bool) -> Option<*mut u8> {
+        if linear & PAGE_MASK > PAGE_SIZE - len {
+            return None;
+        }
+        let access = if write { Access::Write } else { Access::Read };
+        let saved = self.raised;
+        let Ok(t) = self.translate(linear, access, self.class) else {
+            self.raised = saved;
+            return None;
+        };
+        if write && self.ram.code_granules(t.gpa) & granule_mask(t.gpa & PAGE_MASK, len) != 0 {
+            return None;
+        }
+        t.host
+    }
+
+    /// The physical address of an instruction byte, or the fault that fetching it raises.
+    #[inline]
+    pub fn translate_code(&mut self, linear: u64) -> Result<u64, Trap> {
+        let key = (linear & !PAGE_MASK) ^ self.salt;
+        let e = self.mmu.code[(linear >> 12) as usize & (CODE_ENTRIES - 1)];
+        if e.key == key {
+            return Ok(e.gpa_page | linear & PAGE_MASK);
+        }
+        self.translate_code_slow(linear)
+    }
+
+    #[cold]
+    fn translate_code_slow(&mut self, linear: u64) -> Result<u64, Trap> {
+        self.mmu.counts.code_tlb_misses += 1;
+        if self.s.long_mode() && !is_canonical(linear) {
+            return Err(self.raise(Exception::with_error(vector::GP, 0)));
+        }
+        let w = walk(&self.ram, &self.paging(), linear, Access::Execute, self.s.cpl == 3, false)
+            .map_err(|e| self.raise(e))?;
+        let (word, bit) = Mmu::fetched_bit(linear);
+        self.mmu.fetched[word] |= bit;
+        self.mmu.code[(linear >> 12) as usize & (CODE_ENTRIES - 1)] =
+            CodeEntry { key: (linear & !PAGE_MASK) ^ self.salt, gpa_page: w.gpa & !PAGE_MASK };
+        Ok(w.gpa)
+    }
+
+    /// Forgets fetch translations and asks for the jump cache to be emptied.
+    pub(crate) fn flush_code_translations(&mut self) {
+        self.mmu.code.fill(CodeEntry { key: EMPTY, gpa_page: 0 });
+        self.mmu.fetched = [0; 16];
+        self.flush_jump_cache = true;
+        self.stop_block = true;
+    }
+
+    /// Removes every cached translation, global ones included.
+    pub fn flush_tlb_all(&mut self) {
+        self.mmu.counts.flushes += 1;
+        let _: JumpFlush = self.mmu.tlb.flush_all();
+        self.flush_code_translations();
+    }
+
+    /// INVLPG: removes the translations of one page.
+    pub fn flush_tlb_page(&mut self, linear: u64) {
+        self.mmu.counts.page_flushes += 1;
+        self.mmu.tlb.flush_page(linear);
+        let (word, bit) = Mmu::fetched_bit(linear);
+        if self.mmu.fetched[word] & bit != 0 || self.s.cr0 & cr::CR0_PG == 0 {
+            self.flush_code_translations();
+        }
+    }
+
+    /// INVPCID type 1: removes the non-global translations of a PCID.
+    pub fn flush_tlb_pcid(&mut self, pcid: u16) {
+        self.mmu.counts.flushes += 1;
+        let flush = self.mmu.tlb.flush_pcid(pcid);
+        self.after_tag_change(flush);
+    }
+
+    /// INVPCID type 3: removes all non-global translations.
+    pub fn flush_tlb_non_global(&mut self) {
+        self.mmu.counts.flushes += 1;
+        let _: JumpFlush = self.mmu.tlb.flush_all_non_global();
+        self.flush_code_translations();
+    }
+
+    /// Takes the new CR3 in use: `keep` is bit 63 of the operand with CR4.PCIDE set.
+    pub fn switch_address_space(&mut self, keep: bool) {
+        self.mmu.counts.flushes += u64::from(!keep);
+        let pcid = if self.s.cr4 & cr::CR4_PCIDE != 0 { (self.s.cr3 & 0xfff) as u16 } else { 0 };
+        let flush = self.mmu.tlb.switch(pcid, keep);
+        self.after_tag_change(flush);
+    }
+
+    fn after_tag_change(&mut self, flush: JumpFlush) {
+        if flush == JumpFlush::All {
+            self.flush_code_translations();
+        }
+        self.mode_changed();
+    }
+
+    /// Linear address of `offset` in segment `s`, checked (SDM vol. 3 §5.3–5.4): limit, type and presence outside
+    /// 64-bit mode; only FS and GS have a base inside it.
+    pub fn linearize(&mut self, s: u8, offset: u64, len: u64, write: bool) -> Result<u64, Trap> {
+        self.through_ss = s == seg::SS;
+        let d = self.s.seg[usize::from(s)];
+        if self.s.code64() {
+            return Ok(if s >= seg::FS { d.base.wrapping_add(offset) } else { offset });
+        }
+        let v = if s == seg::SS { vector::SS } else { vector::GP };
+        if self.s.protected() && !self.s.vm86() && !data_access_allowed(&d, write) {
+            return Err(self.raise(Exception::with_error(v, 0)));
+        }
+        let last = offset.wrapping_add(len.max(1) - 1);
+        let code = d.attr & crate::state::Segment::CODE != 0;
+        let inside = if !code && d.attr & crate::state::Segment::EXPAND_DOWN != 0 {
+            let top = if d.attr & crate::state::Segment::DB != 0 { 0xffff_ffff } else { 0xffff };
+            offset > u64::from(d.limit) && last <= top
+        } else {
+            last <= u64::from(d.limit)
+        };
+        if !inside {
+            return Err(self.raise(Exception::with_error(v, 0)));
+        }
+        Ok(d.base.wrapping_add(offset) & 0xffff_ffff)
+    }
+}
+
+/// Whether a protected-mode data access through `d` is permitted by its type.
+fn data_access_allowed(d: &crate::state::Segment, write: bool) -> bool {
+    use crate::state::Segment;
+    let code = d.attr & Segment::CODE != 0;
+    let rw = d.attr & Segment::RW != 0;
+    d.present() && if write { !code && rw } else { !code || rw }
+}
+
+/// Cuts an MMIO access that is not a power of two wide, or not aligned to its width, into ones that are.
+fn power_of_two_pieces(gpa: u64, len: usize) -> impl Iterator<Item = (u64, u8)> {
+    let mut at = gpa;
+    let end = gpa + len as u64;
+    std::iter::from_fn(move || {
+        let left = end - at;
+        let n = [8u64, 4, 2, 1].into_iter().find(|&n| n <= left && at % n == 0)?;
+        let piece = (at, n as u8);
+        at += n;
+        Some(piece)
+    })
+}
+
+/// # Safety
+/// `p` must be the host address of `W::BYTES` bytes of guest RAM.
+#[inline(always)]
+unsafe fn read_host<W: Width>(p: *const u8) -> u64 {
+    // SAFETY: given by the caller.
+    unsafe {
+        match W::BYTES {
+            1 => u64::from(p.read()),
+            2 => u64::from(p.cast::<u16>().read_unaligned()),
+            4 => u64::from(p.cast::<u32>().read_unaligned()),
+            _ => p.cast::<u64>().read_unaligned(),
+        }
+    }
+}
+
+/// # Safety
+/// `p` must be the host address of `W::BYTES` bytes of guest RAM.
+#[inline(always)]
+unsafe fn write_host<W: Width>(p: *mut u8, v: u64) {
+    // SAFETY: given by the caller.
+    unsafe {
+        match W::BYTES {
+            1 => p.write(v as u8),
+            2 => p.cast::<u16>().write_unaligned(v as u16),
+            4 => p.cast::<u32>().write_unaligned(v as u32),
+            _ => p.cast::<u64>().write_unaligned(v),
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! The soft TLB: direct-mapped tables of guest pages to host addresses, one set per address-space slot.
+//!
+//! A slot holds the translations of one PCID. It has a table per privilege class, so that a change of CPL or of
+//! RFLAGS.AC is a change of pointer. Compiled code reads the current table in place ([`TlbEntry`] is `#[repr(C)]`).
+
+use crate::addr::PAGE_MASK;
+
+/// Entries in one table.
+pub const TLB_ENTRIES: usize = 1024;
+/// Address-space slots, each for one PCID.
+pub const SLOTS: usize = 8;
+
+/// Who accesses memory: selects the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Class {
+    /// CPL 3.
+    User = 0,
+    /// CPL 0–2; user pages are accessible (SMAP off, or RFLAGS.AC set).
+    Supervisor = 1,
+    /// CPL 0–2 under SMAP: data accesses to user pages fault. Also implicit supervisor accesses.
+    SupervisorSmap = 2,
+}
+
+/// One translation. A tag equals the page's linear address exactly when the fast path may use the entry; the low
+/// bits below mark pages that are known but take the slow path.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct TlbEntry {
+    /// Tag for loads.
+    pub read: u64,
+    /// Tag for stores.
+    pub write: u64,
+    /// Host address minus linear address.
+    pub addend: u64,
+    /// Guest physical page; bit 0: global, bit 1: part of a large page.
+    pub phys: u64,
+}
+
+/// Tag of an empty entry; no page address equals it.
+pub const EMPTY: u64 = u64::MAX;
+/// Tag bit: permitted, but not plain RAM (MMIO, or a store to a page with translated code).
+pub const SLOW: u64 = 1;
+/// `phys` bit: the translation is global.
+pub const GLOBAL: u64 = 1;
+/// `phys` bit: the translation comes from a large page.
+pub const LARGE: u64 = 2;
+
+const EMPTY_ENTRY: TlbEntry = TlbEntry { read: EMPTY, write: EMPTY, addend: 0, phys: 0 };
+
+/// One table.
+pub struct Table {
+    /// Entries, indexed by bits 21:12 of the linear address.
+    pub entries: Box<[TlbEntry; TLB_ENTRIES]>,
+    used: bool,
+    has_large: bool,
+}
+
+impl Table {
+    fn new() -> Table {
+        Table { entries: Box::new([EMPTY_ENTRY; TLB_ENTRIES]), used: false, has_large: false }
+    }
+
+    /// The index of a linear address.
+    #[inline(always)]
+    pub fn index(linear: u64) -> usize {
+        (linear >> 12) as usize & (TLB_ENTRIES - 1)
+    }
+
+    /// Inserts a translation.
+    pub fn insert(&mut self, linear: u64, entry: TlbEntry) {
+        self.used = true;
+        self.has_large |= entry.phys & LARGE != 0;
+        self.entries[Self::index(linear)] = entry;
+    }
+
+    fn flush(&mut self) {
+        if self.used {
+            self.entries.fill(EMPTY_ENTRY);
+            self.used = false;
+            self.has_large = false;
+        }
+    }
+
+    fn flush_non_global(&mut self) {
+        if self.used {
+            for e in self.entries.iter_mut().filter(|e| e.phys & GLOBAL == 0) {
+                *e = EMPTY_ENTRY;
+            }
+        }
+    }
+
+    fn flush_page(&mut self, linear: u64) {
+        // One INVLPG removes a whole large page (SDM vol. 3 §4.10.4.1); its 4 KiB parts are not linked to each other.
+        if self.has_large {
+            return self.flush();
+        }
+        let e = &mut self.entries[Self::index(linear)];
+        let page = linear & !PAGE_MASK;
+        if e.read & !PAGE_MASK == page || e.write & !PAGE_MASK == page {
+            *e = EMPTY_ENTRY;
+        }
+    }
+
+    /// Makes stores to the physical page take the slow path from now on.
+    fn protect(&mut self, gpa_page: u64) {
+        if self.used {
+            for e in self.entries.iter_mut() {
+                if e.phys & !PAGE_MASK == gpa_page && e.write != EMPTY {
+                    e.write |= SLOW;
+                }
+            }
+        }
+    }
+}
+
+/// The tables of one address space.
+pub struct Slot {
+    tables: [Table; 3],
+    /// The PCID whose translations stand here.
+    pcid: u16,
+    /// Distinguishes this use of the slot in jump-cache tags.
+    pub tag: u8,
+    last_use: u64,
+}
+
+/// All soft-TLB tables of a vCPU.
+pub struct Tlb {
+    slots: Vec<Slot>,
+    current: usize,
+    clock: u64,
+    next_tag: u8,
+}
+
+/// What a flush asks of the caches above: nothing, or that every jump-cache entry goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum JumpFlush {
+    /// Jump-cache tags already tell stale entries apart.
+    Keep,
+    /// The tags have wrapped round.
+    All,
+}
+
+impl Tlb {
+    /// Empty tables; slot 0 stands for PCID 0.
+    pub fn new() -> Tlb {
+        let slots = (0..SLOTS)
+            .map(|i| Slot {
+                tables: [Table::new(), Table::new(), Table::new()],
+                pcid: i as u16,
+                tag: i as u8,
+                last_use: 0,
+            })
+            .collect();
+        Tlb { slots, current: 0, clock: 0, next_tag: SLOTS as u8 }
+    }
+
+    /// The table of `class` in the current address space.
+    #[inline(always)]
+    pub fn table(&mut self, class: Class) -> &mut Table {
+        &mut self.slots[self.current].tables[class as usize]
+    }
+
+    /// The jump-cache tag of the current address space.
+    pub fn tag(&self) -> u8 {
+        self.slots[self.current].tag
+    }
+
+    fn retag(&mut self, slot: usize) -> JumpFlush {
+        self.slots[slot].tag = self.next_tag;
+        self.next_tag = self.next_tag.wrapping_add(1) & 0x7f;
+        if self.next_tag != 0 {
+            return JumpFlush::Keep;
+        }
+        for (i, s) in self.slots.iter_mut().enumerate() {
+            s.tag = i as u8;
+        }
+        self.next_tag = SLOTS as u8;
+        JumpFlush::All
+    }
+
+    /// Switches to the address space of `pcid` (MOV to CR3); `keep` is bit 63 of the written value with PCIDs on.
+    pub fn switch(&mut self, pcid: u16, keep: bool) -> JumpFlush {
+        self.clock += 1;
+        if let Some(slot) = self.slots.iter().position(|s| s.pcid == pcid) {
+            self.current = slot;
+            self.slots[slot].last_use = self.clock;
+            return if keep { JumpFlush::Keep } else { self.flush_current_non_global() };
+        }
+        let victim = (0..SLOTS).min_by_key(|&i| self.slots[i].last_use).unwrap_or(0);
+        let s = &mut self.slots[victim];
+        s.pcid = pcid;
+        s.last_use = self.clock;
+        s.tables.iter_mut().for_each(Table::flush);
+        self.current = victim;
+        self.retag(victim)
+    }
+
+    fn flush_current_non_global(&mut self) -> JumpFlush {
+        self.slots[self.current].tables.iter_mut().for_each(Table::flush_non_global);
+        self.retag(self.current)
+    }
+
+    /// Removes every translation, global ones too.
+    pub fn flush_all(&mut self) -> JumpFlush {
+        for s in &mut self.slots {
+            s.tables.iter_mut().for_each(Table::flush);
+        }
+        JumpFlush::All
+    }
+
+    /// Removes the non-global translations of every PCID (INVPCID type 3).
+    pub fn flush_all_non_global(&mut self) -> JumpFlush {
+        for s in &mut self.slots {
+            s.tables.iter_mut().for_each(Table::flush_non_global);
+        }
+        JumpFlush::All
+    }
+
+    /// Removes the non-global translations of one PCID (INVPCID type 1).
+    pub fn flush_pcid(&mut self, pcid: u16) -> JumpFlush {
+        let Some(slot) = self.slots.iter().position(|s| s.pcid == pcid) else { return JumpFlush::Keep };
+        self.slots[slot].tables.iter_mut().for_each(Table::flush_non_global);
+        self.retag(slot)
+    }
+
+    /// Removes the translations of one page (INVLPG, INVPCID type 0). Global translations are removed whatever the
+    /// PCID, and a page's being global is not known here, so every slot is searched.
+    pub fn flush_page(&mut self, linear: u64) {
+        for s in &mut self.slots {
+            s.tables.iter_mut().for_each(|t| t.flush_page(linear));
+        }
+    }
+
+    /// Makes stores to a physical page that now holds translated code take the slow path, in every table.
+    pub fn protect(&mut self, gpa_page: u64) {
+        for s in &mut self.slots {
+            s.tables.iter_mut().for_each(|t| t.protect(gpa_page));
+        }
+    }
+}
+
+impl Default for Tlb {
+    fn default() -> Self {
+        Tlb::new()
+    }
+}

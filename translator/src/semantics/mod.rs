@@ -1,0 +1,115 @@
+//! What instructions do, in the groups of the Intel manual; one function each, for both evaluators.
+//!
+//! Each group has a `lookup` that maps the instructions it knows to a [`Sem`]. Generic semantics
+//! (`fn f<E: Emit, W: Width>(e: &mut E, i: &Insn) -> Result<(), E::Trap>`) serve interpreter and compiler; rare or
+//! system instructions are plain functions on [`Cpu`], which compiled code calls with exact state.
+
+pub mod arithmetic;
+
+use iced_x86::Instruction;
+
+use crate::cpu::Cpu;
+use crate::exception::Trap;
+use crate::insn::{Handler, Insn, Mode};
+
+/// An instruction to find semantics for.
+pub struct Form<'a> {
+    /// The instruction as iced decoded it.
+    pub instr: &'a Instruction,
+    /// Operand size in bytes, 0 where there is none.
+    pub bytes: u8,
+    /// Decode mode.
+    pub mode: Mode,
+}
+
+/// The semantics of an instruction form.
+pub struct Sem {
+    /// Evaluation on numbers.
+    pub run: Handler,
+    /// Whether the block must end here although control flow goes on: mode, mapping or interrupt state may change.
+    pub ends: bool,
+    /// What goes into [`Insn::aux`].
+    pub aux: fn(&Instruction) -> u16,
+}
+
+impl std::fmt::Debug for Sem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Sem")
+    }
+}
+
+/// No auxiliary value.
+pub const fn no_aux(_: &Instruction) -> u16 {
+    0
+}
+
+/// Semantics generic over the evaluator: `both!(f)`, `both!(f, W32)`, `both!(f, W32, C)`, `both!(f; aux = g)`.
+macro_rules! both {
+    (@of [$($f:tt)+] $(, $g:ty)*) => { $crate::semantics::both!($($f)+ $(, $g)*) };
+    (@aux) => { $crate::semantics::no_aux };
+    (@aux $aux:expr) => { $aux };
+    ($($f:ident)::+ $(, $g:ty)* $(; aux = $aux:expr)?) => {
+        const {
+            &$crate::semantics::Sem {
+                run: $($f)::+::<$crate::cpu::Cpu $(, $g)*>,
+                ends: false,
+                aux: $crate::semantics::both!(@aux $($aux)?),
+            }
+        }
+    };
+}
+pub(crate) use both;
+
+/// `both!` for the width that `bytes` says: `sized!(bytes, f)`, with more generics behind: `sized!(bytes, f, Op)`.
+macro_rules! sized {
+    (@ $f:tt $bytes:expr $(, $g:ty)*) => {
+        match $bytes {
+            1 => $crate::semantics::both!(@of $f, $crate::width::W8 $(, $g)*),
+            2 => $crate::semantics::both!(@of $f, $crate::width::W16 $(, $g)*),
+            4 => $crate::semantics::both!(@of $f, $crate::width::W32 $(, $g)*),
+            _ => $crate::semantics::both!(@of $f, $crate::width::W64 $(, $g)*),
+        }
+    };
+    ($bytes:expr, $($f:ident)::+ $(, $g:ty)*) => {
+        $crate::semantics::sized!(@ [$($f)::+] $bytes $(, $g)*)
+    };
+}
+pub(crate) use sized;
+
+/// Semantics on the interpreter only, called from compiled code: `interp!(f)`; `interp!(f, ends)` if it ends a block;
+/// `; aux = g` for an auxiliary value.
+macro_rules! interp {
+    ($f:expr $(; aux = $aux:expr)?) => {
+        const { &$crate::semantics::Sem { run: $f, ends: false, aux: $crate::semantics::both!(@aux $($aux)?) } }
+    };
+    ($f:expr, ends $(; aux = $aux:expr)?) => {
+        const { &$crate::semantics::Sem { run: $f, ends: true, aux: $crate::semantics::both!(@aux $($aux)?) } }
+    };
+}
+pub(crate) use interp;
+
+/// Finds the semantics of a valid instruction; #UD for one that has none.
+pub fn lookup(form: &Form<'_>) -> &'static Sem {
+    type Lookup = fn(&Form<'_>) -> Option<&'static Sem>;
+    const GROUPS: [Lookup; 1] = [arithmetic::lookup];
+    GROUPS.iter().find_map(|f| f(form)).unwrap_or_else(undefined)
+}
+
+/// #UD.
+pub fn undefined() -> &'static Sem {
+    interp!(raise_ud, ends)
+}
+
+/// #GP(0): an instruction longer than 15 bytes.
+pub fn too_long() -> &'static Sem {
+    interp!(raise_gp, ends)
+}
+
+fn raise_ud(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
+    cpu.counts.undefined += 1;
+    Err(cpu.ud())
+}
+
+fn raise_gp(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
+    Err(cpu.gp(0))
+}
