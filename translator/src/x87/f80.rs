@@ -94,6 +94,12 @@ impl F80 {
         }
     }
 
+    /// Whether the class is [`Class::Normal`], told quickly.
+    #[inline]
+    pub(super) fn is_normal(self) -> bool {
+        (self.sign_exp & 0x7fff).wrapping_sub(1) < 0x7ffe && self.mantissa >> 63 != 0
+    }
+
     /// Whether the encoding is a NaN, quiet or signalling.
     pub fn is_nan(self) -> bool {
         matches!(self.class(), Class::Quiet | Class::Signalling)

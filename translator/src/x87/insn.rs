@@ -29,7 +29,7 @@ impl X87 {
         match op {
             Op::Arith { arith, i, to_i, pop } => self.arith(arith, i, to_i, pop),
             Op::Compare { i, quiet, pops } => self.compare_register(i, quiet, pops),
-            Op::CompareFlags { i, quiet, pop } => return self.compare_flags(i, quiet, pop),
+            Op::CompareFlags { i, quiet, pop } => return Some(self.compare_flags(i, quiet, pop)),
             Op::LoadRegister(i) => self.load_register(i),
             Op::StoreRegister { i, pop } => self.store_register(i, pop),
             Op::StoreUnchecked(i) => {
@@ -41,6 +41,7 @@ impl X87 {
             }
             Op::Exchange(i) => self.exchange(i),
             Op::Free { i, pop } => {
+                self.fsw &= !status::C1;
                 self.free(i);
                 if pop {
                     self.pop();
@@ -211,22 +212,19 @@ impl X87 {
         }
     }
 
-    fn compare_flags(&mut self, i: u8, quiet: bool, pop: bool) -> Option<u64> {
-        let unordered = status::C0 | status::C2 | status::C3;
+    /// Sets EFLAGS even if an unmasked exception keeps the stack from being popped; C1 is a stack fault's only.
+    fn compare_flags(&mut self, i: u8, quiet: bool, pop: bool) -> u64 {
         let (codes, done) = if self.has_operands(0, i) {
             let codes = compare(self.st(0), self.st(i), quiet);
-            (codes, self.settle(codes & status::EXCEPTIONS))
+            (codes, self.settle(codes & status::EXCEPTIONS | self.fsw & status::C1))
         } else {
-            (unordered, self.underflow())
+            (status::C0 | status::C2 | status::C3, self.underflow())
         };
-        if !done {
-            return None;
-        }
-        if pop {
+        if pop && done {
             self.pop();
         }
         let bit = |code, flag| if codes & code != 0 { flag } else { 0 };
-        Some(bit(status::C0, CF) | bit(status::C2, PF) | bit(status::C3, ZF))
+        bit(status::C0, CF) | bit(status::C2, PF) | bit(status::C3, ZF)
     }
 
     /// Pushes a value whose loading raised `flags`; a denormal is pushed though it be unmasked.

@@ -21,6 +21,8 @@ mod host;
 mod insn;
 mod op;
 mod round;
+#[cfg(all(test, target_arch = "x86_64"))]
+mod silicon;
 mod soft;
 #[cfg(test)]
 mod tests;

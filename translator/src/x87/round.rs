@@ -53,6 +53,7 @@ impl Rounded {
 }
 
 /// Shifts right, keeping in bit 0 whether anything but zeros was shifted out.
+#[inline]
 pub(super) fn shr_sticky(sig: u128, n: u32) -> u128 {
     match n {
         0 => sig,
@@ -63,6 +64,7 @@ pub(super) fn shr_sticky(sig: u128, n: u32) -> u128 {
 
 /// Drops the low `drop` bits (1–127) of `sig`. Returns what remains, shifted down, rounded as RC in `cw` says, and the
 /// PE and C1 flags of doing so.
+#[inline(always)]
 pub(super) fn round_off(neg: bool, sig: u128, drop: u32, cw: u16) -> (u128, u16) {
     let kept = sig >> drop;
     let rest = sig << (128 - drop);
@@ -81,7 +83,18 @@ pub(super) fn round_off(neg: bool, sig: u128, drop: u32, cw: u16) -> (u128, u16)
 
 /// Rounds `sig` × 2^(`exp` − 16383 − 127), where `sig` has bit 127 set, to `format` under the rounding control and
 /// exception masks of `cw`. Tininess is detected after rounding.
+#[inline]
 pub(super) fn round(neg: bool, exp: i32, sig: u128, format: Format, cw: u16) -> Rounded {
+    // A known precision makes the shifts constant, which is most of the time an addition takes.
+    match format.precision {
+        64 => round_known(neg, exp, sig, Format { precision: 64, ..format }, cw),
+        53 => round_known(neg, exp, sig, Format { precision: 53, ..format }, cw),
+        _ => round_known(neg, exp, sig, Format { precision: 24, ..format }, cw),
+    }
+}
+
+#[inline(always)]
+fn round_known(neg: bool, exp: i32, sig: u128, format: Format, cw: u16) -> Rounded {
     let drop = 128 - format.precision;
     let (kept, flags) = round_off(neg, sig, drop, cw);
     let carry = kept >> format.precision != 0;

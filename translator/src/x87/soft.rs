@@ -49,6 +49,9 @@ pub(super) fn invalid() -> Outcome {
 /// The outcome if an operand is a NaN or unsupported (SDM vol. 1 §4.8.3.5, table 4-7).
 #[inline]
 pub(super) fn screen(a: F80, b: F80) -> Option<Outcome> {
+    if a.is_normal() && b.is_normal() {
+        return None;
+    }
     let plain = |c| matches!(c, Class::Zero | Class::Normal | Class::Denormal | Class::Infinity);
     let (ca, cb) = (a.class(), b.class());
     if plain(ca) && plain(cb) { None } else { Some(propagate(a, ca, b, cb)) }
@@ -271,6 +274,7 @@ fn remainder(a: F80, b: F80, cw: u16, nearest: bool) -> Outcome {
         (Class::Infinity, _) | (_, Class::Zero) => return invalid(),
         (Class::Zero, _) => return Outcome::new(a, de),
         (_, Class::Infinity) => return pass(a, de, cw),
+        _ if de & !cw != 0 => return Outcome::new(a, de),
         _ => {}
     }
     let (ua, ub) = (a.unpack(), b.unpack());

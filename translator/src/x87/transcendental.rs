@@ -109,8 +109,7 @@ pub(super) fn fyl2x(a: F80, b: F80, cw: u16) -> Outcome {
     match (a.class(), b.class()) {
         (Class::Zero, Class::Zero) | (Class::Infinity, Class::Zero) => return invalid(),
         (Class::Zero, Class::Infinity) => return infinity(!neg, de),
-        (Class::Zero, _) if de & !cw != 0 => return Outcome::new(a, de),
-        (Class::Zero, _) => return infinity(!neg, de | status::ZE),
+        (Class::Zero, _) => return infinity(!neg, status::ZE),
         _ if a.is_negative() => return invalid(),
         (_, Class::Infinity) if is_one => return invalid(),
         (Class::Infinity, _) => return infinity(neg, de),
@@ -121,9 +120,14 @@ pub(super) fn fyl2x(a: F80, b: F80, cw: u16) -> Outcome {
     }
     let (x, y) = (Wide::from(a.unpack()), Wide::from(b.unpack()));
     if x.sig << 1 == 0 {
-        // A power of two: the logarithm is an integer, and the product rounds once.
+        // A power of two: the logarithm is an integer and the product exact, though silicon says that it is not.
         let product = y.mul(Wide::from_int(x.exp));
-        return finish_as(product.neg, product.exp + 16383, product.sig, de, EXTENDED, cw);
+        let mut outcome = finish_as(product.neg, product.exp + 16383, product.sig, de, EXTENDED, cw);
+        if outcome.value.class() == Class::Denormal {
+            outcome.status |= status::UE;
+        }
+        outcome.status |= status::PE;
+        return outcome;
     }
     // Mantissas above √2, roughly, count as below one of the next power.
     let lift = i32::from(x.sig > 0xb504_f333 << 96);
@@ -182,18 +186,12 @@ pub(super) fn fpatan(a: F80, b: F80, cw: u16) -> Outcome {
     if steep {
         (x, y) = (y, x);
     }
-    let ratio = y.div(x);
-    let mut angle = arctan(ratio);
+    let mut angle = arctan(y.div(x));
     if steep {
         angle = Wide::PI.scale(-1).sub(angle);
     }
     if a.is_negative() {
         angle = Wide::PI.sub(angle);
-    } else if !steep && angle.exp < -70 && x.sig << 1 == 0 {
-        // A quotient by a power of two is exact, and so is the angle but for bits far below.
-        angle.sig = ratio.sig - 1;
-        angle.exp = ratio.exp;
-        angle = Wide::new(neg, angle.exp, angle.sig);
     }
     inexact(Wide { neg, ..angle }, de, cw)
 }

@@ -63,8 +63,8 @@ impl Wide {
     pub fn mul(self, other: Wide) -> Wide {
         let low = |x: u128| x & u128::from(u64::MAX);
         let (a1, a0, b1, b0) = (self.sig >> 64, low(self.sig), other.sig >> 64, low(other.sig));
-        let middle = low(a1 * b0) + low(a0 * b1) + (a0 * b0 >> 64);
-        let high = a1 * b1 + (a1 * b0 >> 64) + (a0 * b1 >> 64) + (middle >> 64);
+        let middle = low(a1 * b0) + low(a0 * b1) + ((a0 * b0) >> 64);
+        let high = a1 * b1 + ((a1 * b0) >> 64) + ((a0 * b1) >> 64) + (middle >> 64);
         Wide::new(self.neg != other.neg, self.exp + other.exp + 1, high)
     }
 
@@ -93,17 +93,21 @@ impl Wide {
         let n = u128::from(n.max(1));
         let (quotient, rest) = (self.sig / n, self.sig % n);
         let shift = quotient.leading_zeros() & 127;
-        Wide::new(self.neg, self.exp - shift as i32, quotient << shift | (rest << shift) / n)
+        Wide::new(self.neg, self.exp - shift as i32, (quotient << shift) | ((rest << shift) / n))
     }
 
-    /// Σ over `i` ≥ 0 of terms where each is `next(i, previous)`'s power and what it adds, until they no longer matter.
-    /// `next` gives the next power and the addend made of it.
+    /// `first` plus the addends that `next` makes, until they no longer matter. `next` takes the addend's number, from
+    /// 1, and the power before it; it gives the next power and the addend. An addend too small to matter at all still
+    /// tells which way to round.
     pub fn series(first: Wide, mut next: impl FnMut(u32, Wide) -> (Wide, Wide)) -> Wide {
         let (mut sum, mut power) = (first, first);
         for i in 1..200 {
             let (p, addend) = next(i, power);
             power = p;
-            if addend.sig == 0 || addend.exp < sum.exp - 130 {
+            if addend.sig == 0 || addend.exp < sum.exp - 126 {
+                if addend.neg != sum.neg && sum.sig != 0 {
+                    sum = Wide::new(sum.neg, sum.exp, sum.sig - 1);
+                }
                 break;
             }
             sum = sum.add(addend);
