@@ -65,6 +65,8 @@ pub struct Cpu {
     /// Set when the running block must not go on to its next instruction: its code was overwritten, or the mode,
     /// a mapping or the interrupt state changed.
     pub stop_block: bool,
+    /// Whether an interrupt may wait: set by kicks and by every access to a device, cleared once none does.
+    pub irq_maybe: bool,
     /// Whether the jump cache must be emptied before its next use.
     pub flush_jump_cache: bool,
     /// Whether the access under way goes through SS, for #SS instead of #GP.
@@ -92,6 +94,10 @@ pub struct Cpu {
     pub smc: Vec<(u64, u64)>,
     /// Debug-exception conditions met by the current instruction (DR6 bits), reported as a trap after it.
     pub pending_debug: u64,
+    /// Whether a data breakpoint is enabled in DR7.
+    pub watch: bool,
+    /// Set when delivery of a software interrupt ended in a triple fault.
+    pub triple_fault: bool,
     /// Statistics.
     pub counts: CpuCounts,
 }
@@ -103,6 +109,7 @@ impl Cpu {
             s: CpuState::reset(),
             ip_base: 0,
             stop_block: false,
+            irq_maybe: false,
             flush_jump_cache: false,
             through_ss: false,
             class: Class::Supervisor,
@@ -116,6 +123,8 @@ impl Cpu {
             kick: Kick::default(),
             smc: Vec::new(),
             pending_debug: 0,
+            watch: false,
+            triple_fault: false,
             counts: CpuCounts::default(),
         };
         cpu.mode_changed();
@@ -212,6 +221,13 @@ impl Cpu {
         } else {
             ip & 0xffff
         }
+    }
+
+    /// To be called after an access to a device, which may have raised or lowered an interrupt.
+    #[inline]
+    pub fn device_accessed(&mut self) {
+        self.irq_maybe = true;
+        self.stop_block = true;
     }
 
     /// The guest's time-stamp counter now.

@@ -1,14 +1,360 @@
-//! CPU models: what CPUID reports and which instructions exist.
+//! CPU models: what CPUID reports and which instructions exist, from one table of features.
 
 use iced_x86::CpuidFeature;
 
+use crate::mmu::walk::PHYSICAL_BITS;
+use crate::platform::TSC_HZ;
+use crate::state::{CpuState, cr};
+
+/// How much of the instruction set a model has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+pub enum Level {
+    /// The x86-64 psABI's level 2: up to SSE4.2 and POPCNT.
+    V2,
+    /// Level 3: AVX2, BMI, FMA, F16C, LZCNT, MOVBE, XSAVE.
+    V3,
+    /// Everything that is implemented.
+    Max,
+}
+
+/// A CPUID output register.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Reg {
+    Eax,
+    Ebx,
+    Ecx,
+    Edx,
+}
+
+/// A feature: where CPUID shows it, from which level on a model has it, and the instructions it stands for.
+struct Feature {
+    leaf: u32,
+    subleaf: u32,
+    reg: Reg,
+    bit: u32,
+    level: Level,
+    iced: &'static [CpuidFeature],
+}
+
+const fn feature(leaf: u32, subleaf: u32, reg: Reg, bit: u32, level: Level, iced: &'static [CpuidFeature]) -> Feature {
+    Feature { leaf, subleaf, reg, bit, level, iced }
+}
+
+use CpuidFeature as F;
+use Level::{Max, V2, V3};
+use Reg::{Eax, Ebx, Ecx, Edx};
+
+/// Every feature that any model reports (SDM vol. 2, CPUID).
+const FEATURES: &[Feature] = &[
+    // Leaf 1, EDX.
+    feature(1, 0, Edx, 0, V2, &[F::FPU, F::FPU287, F::FPU387]),
+    feature(1, 0, Edx, 2, V2, &[]), // DE
+    feature(1, 0, Edx, 3, V2, &[]), // PSE
+    feature(1, 0, Edx, 4, V2, &[F::TSC]),
+    feature(1, 0, Edx, 5, V2, &[F::MSR]),
+    feature(1, 0, Edx, 6, V2, &[]), // PAE
+    feature(1, 0, Edx, 7, V2, &[]), // MCE
+    feature(1, 0, Edx, 8, V2, &[F::CX8]),
+    feature(1, 0, Edx, 9, V2, &[]), // APIC
+    feature(1, 0, Edx, 11, V2, &[F::SEP]),
+    feature(1, 0, Edx, 12, V2, &[]), // MTRR
+    feature(1, 0, Edx, 13, V2, &[]), // PGE
+    feature(1, 0, Edx, 14, V2, &[]), // MCA
+    feature(1, 0, Edx, 15, V2, &[F::CMOV]),
+    feature(1, 0, Edx, 16, V2, &[]), // PAT
+    feature(1, 0, Edx, 17, V2, &[]), // PSE-36
+    feature(1, 0, Edx, 19, V2, &[F::CLFSH]),
+    feature(1, 0, Edx, 23, V2, &[F::MMX]),
+    feature(1, 0, Edx, 24, V2, &[F::FXSR]),
+    feature(1, 0, Edx, 25, V2, &[F::SSE]),
+    feature(1, 0, Edx, 26, V2, &[F::SSE2]),
+    // Leaf 1, ECX.
+    feature(1, 0, Ecx, 0, V2, &[F::SSE3]),
+    feature(1, 0, Ecx, 1, V2, &[F::PCLMULQDQ]),
+    feature(1, 0, Ecx, 3, V2, &[F::MONITOR]),
+    feature(1, 0, Ecx, 9, V2, &[F::SSSE3]),
+    feature(1, 0, Ecx, 12, V3, &[F::FMA]),
+    feature(1, 0, Ecx, 13, V2, &[F::CMPXCHG16B]),
+    feature(1, 0, Ecx, 17, V2, &[]), // PCID
+    feature(1, 0, Ecx, 19, V2, &[F::SSE4_1]),
+    feature(1, 0, Ecx, 20, V2, &[F::SSE4_2]),
+    feature(1, 0, Ecx, 21, V2, &[]), // x2APIC
+    feature(1, 0, Ecx, 22, V3, &[F::MOVBE]),
+    feature(1, 0, Ecx, 23, V2, &[F::POPCNT]),
+    feature(1, 0, Ecx, 24, V2, &[]), // TSC deadline
+    feature(1, 0, Ecx, 25, V2, &[F::AES]),
+    feature(1, 0, Ecx, 26, V3, &[F::XSAVE]),
+    feature(1, 0, Ecx, 28, V3, &[F::AVX]),
+    feature(1, 0, Ecx, 29, V3, &[F::F16C]),
+    feature(1, 0, Ecx, 30, Max, &[F::RDRAND]),
+    feature(1, 0, Ecx, 31, V2, &[]), // hypervisor
+    // Leaf 7.
+    feature(7, 0, Ebx, 0, V2, &[F::FSGSBASE]),
+    feature(7, 0, Ebx, 1, V2, &[]), // TSC_ADJUST
+    feature(7, 0, Ebx, 3, V3, &[F::BMI1]),
+    feature(7, 0, Ebx, 5, V3, &[F::AVX2]),
+    feature(7, 0, Ebx, 7, V2, &[]), // SMEP
+    feature(7, 0, Ebx, 8, V3, &[F::BMI2]),
+    feature(7, 0, Ebx, 9, V2, &[]), // ERMS
+    feature(7, 0, Ebx, 10, V2, &[F::INVPCID]),
+    feature(7, 0, Ebx, 18, Max, &[F::RDSEED]),
+    feature(7, 0, Ebx, 19, Max, &[F::ADX]),
+    feature(7, 0, Ebx, 20, V2, &[F::SMAP]),
+    feature(7, 0, Ebx, 23, V2, &[F::CLFLUSHOPT]),
+    feature(7, 0, Ebx, 24, V2, &[F::CLWB]),
+    feature(7, 0, Ebx, 29, Max, &[F::SHA]),
+    feature(7, 0, Ecx, 2, V2, &[]), // UMIP
+    feature(7, 0, Ecx, 22, Max, &[F::RDPID]),
+    feature(7, 0, Edx, 4, V2, &[]),  // FSRM
+    feature(7, 0, Edx, 26, V2, &[]), // IBRS, IBPB
+    feature(7, 0, Edx, 27, V2, &[]), // STIBP
+    feature(7, 0, Edx, 28, V2, &[]), // L1D_FLUSH
+    feature(7, 0, Edx, 29, V2, &[]), // ARCH_CAPABILITIES
+    feature(7, 0, Edx, 31, V2, &[]), // SSBD
+    // XSAVE extensions.
+    feature(0xd, 1, Eax, 0, V3, &[F::XSAVEOPT]),
+    feature(0xd, 1, Eax, 1, V3, &[F::XSAVEC]),
+    feature(0xd, 1, Eax, 2, V3, &[]), // XGETBV with ECX=1
+    // Extended leaves.
+    feature(0x8000_0001, 0, Ecx, 0, V2, &[]), // LAHF/SAHF in 64-bit mode
+    feature(0x8000_0001, 0, Ecx, 5, V3, &[F::LZCNT]),
+    feature(0x8000_0001, 0, Ecx, 8, V2, &[F::PREFETCHW]),
+    feature(0x8000_0001, 0, Edx, 11, V2, &[F::SYSCALL]),
+    feature(0x8000_0001, 0, Edx, 20, V2, &[]), // NX
+    feature(0x8000_0001, 0, Edx, 26, V2, &[]), // 1 GiB pages
+    feature(0x8000_0001, 0, Edx, 27, V2, &[F::RDTSCP]),
+    feature(0x8000_0001, 0, Edx, 29, V2, &[F::X64]),
+    feature(0x8000_0007, 0, Edx, 8, V2, &[]), // invariant TSC
+    feature(6, 0, Eax, 2, V2, &[]),           // ARAT
+];
+
+/// Instruction classes that every x86-64 CPU has, or that decode as NOPs where they are not implemented.
+const ALWAYS: &[CpuidFeature] = &[
+    F::INTEL8086,
+    F::INTEL8086_ONLY,
+    F::INTEL186,
+    F::INTEL286,
+    F::INTEL386,
+    F::INTEL486,
+    F::CPUID,
+    F::MULTIBYTENOP,
+    F::PAUSE,
+    F::CET_IBT,
+    F::CET_SS,
+    F::PREFETCHITI,
+    F::RDPMC,
+    F::FPU,
+    F::SYSCALL,
+];
+
 /// A CPU model.
 #[derive(Clone, Debug)]
-pub struct CpuModel {}
+pub struct CpuModel {
+    level: Level,
+    cpus: u32,
+    apic_id: u32,
+}
 
 impl CpuModel {
+    /// CPU number `apic_id` of `cpus`, with the instruction set of `level`.
+    pub fn new(level: Level, cpus: u32, apic_id: u32) -> CpuModel {
+        CpuModel { level, cpus: cpus.max(1), apic_id }
+    }
+
     /// Whether instructions of an iced feature class exist.
-    pub fn supports(&self, _feature: CpuidFeature) -> bool {
-        true
+    pub fn supports(&self, f: CpuidFeature) -> bool {
+        ALWAYS.contains(&f) || FEATURES.iter().any(|x| x.level <= self.level && x.iced.contains(&f))
+    }
+
+    fn has(&self, leaf: u32, reg: Reg, bit: u32) -> bool {
+        FEATURES.iter().any(|x| x.leaf == leaf && x.reg == reg && x.bit == bit && x.level <= self.level)
+    }
+
+    /// State components that XCR0 may enable.
+    pub fn xcr0_mask(&self) -> u64 {
+        match (self.has(1, Ecx, 26), self.has(1, Ecx, 28)) {
+            (true, true) => 7,
+            (true, false) => 3,
+            _ => 1,
+        }
+    }
+
+    /// Whether every CR4 bit of `v` belongs to a feature that the model has.
+    pub fn allows_cr4(&self, v: u64) -> bool {
+        [
+            (cr::CR4_OSXSAVE, 1, Ecx, 26),
+            (cr::CR4_PCIDE, 1, Ecx, 17),
+            (cr::CR4_SMEP, 7, Ebx, 7),
+            (cr::CR4_SMAP, 7, Ebx, 20),
+        ]
+        .iter()
+        .all(|&(bit, leaf, reg, n)| v & bit == 0 || self.has(leaf, reg, n))
+    }
+
+    /// The bits of one output register that the feature table sets.
+    fn bits(&self, leaf: u32, subleaf: u32, reg: Reg) -> u32 {
+        FEATURES
+            .iter()
+            .filter(|x| x.leaf == leaf && x.subleaf == subleaf && x.reg == reg && x.level <= self.level)
+            .fold(0, |bits, x| bits | 1 << x.bit)
+    }
+
+    fn registers(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
+        [Eax, Ebx, Ecx, Edx].map(|r| self.bits(leaf, subleaf, r))
+    }
+
+    fn max_leaf(&self) -> u32 {
+        0x16
+    }
+
+    /// CPUID: EAX, EBX, ECX, EDX of a leaf.
+    pub fn cpuid(&self, leaf: u32, subleaf: u32, s: &CpuState) -> [u32; 4] {
+        let leaf = match leaf {
+            0x4000_0000..=0x4000_0010 | 0x8000_0000..=0x8000_0008 => leaf,
+            n if n <= self.max_leaf() => n,
+            // An Intel CPU answers an unknown leaf with its highest basic one.
+            _ => self.max_leaf(),
+        };
+        match leaf {
+            0 => signature(self.max_leaf(), b"GenuineIntel", [0, 8, 4]),
+            1 => self.leaf_1(s),
+            // Cache and TLB descriptors: "see leaf 4".
+            2 => [0x00ff_ff01, 0, 0, 0],
+            4 => self.caches(subleaf),
+            5 => [64, 64, 3, 0],
+            6 => self.registers(6, 0),
+            7 if subleaf == 0 => self.registers(7, 0),
+            0xb => self.topology(subleaf),
+            0xd => self.xsave(subleaf, s),
+            0x15 => [1, 1, TSC_HZ as u32, 0],
+            0x16 => [(TSC_HZ / 1_000_000) as u32, (TSC_HZ / 1_000_000) as u32, 100, 0],
+            0x4000_0000 => signature(0x4000_0010, b"DiglotDiglot", [0, 4, 8]),
+            // TSC and APIC-timer frequency in kHz, the form that Linux reads from several hypervisors.
+            0x4000_0010 => [(TSC_HZ / 1000) as u32, (TSC_HZ / 1000) as u32, 0, 0],
+            0x8000_0000 => [0x8000_0008, 0, 0, 0],
+            0x8000_0001 => {
+                let mut r = self.registers(leaf, 0);
+                // SYSCALL is reported in 64-bit mode only.
+                if !s.code64() {
+                    r[3] &= !(1 << 11);
+                }
+                r
+            }
+            0x8000_0002..=0x8000_0004 => self.brand(leaf - 0x8000_0002),
+            0x8000_0006 => [0, 0, 2048 << 16 | 8 << 12 | 64, 0],
+            0x8000_0007 => self.registers(leaf, 0),
+            0x8000_0008 => [48 << 8 | PHYSICAL_BITS, 0, 0, 0],
+            _ => [0; 4],
+        }
+    }
+
+    fn leaf_1(&self, s: &CpuState) -> [u32; 4] {
+        let [_, _, mut ecx, edx] = self.registers(1, 0);
+        if s.cr4 & cr::CR4_OSXSAVE != 0 {
+            ecx |= 1 << 27;
+        }
+        let htt = if self.cpus > 1 { 1 << 28 } else { 0 };
+        // Family 6, model 8Fh, stepping 8; CLFLUSH line of 64 bytes.
+        let ebx = self.apic_id << 24 | self.cpus.next_power_of_two().min(255) << 16 | 8 << 8;
+        [0x000806f8, ebx, ecx, edx | htt]
+    }
+
+    fn caches(&self, subleaf: u32) -> [u32; 4] {
+        // (type, level, KiB, ways); every CPU has its own caches but shares the last.
+        let (kind, level, kib, ways): (u32, u32, u32, u32) = match subleaf {
+            0 => (1, 1, 32, 8),
+            1 => (2, 1, 32, 8),
+            2 => (3, 2, 2048, 16),
+            3 => (3, 3, 16384, 16),
+            _ => return [0; 4],
+        };
+        let sets = kib * 1024 / 64 / ways;
+        let sharing = if level == 3 { self.cpus.next_power_of_two() - 1 } else { 0 };
+        let cores = self.cpus.next_power_of_two() - 1;
+        [cores.min(63) << 26 | sharing << 14 | 1 << 8 | level << 5 | kind, (ways - 1) << 22 | 63, sets - 1, 0]
+    }
+
+    fn topology(&self, subleaf: u32) -> [u32; 4] {
+        let shift = self.cpus.next_power_of_two().trailing_zeros();
+        match subleaf {
+            0 => [0, 1, 1 << 8, self.apic_id],
+            1 => [shift, self.cpus, 2 << 8 | 1, self.apic_id],
+            n => [0, 0, n & 0xff, self.apic_id],
+        }
+    }
+
+    fn xsave(&self, subleaf: u32, s: &CpuState) -> [u32; 4] {
+        let mask = self.xcr0_mask();
+        if mask == 1 {
+            return [0; 4];
+        }
+        let size = |components: u64| if components & 4 != 0 { 576 + 256 } else { 576 };
+        match subleaf {
+            0 => [mask as u32, size(s.xcr0), size(mask), 0],
+            1 => {
+                let [eax, ..] = self.registers(0xd, 1);
+                [eax, size(s.xcr0), 0, 0]
+            }
+            // YMM upper halves: 256 bytes at offset 576.
+            2 if mask & 4 != 0 => [256, 576, 0, 0],
+            _ => [0; 4],
+        }
+    }
+
+    fn brand(&self, part: u32) -> [u32; 4] {
+        let level = match self.level {
+            V2 => "x86-64-v2",
+            V3 => "x86-64-v3",
+            Max => "max",
+        };
+        let mut text = [0u8; 48];
+        let name = format!("Diglot virtual CPU ({level})");
+        text[..name.len()].copy_from_slice(name.as_bytes());
+        let at = part as usize * 16;
+        [0, 4, 8, 12].map(|k| word(&text, at + k))
+    }
+}
+
+fn word(text: &[u8], at: usize) -> u32 {
+    let mut bytes = [0; 4];
+    bytes.copy_from_slice(&text[at..at + 4]);
+    u32::from_le_bytes(bytes)
+}
+
+/// EAX and a 12-byte signature whose parts at `order` go to EBX, ECX, EDX.
+fn signature(eax: u32, text: &[u8; 12], order: [usize; 3]) -> [u32; 4] {
+    let [b, c, d] = order.map(|at| word(text, at));
+    [eax, b, c, d]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn levels_are_monotonic() {
+        let s = CpuState::reset();
+        let [v2, v3, max] = [V2, V3, Max].map(|l| CpuModel::new(l, 1, 0));
+        for leaf in [1, 6, 7, 0xd, 0x8000_0001, 0x8000_0007] {
+            for reg in [Eax, Ebx, Ecx, Edx] {
+                let [a, b, c] = [&v2, &v3, &max].map(|m| m.bits(leaf, u32::from(leaf == 0xd), reg));
+                assert_eq!((a & !b, b & !c), (0, 0), "leaf {leaf:#x}");
+            }
+        }
+        assert_eq!(v2.cpuid(0xd, 0, &s), [0; 4]);
+        assert_eq!(max.cpuid(0xd, 0, &s)[2], 832);
+    }
+
+    #[test]
+    fn instructions_follow_the_bits() {
+        let [v2, v3, max] = [V2, V3, Max].map(|l| CpuModel::new(l, 1, 0));
+        for (f, levels) in [
+            (F::SSE4_2, [true, true, true]),
+            (F::AVX2, [false, true, true]),
+            (F::SHA, [false, false, true]),
+            (F::AVX512F, [false, false, false]),
+        ] {
+            assert_eq!([&v2, &v3, &max].map(|m| m.supports(f)), levels, "{f:?}");
+        }
     }
 }

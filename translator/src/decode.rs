@@ -219,8 +219,9 @@ fn operand_bytes(instr: &Instruction) -> u8 {
         Retnw | Retnw_imm16 | Retfw | Retfw_imm16 | Iretw | Call_ptr1616 | Jmp_ptr1616 | Call_m1616 | Jmp_m1616
         | Enterw_imm16_imm8 | Leavew | Pushaw | Popaw => 2,
         Retnd | Retnd_imm16 | Retfd | Retfd_imm16 | Iretd | Call_ptr1632 | Jmp_ptr1632 | Call_m1632 | Jmp_m1632
-        | Enterd_imm16_imm8 | Leaved | Pushad | Popad => 4,
-        Retnq | Retnq_imm16 | Retfq | Retfq_imm16 | Iretq | Call_m1664 | Jmp_m1664 | Enterq_imm16_imm8 | Leaveq => 8,
+        | Enterd_imm16_imm8 | Leaved | Pushad | Popad | Sysretd | Sysexitd => 4,
+        Retnq | Retnq_imm16 | Retfq | Retfq_imm16 | Iretq | Call_m1664 | Jmp_m1664 | Enterq_imm16_imm8 | Leaveq
+        | Sysretq | Sysexitq => 8,
         _ => match instr.mnemonic() {
             Mnemonic::Push
             | Mnemonic::Pop
@@ -235,7 +236,12 @@ fn operand_bytes(instr: &Instruction) -> u8 {
                 OpKind::NearBranch32 => 4,
                 OpKind::NearBranch64 => 8,
                 // OUT and other forms whose first operand does not have the size of the operation.
-                OpKind::Register if instr.op_count() > 0 && instr.mnemonic() != Mnemonic::Out => {
+                OpKind::Register
+                    if !matches!(
+                        instr.mnemonic(),
+                        Mnemonic::Out | Mnemonic::Outsb | Mnemonic::Outsw | Mnemonic::Outsd
+                    ) =>
+                {
                     instr.op0_register().size() as u8
                 }
                 _ if instr.mnemonic() == Mnemonic::Out => instr.op1_register().size() as u8,

@@ -1,6 +1,7 @@
 //! The x86-64 CPU: one semantics, interpreted while cold and compiled by Cranelift when hot.
 
 pub mod addr;
+pub mod block;
 pub mod cpu;
 pub mod cpuid;
 pub mod decode;
@@ -14,5 +15,7 @@ pub mod mmu;
 pub mod platform;
 pub mod semantics;
 pub mod state;
+pub mod system;
+pub mod vcpu;
 pub mod width;
 pub mod x87;

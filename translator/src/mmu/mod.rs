@@ -12,7 +12,7 @@ use crate::exception::{Exception, Trap, vector};
 use crate::mem::granule_mask;
 use crate::state::{cr, flag, seg};
 use crate::width::Width;
-use tlb::{Class, EMPTY, GLOBAL, JumpFlush, LARGE, SLOW, Table, TlbEntry};
+use tlb::{Class, EMPTY, GLOBAL, JumpFlush, LARGE, SLOW, Table, TlbEntry, WATCHED};
 use walk::{Access, Paging, Walk, walk};
 
 /// Entries of the code TLB.
@@ -231,7 +231,7 @@ impl Cpu {
     pub fn direct(&mut self, linear: u64, write: bool) -> Result<Option<(*mut u8, u64)>, Trap> {
         let access = if write { Access::Write } else { Access::Read };
         let t = self.translate(linear, access, self.class)?;
-        if write && self.ram.code_granules(t.gpa) != 0 {
+        if (write && self.ram.code_granules(t.gpa) != 0) || self.is_watched_page(linear) {
             return Ok(None);
         }
         Ok(t.host.map(|h| (h, PAGE_SIZE - (linear & PAGE_MASK))))
@@ -253,6 +253,9 @@ impl Cpu {
     pub(crate) fn load_slow(&mut self, linear: u64, len: usize, class: Class) -> Result<u64, Trap> {
         let in_first = (PAGE_SIZE - (linear & PAGE_MASK)) as usize;
         let first = self.translate(linear, Access::Read, class)?;
+        if self.watch {
+            self.check_watch(linear, len as u64, false);
+        }
         if len <= in_first {
             return Ok(self.read_translated(first, len));
         }
@@ -267,6 +270,9 @@ impl Cpu {
     pub(crate) fn store_slow(&mut self, linear: u64, len: usize, value: u64, class: Class) -> Result<(), Trap> {
         let in_first = (PAGE_SIZE - (linear & PAGE_MASK)) as usize;
         let first = self.translate(linear, Access::Write, class)?;
+        if self.watch {
+            self.check_watch(linear, len as u64, true);
+        }
         if len <= in_first {
             self.write_translated(first, len, value);
             return Ok(());
@@ -305,6 +311,7 @@ impl Cpu {
                 for (at, n) in power_of_two_pieces(t.gpa, len) {
                     self.platform.mmio_write(at, n, value >> (8 * (at - t.gpa)));
                 }
+                self.device_accessed();
             }
         }
     }
@@ -324,8 +331,12 @@ impl Cpu {
         let page = linear & !PAGE_MASK;
         let e = self.mmu.tlb.table(class).entries[Table::index(linear)];
         let tag = if access == Access::Write { e.write } else { e.read };
-        if tag & !PAGE_MASK == page && tag & PAGE_MASK <= SLOW {
+        if tag & !PAGE_MASK == page && tag & PAGE_MASK <= SLOW | WATCHED {
             let gpa = e.phys & !PAGE_MASK | linear & PAGE_MASK;
+            if tag & SLOW != 0 && e.read & SLOW == 0 && self.ram.code_granules(gpa) == 0 {
+                // The code that made stores slow has gone.
+                self.mmu.tlb.table(class).entries[Table::index(linear)].write = page | e.read & WATCHED;
+            }
             // Every present page has a read tag, and only MMIO has it slow.
             let host = (e.read & SLOW == 0).then(|| e.addend.wrapping_add(linear) as *mut u8);
             return Ok(Translated { gpa, host });
@@ -344,11 +355,12 @@ impl Cpu {
     fn fill(&mut self, linear: u64, w: Walk, class: Class) -> Translated {
         let page = linear & !PAGE_MASK;
         let host_page = self.ram.host_page(w.gpa);
-        let slow = if host_page.is_some() { 0 } else { SLOW };
+        let mmio = if host_page.is_some() { 0 } else { SLOW };
+        let watched = if self.is_watched_page(linear) { WATCHED } else { 0 };
         let code = if self.ram.code_granules(w.gpa) != 0 { SLOW } else { 0 };
         let entry = TlbEntry {
-            read: page | slow,
-            write: if w.writable { page | slow | code } else { EMPTY },
+            read: page | mmio | watched,
+            write: if w.writable { page | mmio | code | watched } else { EMPTY },
             addend: host_page.map_or(0, |h| (h as u64).wrapping_sub(page)),
             phys: w.gpa & !PAGE_MASK | if w.global { GLOBAL } else { 0 } | if w.large { LARGE } else { 0 },
         };
@@ -367,6 +379,9 @@ impl Cpu {
             self.raised = saved;
             return None;
         };
+        if self.is_watched_page(linear) {
+            return None;
+        }
         if write && self.ram.code_granules(t.gpa) & granule_mask(t.gpa & PAGE_MASK, len) != 0 {
             return None;
         }

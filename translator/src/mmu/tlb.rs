@@ -41,6 +41,8 @@ pub struct TlbEntry {
 pub const EMPTY: u64 = u64::MAX;
 /// Tag bit: permitted, but not plain RAM (MMIO, or a store to a page with translated code).
 pub const SLOW: u64 = 1;
+/// Tag bit: the page holds a data breakpoint.
+pub const WATCHED: u64 = 2;
 /// `phys` bit: the translation is global.
 pub const GLOBAL: u64 = 1;
 /// `phys` bit: the translation comes from a large page.

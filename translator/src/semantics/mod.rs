@@ -5,6 +5,8 @@
 //! system instructions are plain functions on [`Cpu`], which compiled code calls with exact state.
 
 pub mod arithmetic;
+pub mod io;
+pub mod system;
 
 use iced_x86::Instruction;
 
@@ -91,7 +93,7 @@ pub(crate) use interp;
 /// Finds the semantics of a valid instruction; #UD for one that has none.
 pub fn lookup(form: &Form<'_>) -> &'static Sem {
     type Lookup = fn(&Form<'_>) -> Option<&'static Sem>;
-    const GROUPS: [Lookup; 1] = [arithmetic::lookup];
+    const GROUPS: &[Lookup] = &[system::lookup, io::lookup, arithmetic::lookup];
     GROUPS.iter().find_map(|f| f(form)).unwrap_or_else(undefined)
 }
 

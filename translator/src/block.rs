@@ -1,0 +1,176 @@
+//! Predecoded basic blocks, keyed by guest physical address and mode, dropped when their bytes are overwritten.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+
+use crate::addr::{PAGE_MASK, PAGE_SIZE};
+use crate::insn::{Insn, Mode};
+use crate::mem::{GuestRam, granule_mask};
+
+/// The most instructions in a block.
+pub const MAX_INSNS: usize = 64;
+/// Predecoded instructions kept before everything is dropped (64 bytes each).
+const MAX_CACHED_INSNS: usize = 512 * 1024;
+
+/// Index of a block in its cache; reused after invalidation.
+pub type BlockId = u32;
+
+/// A straight run of instructions that starts in one page; only the last may end in the next.
+pub struct Block {
+    /// Guest physical address of the first byte.
+    pub gpa: u64,
+    /// Decode mode.
+    pub mode: Mode,
+    /// Length in bytes.
+    pub len: u16,
+    /// The physical page that holds the tail of the last instruction, if it crosses.
+    pub next_page: Option<u64>,
+    /// The instructions; never empty.
+    pub insns: Box<[Insn]>,
+    /// How often the interpreter ran it.
+    pub heat: u32,
+    /// Whether the block is in use; false once its bytes changed.
+    pub live: bool,
+}
+
+impl Block {
+    /// The pages and granules that the block's bytes lie in.
+    fn extent(&self) -> impl Iterator<Item = (u64, u64)> {
+        let offset = self.gpa & PAGE_MASK;
+        let in_first = u64::from(self.len).min(PAGE_SIZE - offset);
+        let rest = u64::from(self.len) - in_first;
+        let first = (self.gpa & !PAGE_MASK, granule_mask(offset, in_first));
+        std::iter::once(first).chain(self.next_page.map(|page| (page, granule_mask(0, rest))))
+    }
+}
+
+/// Keys are addresses: a multiplicative hash is enough, and no guest can make it slow beyond the bound on entries.
+#[derive(Default)]
+pub struct AddressHasher(u64);
+
+impl Hasher for AddressHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for &b in bytes {
+            self.write_u64(u64::from(b));
+        }
+    }
+    fn write_u8(&mut self, v: u8) {
+        self.write_u64(u64::from(v));
+    }
+    fn write_u64(&mut self, v: u64) {
+        let x = (self.0 ^ v).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 = x ^ x >> 32;
+    }
+}
+
+/// A map from addresses.
+pub type AddressMap<K, V> = HashMap<K, V, BuildHasherDefault<AddressHasher>>;
+
+/// The blocks of one vCPU.
+#[derive(Default)]
+pub struct BlockCache {
+    blocks: Vec<Block>,
+    free: Vec<BlockId>,
+    by_key: AddressMap<(u64, u8), BlockId>,
+    by_page: AddressMap<u64, Vec<BlockId>>,
+    insns: usize,
+    /// Blocks decoded so far.
+    pub decoded: u64,
+    /// Blocks dropped because their bytes changed.
+    pub invalidated: u64,
+    /// How often the whole cache was dropped for size.
+    pub flushes: u64,
+}
+
+impl BlockCache {
+    /// Finds the block that starts at `gpa`.
+    pub fn find(&self, gpa: u64, mode: Mode) -> Option<BlockId> {
+        self.by_key.get(&(gpa, mode.0)).copied()
+    }
+
+    /// The block with an id that is in use.
+    #[inline(always)]
+    pub fn get(&self, id: BlockId) -> &Block {
+        &self.blocks[id as usize]
+    }
+
+    /// The block with an id that is in use, mutably.
+    #[inline(always)]
+    pub fn get_mut(&mut self, id: BlockId) -> &mut Block {
+        &mut self.blocks[id as usize]
+    }
+
+    /// Whether another block of `n` instructions would exceed the bound, so that [`Self::clear`] is due.
+    pub fn is_full(&self, n: usize) -> bool {
+        self.insns + n > MAX_CACHED_INSNS
+    }
+
+    /// Drops every block.
+    pub fn clear(&mut self, ram: &GuestRam) {
+        for &page in self.by_page.keys() {
+            ram.set_code(page, 0);
+        }
+        self.flushes += 1;
+        self.blocks.clear();
+        self.free.clear();
+        self.by_key.clear();
+        self.by_page.clear();
+        self.insns = 0;
+    }
+
+    /// Adds a block and marks its granules. Returns the pages that held no code before, for write protection.
+    pub fn insert(&mut self, block: Block, ram: &GuestRam) -> (BlockId, [Option<u64>; 2]) {
+        self.decoded += 1;
+        self.insns += block.insns.len();
+        let id = self.free.pop().unwrap_or(self.blocks.len() as BlockId);
+        self.by_key.insert((block.gpa, block.mode.0), id);
+        let mut fresh = [None; 2];
+        for ((page, mask), slot) in block.extent().zip(&mut fresh) {
+            self.by_page.entry(page).or_default().push(id);
+            if ram.mark_code(page, mask) {
+                *slot = Some(page);
+            }
+        }
+        if (id as usize) < self.blocks.len() {
+            self.blocks[id as usize] = block;
+        } else {
+            self.blocks.push(block);
+        }
+        (id, fresh)
+    }
+
+    /// Drops the blocks that touch any of `granules` in a page and recomputes which granules hold code.
+    pub fn invalidate(&mut self, page: u64, granules: u64, ram: &GuestRam) {
+        let Some(ids) = self.by_page.remove(&page) else {
+            ram.set_code(page, 0);
+            return;
+        };
+        let mut kept = Vec::new();
+        let mut mask = 0;
+        for id in ids {
+            let block = &mut self.blocks[id as usize];
+            let here = block.extent().filter(|&(p, _)| p == page).fold(0, |m, (_, g)| m | g);
+            if here & granules == 0 {
+                mask |= here;
+                kept.push(id);
+                continue;
+            }
+            block.live = false;
+            self.insns -= block.insns.len();
+            self.invalidated += 1;
+            self.by_key.remove(&(block.gpa, block.mode.0));
+            let other = block.extent().map(|(p, _)| p).find(|&p| p != page);
+            if let Some(list) = other.and_then(|p| self.by_page.get_mut(&p)) {
+                list.retain(|&b| b != id);
+            }
+            self.free.push(id);
+        }
+        if !kept.is_empty() {
+            self.by_page.insert(page, kept);
+        }
+        ram.set_code(page, mask);
+    }
+}

@@ -1,0 +1,449 @@
+//! The dispatch loop of one vCPU: find the block, run it, take what came of it.
+
+use crate::addr::{PAGE_MASK, PAGE_SIZE};
+use crate::block::{Block, BlockCache, BlockId, MAX_INSNS};
+use crate::cpu::{Cpu, Kick};
+use crate::decode::{self, MAX_LEN};
+use crate::exception::{Exception, Trap, vector};
+use crate::insn::{Insn, Mode};
+use crate::state::{Segment, flag, seg};
+
+/// Why [`Vcpu::run`] returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// The CPU is halted and no interrupt waits: run again after the next event.
+    Halt,
+    /// A triple fault: the machine resets.
+    Shutdown,
+    /// [`Kick::STOP`] was requested.
+    Stopped,
+}
+
+/// Entries of the jump cache.
+const JUMP_ENTRIES: usize = 4096;
+/// A key that no address has.
+const NO_KEY: u64 = u64::MAX;
+
+/// Where execution goes for a linear address in the current mode and address space.
+#[derive(Clone, Copy)]
+struct JumpEntry {
+    key: u64,
+    block: BlockId,
+}
+
+/// What the dispatch loop counted.
+#[allow(missing_docs)]
+#[derive(Clone, Debug, Default)]
+pub struct RunCounts {
+    pub interpreted: u64,
+    pub blocks_run: u64,
+    pub jump_misses: u64,
+    pub stepped: u64,
+}
+
+/// One vCPU with its code caches.
+pub struct Vcpu {
+    /// The CPU.
+    pub cpu: Cpu,
+    /// Predecoded blocks.
+    pub blocks: BlockCache,
+    jump: Box<[JumpEntry; JUMP_ENTRIES]>,
+    /// Statistics.
+    pub counts: RunCounts,
+}
+
+impl Vcpu {
+    /// A vCPU around `cpu`.
+    pub fn new(cpu: Cpu) -> Vcpu {
+        Vcpu {
+            cpu,
+            blocks: BlockCache::default(),
+            jump: Box::new([JumpEntry { key: NO_KEY, block: 0 }; JUMP_ENTRIES]),
+            counts: RunCounts::default(),
+        }
+    }
+
+    /// Runs guest code until something needs the machine's attention.
+    pub fn run(&mut self) -> Exit {
+        loop {
+            if self.cpu.kick.pending() != 0 {
+                if self.cpu.kick.take(Kick::STOP) != 0 {
+                    return Exit::Stopped;
+                }
+                self.cpu.kick.take(Kick::ATTENTION);
+                self.cpu.irq_maybe = true;
+            }
+            if (self.cpu.irq_maybe || self.cpu.s.halted) && self.take_interrupt().is_err() {
+                return Exit::Shutdown;
+            }
+            if self.cpu.s.halted {
+                return Exit::Halt;
+            }
+            let result = if self.must_step() { self.step() } else { self.run_block() };
+            if result.is_err() {
+                return Exit::Shutdown;
+            }
+        }
+    }
+
+    /// Delivers an NMI or a maskable interrupt if one waits and may be taken now.
+    fn take_interrupt(&mut self) -> Result<(), TripleFault> {
+        let cpu = &mut self.cpu;
+        if cpu.s.shadow != 0 {
+            return Ok(());
+        }
+        if !cpu.s.nmi_blocked && cpu.platform.take_nmi() {
+            cpu.s.halted = false;
+            cpu.s.nmi_blocked = true;
+            return cpu.deliver(Event::Nmi);
+        }
+        if cpu.s.rflags & flag::IF == 0 {
+            // Nothing else can wake the CPU; what waits is looked at again when IF is set.
+            return Ok(());
+        }
+        if !cpu.platform.interrupt_pending() {
+            cpu.irq_maybe = false;
+            return Ok(());
+        }
+        match cpu.platform.acknowledge() {
+            Some(vector) => {
+                cpu.s.halted = false;
+                cpu.counts.interrupts += 1;
+                cpu.deliver(Event::Interrupt(vector))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Whether instructions must run one by one: single-stepping, breakpoints, or an interrupt shadow.
+    #[inline(always)]
+    fn must_step(&self) -> bool {
+        let s = &self.cpu.s;
+        s.rflags & flag::TF != 0 || s.shadow != 0 || s.dr[7] & 0xff != 0
+    }
+
+    /// Runs the block at RIP.
+    fn run_block(&mut self) -> Result<(), TripleFault> {
+        let id = match self.find_block() {
+            Ok(id) => id,
+            Err(Trap) => return self.fault(),
+        };
+        self.counts.blocks_run += 1;
+        let block = self.blocks.get_mut(id);
+        block.heat = block.heat.wrapping_add(1);
+        let cpu = &mut self.cpu;
+        cpu.ip_base = cpu.s.rip;
+        cpu.stop_block = false;
+        let (last, body) = match block.insns.split_last() {
+            Some(parts) => parts,
+            None => return Ok(()),
+        };
+        for (k, insn) in body.iter().enumerate() {
+            let result = (insn.run)(cpu, insn);
+            if result.is_err() || cpu.stop_block {
+                self.counts.interpreted += k as u64 + 1;
+                let off = if result.is_err() { u64::from(insn.off) } else { insn.next_off() };
+                cpu.s.rip = cpu.cut_ip(cpu.ip_base.wrapping_add(off));
+                return self.after(result);
+            }
+        }
+        self.counts.interpreted += block.insns.len() as u64;
+        cpu.s.rip = cpu.next_ip_value(last);
+        let mode = cpu.mode;
+        let result = (last.run)(cpu, last);
+        if result.is_err() {
+            cpu.s.rip = mode_cut(mode, cpu.ip_base.wrapping_add(u64::from(last.off)));
+            return self.fault();
+        }
+        if cpu.stop_block { self.after(Ok(())) } else { Ok(()) }
+    }
+
+    /// What has to happen after an instruction that asked to stop, or failed.
+    #[cold]
+    #[inline(never)]
+    fn after(&mut self, result: Result<(), Trap>) -> Result<(), TripleFault> {
+        self.drop_overwritten_code();
+        if self.cpu.flush_jump_cache {
+            self.flush_jump_cache();
+        }
+        if std::mem::take(&mut self.cpu.triple_fault) {
+            return Err(TripleFault);
+        }
+        match result {
+            Err(Trap) => self.fault(),
+            Ok(()) if self.cpu.pending_debug != 0 => self.debug_trap(),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// Delivers the exception that the current instruction raised; RIP is at its start.
+    #[cold]
+    #[inline(never)]
+    fn fault(&mut self) -> Result<(), TripleFault> {
+        self.drop_overwritten_code();
+        let e = self.cpu.raised;
+        self.cpu.pending_debug = 0;
+        self.cpu.s.shadow = 0;
+        self.cpu.counts.exceptions[usize::from(e.vector & 31)] += 1;
+        self.cpu.deliver(Event::Fault(e))
+    }
+
+    /// Delivers #DB as a trap for the conditions met by the instruction that has just completed.
+    fn debug_trap(&mut self) -> Result<(), TripleFault> {
+        let conditions = std::mem::take(&mut self.cpu.pending_debug);
+        self.cpu.counts.exceptions[usize::from(vector::DB)] += 1;
+        self.cpu.deliver(Event::Trap(Exception { vector: vector::DB, error: None, payload: conditions }))
+    }
+
+    /// Runs exactly one instruction, with single-step and breakpoint checks around it.
+    fn step(&mut self) -> Result<(), TripleFault> {
+        self.counts.stepped += 1;
+        let single_step = self.cpu.s.rflags & flag::TF != 0;
+        let shadow = self.cpu.s.shadow;
+        let resume = self.cpu.s.rflags & flag::RF != 0;
+        if self.cpu.s.dr[7] & 0xff != 0 && !resume && shadow & SHADOW_MOV_SS == 0 {
+            if let Some(hit) = self.cpu.execute_breakpoint() {
+                self.cpu.counts.exceptions[usize::from(vector::DB)] += 1;
+                let e = Exception { vector: vector::DB, error: None, payload: hit };
+                return self.cpu.deliver(Event::Fault(e));
+            }
+        }
+        let insn = match self.fetch_one() {
+            Ok(insn) => insn,
+            Err(Trap) => return self.fault(),
+        };
+        let cpu = &mut self.cpu;
+        let start = cpu.s.rip;
+        cpu.ip_base = start;
+        cpu.stop_block = false;
+        cpu.s.shadow = 0;
+        cpu.s.rip = cpu.next_ip_value(&insn);
+        self.counts.interpreted += 1;
+        let result = (insn.run)(cpu, &insn);
+        // RF lasts for one instruction; IRET and task switches, which load it, have left it set for the next one.
+        if resume && !loads_resume_flag(&insn) {
+            cpu.s.rflags &= !flag::RF;
+        }
+        if result.is_err() {
+            cpu.s.rip = start;
+            return self.after(result);
+        }
+        if single_step && cpu.s.shadow & SHADOW_MOV_SS == 0 {
+            cpu.pending_debug |= DR6_BS;
+        }
+        self.after(Ok(()))
+    }
+
+    /// Decodes the one instruction at RIP, without caching it.
+    fn fetch_one(&mut self) -> Result<Insn, Trap> {
+        let mut bytes = [0; MAX_LEN];
+        let mut have = 0;
+        loop {
+            have += self.fetch(have, &mut bytes)?;
+            match decode::decode(&bytes[..have], self.cpu.mode, &self.cpu.model) {
+                Ok(insn) => return Ok(insn),
+                Err(decode::NeedMoreBytes) if have < MAX_LEN => {}
+                Err(decode::NeedMoreBytes) => return Err(self.cpu.gp(0)),
+            }
+        }
+    }
+
+    /// Fetches instruction bytes from `rip + have` up to the end of that page, of CS, or of `out`; at least one.
+    fn fetch(&mut self, have: usize, out: &mut [u8; MAX_LEN]) -> Result<usize, Trap> {
+        let cpu = &mut self.cpu;
+        let ip = cpu.s.rip.wrapping_add(have as u64);
+        let mut n = MAX_LEN - have;
+        let linear = if cpu.mode.has(Mode::CODE64) {
+            ip
+        } else {
+            let cs: &Segment = &cpu.s.seg[usize::from(seg::CS)];
+            let left = (u64::from(cs.limit) + 1).saturating_sub(ip);
+            if left == 0 {
+                return Err(cpu.gp(0));
+            }
+            n = n.min(left as usize);
+            cs.base.wrapping_add(ip) & 0xffff_ffff
+        };
+        n = n.min((PAGE_SIZE - (linear & PAGE_MASK)) as usize);
+        let gpa = cpu.translate_code(linear)?;
+        if !cpu.ram.read_in_page(gpa, &mut out[have..have + n]) {
+            // Code in MMIO space: what the bus reads.
+            for (k, b) in out[have..have + n].iter_mut().enumerate() {
+                *b = cpu.platform.mmio_read(gpa + k as u64, 1) as u8;
+            }
+        }
+        Ok(n)
+    }
+
+    /// The linear address of RIP.
+    #[inline(always)]
+    fn linear_rip(&self) -> u64 {
+        let s = &self.cpu.s;
+        if self.cpu.mode.has(Mode::CODE64) {
+            s.rip
+        } else {
+            s.seg[usize::from(seg::CS)].base.wrapping_add(s.rip) & 0xffff_ffff
+        }
+    }
+
+    /// The block at RIP: from the jump cache, the block cache, or freshly decoded.
+    #[inline(always)]
+    fn find_block(&mut self) -> Result<BlockId, Trap> {
+        let linear = self.linear_rip();
+        let key = linear ^ self.cpu.salt;
+        let e = self.jump[jump_index(linear)];
+        if e.key == key {
+            return Ok(e.block);
+        }
+        self.find_block_slow(linear)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn find_block_slow(&mut self, linear: u64) -> Result<BlockId, Trap> {
+        self.counts.jump_misses += 1;
+        if self.cpu.flush_jump_cache {
+            self.flush_jump_cache();
+        }
+        let gpa = self.cpu.translate_code(linear)?;
+        let id = match self.blocks.find(gpa, self.cpu.mode) {
+            Some(id) => id,
+            None => self.decode_block(gpa)?,
+        };
+        let block = self.blocks.get(id);
+        if let Some(page) = block.next_page {
+            // Whether the second page still is what was decoded is asked each time, so the entry is not cached.
+            let next = linear.wrapping_add(u64::from(block.len) - 1);
+            let len = block.len;
+            if self.cpu.translate_code(next & !PAGE_MASK)? & !PAGE_MASK != page {
+                let first = gpa & !PAGE_MASK;
+                self.blocks.invalidate(first, crate::mem::granule_mask(gpa & PAGE_MASK, u64::from(len)), &self.cpu.ram);
+                self.flush_jump_cache();
+                return self.decode_block(gpa);
+            }
+            return Ok(id);
+        }
+        self.jump[jump_index(linear)] = JumpEntry { key: linear ^ self.cpu.salt, block: id };
+        Ok(id)
+    }
+
+    /// Decodes the block at RIP, whose physical address is `gpa`, and caches it.
+    fn decode_block(&mut self, gpa: u64) -> Result<BlockId, Trap> {
+        let mut insns: Vec<Insn> = Vec::with_capacity(8);
+        let start = self.cpu.s.rip;
+        let room = PAGE_SIZE - (gpa & PAGE_MASK);
+        let mut page = [0; PAGE_SIZE as usize];
+        let bytes = &mut page[..room as usize];
+        let in_ram = self.cpu.ram.read_in_page(gpa, bytes);
+        let limit = if self.cpu.mode.has(Mode::CODE64) {
+            room
+        } else {
+            (u64::from(self.cpu.s.seg[usize::from(seg::CS)].limit) + 1).saturating_sub(start).min(room)
+        };
+        let mut off = 0u64;
+        let mut next_page = None;
+        while in_ram && insns.len() < MAX_INSNS && off < limit {
+            match decode::decode(&bytes[off as usize..limit as usize], self.cpu.mode, &self.cpu.model) {
+                Ok(mut insn) if off + u64::from(insn.len) <= limit => {
+                    insn.off = off as u16;
+                    off += u64::from(insn.len);
+                    insns.push(insn);
+                    if insn.ends_block {
+                        break;
+                    }
+                }
+                _ => break,
+            }
+        }
+        if insns.is_empty() {
+            // The first instruction crosses the page or CS's limit, or is not in RAM.
+            let insn = self.fetch_one()?;
+            off = u64::from(insn.len);
+            let linear = self.linear_rip();
+            if off > room {
+                next_page = Some(self.cpu.translate_code(linear.wrapping_add(room))? & !PAGE_MASK);
+            }
+            insns.push(insn);
+        }
+        if self.blocks.is_full(insns.len()) {
+            self.blocks.clear(&self.cpu.ram);
+            self.flush_jump_cache();
+        }
+        let block = Block {
+            gpa,
+            mode: self.cpu.mode,
+            len: off as u16,
+            next_page,
+            insns: insns.into_boxed_slice(),
+            heat: 0,
+            live: true,
+        };
+        let (id, fresh) = self.blocks.insert(block, &self.cpu.ram);
+        for page in fresh.into_iter().flatten() {
+            self.cpu.mmu.tlb.protect(page);
+        }
+        Ok(id)
+    }
+
+    /// Drops the translations of code that stores have overwritten.
+    fn drop_overwritten_code(&mut self) {
+        if self.cpu.smc.is_empty() {
+            return;
+        }
+        for (page, granules) in std::mem::take(&mut self.cpu.smc) {
+            self.blocks.invalidate(page, granules, &self.cpu.ram);
+        }
+        self.flush_jump_cache();
+    }
+
+    fn flush_jump_cache(&mut self) {
+        self.cpu.flush_jump_cache = false;
+        self.jump.fill(JumpEntry { key: NO_KEY, block: 0 });
+    }
+}
+
+/// Interrupt shadow of STI.
+pub const SHADOW_STI: u8 = 1;
+/// Interrupt and debug shadow of MOV SS and POP SS.
+pub const SHADOW_MOV_SS: u8 = 2;
+/// DR6.BS: single step.
+pub const DR6_BS: u64 = 1 << 14;
+
+/// An event to deliver through the IDT.
+#[derive(Clone, Copy, Debug)]
+pub enum Event {
+    /// A fault (or abort): RIP is at the instruction, RF is set in the pushed flags.
+    Fault(Exception),
+    /// A trap-class exception: RIP is behind the instruction.
+    Trap(Exception),
+    /// INT n, INT3, INTO: gate DPL is checked, RIP is behind the instruction.
+    Software(u8),
+    /// INT1: as a trap without the DPL check.
+    Privileged(u8),
+    /// An external interrupt.
+    Interrupt(u8),
+    /// The non-maskable interrupt.
+    Nmi,
+}
+
+/// An exception while a double fault was delivered: shutdown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TripleFault;
+
+#[inline(always)]
+fn jump_index(linear: u64) -> usize {
+    (linear ^ linear >> 12) as usize & (JUMP_ENTRIES - 1)
+}
+
+fn mode_cut(mode: Mode, ip: u64) -> u64 {
+    match mode.bits() {
+        64 => ip,
+        32 => ip & 0xffff_ffff,
+        _ => ip & 0xffff,
+    }
+}
+
+fn loads_resume_flag(insn: &Insn) -> bool {
+    use iced_x86::Code::*;
+    matches!(insn.iced_code(), Iretw | Iretd | Iretq)
+}
