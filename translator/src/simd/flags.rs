@@ -86,8 +86,7 @@ mod tests {
             return;
         }
         each_pair(|a, b| {
-            let ours =
-                ([ptest(a, b), testps(a, b), testpd(a, b)], [movmskps(a), movmskpd(a), pmovmskb(a)]);
+            let ours = ([ptest(a, b), testps(a, b), testpd(a, b)], [movmskps(a), movmskpd(a), pmovmskb(a)]);
             // SAFETY: AVX is there.
             assert_eq!(ours, unsafe { host(a, b) }, "{a:#x} {b:#x}");
         });

@@ -59,13 +59,6 @@ pub(super) fn zip<T: Lane, const N: usize>(a: u128, b: u128, f: impl Fn(T, T) ->
     join::<T, N>(from_fn(|i| f(a[i], b[i])))
 }
 
-/// Replaces the low `bits` of `a` by those of `low`.
-#[inline(always)]
-pub(super) fn with_low(a: u128, bits: u32, low: u128) -> u128 {
-    let mask = if bits >= 128 { u128::MAX } else { (1 << bits) - 1 };
-    (a & !mask) | (low & mask)
-}
-
 /// A field-less enum whose variants can be listed and numbered, so that compiled code may name an operation by an
 /// integer.
 macro_rules! op_enum {

@@ -82,3 +82,45 @@ macro_rules! host_vec {
 }
 #[cfg(target_arch = "x86_64")]
 pub(super) use host_vec;
+
+/// A digest of results. Where a test against the processor has found them right, their digest, written into a test,
+/// checks every other host.
+pub(super) struct Digest(u64);
+
+impl Digest {
+    pub(super) fn new() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+
+    pub(super) fn add(&mut self, x: u128) {
+        for word in [x as u64, (x >> 64) as u64] {
+            self.0 = (self.0 ^ word).wrapping_mul(0x0000_0100_0000_01b3).rotate_left(23);
+        }
+    }
+
+    pub(super) fn value(&self) -> u64 {
+        self.0
+    }
+}
+
+/// The integer operations give on this host what they gave where the processor agreed.
+#[test]
+fn the_same_on_every_host() {
+    use super::*;
+    let mut d = Digest::new();
+    let mut k = 0u8;
+    each_pair(|a, b| {
+        k = k.wrapping_add(37);
+        VecOp::ALL.iter().for_each(|&op| d.add(eval(op, a, b)));
+        VecImmOp::ALL.iter().for_each(|&op| d.add(eval_imm(op, a, b, k)));
+        VecUnOp::ALL.iter().for_each(|&op| d.add(eval_unary(op, a)));
+        VecTerOp::ALL.iter().for_each(|&op| d.add(eval_ternary(op, a, b, a ^ b.rotate_left(9))));
+        let s = strings::pcmpistr(a, b, k);
+        d.add(s.mask ^ u128::from(s.index));
+        d.add(u128::from(scalar::pext(a as u64, b as u64) ^ scalar::pdep(a as u64, b as u64)));
+        d.add(scalar::crc32(k.into(), a as u64, 8).into());
+        d.add(u128::from(flags::pmovmskb(a) ^ flags::movmskps(b)));
+        d.add(wide::permq([a, b], k)[1] ^ wide::permd([a, b], [b, a])[0]);
+    });
+    assert_eq!(d.value(), 0x5690_2151_b0a3_a970, "{:#x}", d.value());
+}
