@@ -1,8 +1,8 @@
 //! SSE/AVX floating point (SDM vol. 1 chapters 10–14 and appendix E), bit-exact in results and in MXCSR flags.
 //!
-//! There are two implementations. [`host_x86`] executes the very instruction, on a processor that has it; its rounding,
+//! There are two implementations. `host_x86` executes the very instruction, on a processor that has it; its rounding,
 //! flush-to-zero and denormals-are-zero modes are the *ambient* ones of the host's own MXCSR, where the sticky flags
-//! accumulate as well. [`soft`] computes with integers, controlled by [`FpEnv::mxcsr`] and raising flags there. It
+//! accumulate as well. `soft` computes with integers, controlled by [`FpEnv::mxcsr`] and raising flags there. It
 //! serves hosts of other architectures, instructions that the processor lacks, and guests that unmask an exception.
 //!
 //! **Contract**: code that calls the functions of this module runs between [`FpEnv::load`] and [`FpEnv::unload`]. In
