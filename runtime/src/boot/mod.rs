@@ -2,7 +2,7 @@
 //! with what the firmware would have left there, and the state of the boot processor is told to the caller.
 //!
 //! Two kinds of kernel are known, by content and not by name: a Linux bzImage, entered at its 64-bit entry point
-//! ([`bzimage`]), and an ELF file with a PVH entry note ([`pvh`]).
+//! (`bzimage.rs`), and an ELF file with a PVH entry note (`pvh.rs`).
 //!
 //! A kernel file is the user's, not the guest's; still its every field is checked before it is used, so that no file
 //! whatever gives more than an error. Nothing here depends on the host's instruction set.
