@@ -256,6 +256,8 @@ pub trait Emit: Sized {
     fn next_ip(&mut self, i: &Insn) -> Self::V;
     /// Checks that a near branch may go to `target` (64-bit value): canonical, or inside CS's limit; else #GP(0).
     fn check_target(&mut self, i: &Insn, target: Self::V) -> Result<(), Self::Trap>;
+    /// As [`Emit::check_target`], for the instruction's own relative target.
+    fn check_relative(&mut self, i: &Insn) -> Result<(), Self::Trap>;
     /// Sets RIP to a computed, checked target.
     fn set_ip(&mut self, i: &Insn, target: Self::V);
     /// Sets RIP to the instruction's own relative target, checking it as [`Emit::check_target`] does.

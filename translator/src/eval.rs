@@ -244,6 +244,12 @@ impl Emit for Cpu {
     }
 
     #[inline(always)]
+    fn check_relative(&mut self, i: &Insn) -> Result<(), Trap> {
+        let target = self.relative_target(i);
+        self.check_target(i, target)
+    }
+
+    #[inline(always)]
     fn set_ip(&mut self, _i: &Insn, target: u64) {
         self.s.rip = target;
     }

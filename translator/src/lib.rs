@@ -14,6 +14,7 @@ pub mod mem;
 pub mod mmu;
 pub mod platform;
 pub mod semantics;
+pub mod simd;
 pub mod state;
 pub mod system;
 pub mod vcpu;

@@ -5,7 +5,15 @@
 //! system instructions are plain functions on [`Cpu`], which compiled code calls with exact state.
 
 pub mod arithmetic;
+pub mod bits;
+pub mod control;
+pub mod data;
 pub mod io;
+pub mod logic;
+pub mod muldiv;
+pub mod shift;
+pub mod stack;
+pub mod string;
 pub mod system;
 
 use iced_x86::Instruction;
@@ -93,7 +101,19 @@ pub(crate) use interp;
 /// Finds the semantics of a valid instruction; #UD for one that has none.
 pub fn lookup(form: &Form<'_>) -> &'static Sem {
     type Lookup = fn(&Form<'_>) -> Option<&'static Sem>;
-    const GROUPS: &[Lookup] = &[system::lookup, io::lookup, arithmetic::lookup];
+    const GROUPS: &[Lookup] = &[
+        system::lookup,
+        io::lookup,
+        arithmetic::lookup,
+        data::lookup,
+        logic::lookup,
+        control::lookup,
+        stack::lookup,
+        shift::lookup,
+        bits::lookup,
+        muldiv::lookup,
+        string::lookup,
+    ];
     GROUPS.iter().find_map(|f| f(form)).unwrap_or_else(undefined)
 }
 

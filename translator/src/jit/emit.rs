@@ -1,0 +1,1098 @@
+//! The compiler's evaluator: semantics run on Cranelift values.
+//!
+//! Guest registers are SSA variables, loaded at the region's entry. A register that was written is *dirty* until it
+//! is stored to the CPU state: before every access that may fault (so that state is precise there), before helpers,
+//! and at exits. Flags are kept as the operation that made them and turned into words only where something reads
+//! them; at a possible fault that happens on the cold path.
+
+use std::mem::offset_of;
+
+use cranelift_codegen::ir::condcodes::IntCC;
+use cranelift_codegen::ir::immediates::Offset32;
+use cranelift_codegen::ir::types::{I8, I8X16, I16, I32, I64, I64X2};
+use cranelift_codegen::ir::{Block, BlockArg, InstBuilder, MemFlagsData, SigRef, Type, Value};
+use cranelift_frontend::{FunctionBuilder, Variable};
+
+use crate::addr::PAGE_MASK;
+use crate::cpu::Cpu;
+use crate::emit::{Bin, Cmp, Cond, Emit, Flags, Un};
+use crate::flags;
+use crate::insn::{Insn, Mode};
+use crate::jit::Unsupported;
+use crate::jit::frame::{lazy, reason};
+use crate::jit::region::Plan;
+use crate::mmu::tlb::{TLB_ENTRIES, TlbEntry};
+use crate::state::seg;
+use crate::vcpu::{JUMP_ENTRIES, JumpEntry};
+use crate::width::{W8, W16, W32, W64, Width};
+
+/// Index of a helper's address in [`crate::jit::frame::JitFrame::helpers`].
+#[derive(Clone, Copy)]
+pub enum Helper {
+    /// Resolve a load: (linear, bytes).
+    Load,
+    /// Do a store: (linear, bytes, value).
+    Store,
+    /// Resolve a read-modify-write: (linear, bytes).
+    Modify,
+    /// Evaluate an instruction: (instruction, page instruction pointer).
+    Evaluate,
+}
+
+/// What is known of the flags at a point of the emission.
+#[derive(Clone)]
+enum FlagVal {
+    /// They stand in the CPU state, perhaps in deferred form.
+    Memory,
+    /// The words as values.
+    Raw(Value, Value, Value),
+    /// All were set by an operation on operands of this many bytes.
+    Op(Flags<Value>, u64),
+    /// Some were set by an operation, the others as before.
+    Partial(Flags<Value>, u64, Box<FlagVal>),
+}
+
+/// Registers and flags that the CPU state does not have yet.
+#[derive(Clone, Copy, Default)]
+struct Dirty {
+    gpr: u16,
+    x: u16,
+    y: u16,
+}
+
+/// Emits one region.
+pub struct JitEmit<'a> {
+    /// The function being built.
+    pub b: FunctionBuilder<'a>,
+    plan: &'a Plan,
+    /// The CPU ([`Cpu`]) that the function's argument points to.
+    cpu: Value,
+    tlb: Value,
+    gpr: [Option<Variable>; 16],
+    x: [Option<Variable>; 16],
+    y: [Option<Variable>; 16],
+    /// Instruction pointer of the page's first byte.
+    page_ip: Value,
+    /// Instructions completed since the region was entered, up to the current block.
+    count: Variable,
+    /// Cranelift blocks of the plan's blocks.
+    blocks: Vec<Block>,
+    /// Exit for "interpret the instruction at this offset": (offset, count).
+    side_exit: Block,
+    helper_sig: SigRef,
+    tail_sig: SigRef,
+    dirty: Dirty,
+    flags: FlagVal,
+    flags_dirty: bool,
+    /// Page offset of the instruction being emitted, and how many of the block precede it.
+    off: u64,
+    done: i64,
+    /// Index of the block being emitted.
+    current: usize,
+    /// Whether the flags are needed behind the current block.
+    flags_live_out: bool,
+    /// Host address that the last `load_rmw` of this instruction resolved.
+    rmw_host: Option<Value>,
+    /// Whether the block has its terminator.
+    ended: bool,
+}
+
+fn ty<W: Width>() -> Type {
+    int_type(W::BYTES)
+}
+
+fn int_type(bytes: u64) -> Type {
+    match bytes {
+        1 => I8,
+        2 => I16,
+        4 => I32,
+        _ => I64,
+    }
+}
+
+/// Accesses to the CPU state and to guest RAM behind a checked TLB entry cannot trap.
+fn plain() -> MemFlagsData {
+    MemFlagsData::new().with_notrap()
+}
+
+fn aligned() -> MemFlagsData {
+    MemFlagsData::trusted()
+}
+
+const fn gpr_at(r: usize) -> i32 {
+    (offset_of!(Cpu, s.gpr) + 8 * r) as i32
+}
+
+const fn x_at(r: usize) -> i32 {
+    (offset_of!(Cpu, s.ymm) + 32 * r) as i32
+}
+
+macro_rules! at {
+    ($($field:tt)+) => { offset_of!(Cpu, $($field)+) as i32 };
+}
+
+impl<'a> JitEmit<'a> {
+    /// Starts the function: loads the registers that the region uses and declares its blocks.
+    pub fn new(mut b: FunctionBuilder<'a>, plan: &'a Plan, helper_sig: SigRef, tail_sig: SigRef) -> JitEmit<'a> {
+        let entry = b.create_block();
+        b.append_block_params_for_function_params(entry);
+        b.switch_to_block(entry);
+        let cpu = b.block_params(entry)[0];
+        let used = plan.blocks.iter().fold((0u16, 0u16, 0u16), |u, block| {
+            let k = &block.usage;
+            (u.0 | k.gpr_read | k.gpr_written, u.1 | k.x_read | k.x_written, u.2 | k.y_read | k.y_written)
+        });
+        let rip = b.ins().load(I64, aligned(), cpu, at!(s.rip));
+        let page_ip = b.ins().band_imm_s(rip, !(PAGE_MASK as i64));
+        let tlb = b.ins().load(I64, aligned(), cpu, at!(jit.tlb));
+        let count = b.declare_var(I64);
+        let zero = b.ins().iconst(I64, 0);
+        b.def_var(count, zero);
+        let mut variables = |mask: u16, t: Type, at: &dyn Fn(usize) -> i32| {
+            let mut vars = [None; 16];
+            for r in (0..16).filter(|r| mask >> r & 1 != 0) {
+                let v = b.declare_var(t);
+                let value = b.ins().load(t, plain(), cpu, at(r));
+                b.def_var(v, value);
+                vars[r] = Some(v);
+            }
+            vars
+        };
+        let gpr = variables(used.0, I64, &gpr_at);
+        let x = variables(used.1, I8X16, &x_at);
+        let y = variables(used.2, I8X16, &|r| x_at(r) + 16);
+        let blocks: Vec<Block> = plan.blocks.iter().map(|_| b.create_block()).collect();
+        let side_exit = b.create_block();
+        b.set_cold_block(side_exit);
+        b.append_block_param(side_exit, I64);
+        b.append_block_param(side_exit, I64);
+        let mut e = JitEmit {
+            b,
+            plan,
+            cpu,
+            tlb,
+            gpr,
+            x,
+            y,
+            page_ip,
+            count,
+            blocks,
+            side_exit,
+            helper_sig,
+            tail_sig,
+            dirty: Dirty::default(),
+            flags: FlagVal::Memory,
+            flags_dirty: false,
+            off: plan.blocks[0].off,
+            done: 0,
+            current: 0,
+            flags_live_out: true,
+            rmw_host: None,
+            ended: false,
+        };
+        e.poll(plan.blocks[0].off as i64);
+        let first = e.blocks[0];
+        e.b.ins().jump(first, &[]);
+        e
+    }
+
+    /// Emits the whole region.
+    pub fn emit(mut self) -> FunctionBuilder<'a> {
+        let plan = self.plan;
+        let dirty_in = dirty_on_entry(plan);
+        let live_in = flags_live_on_entry(plan);
+        for (k, block) in plan.blocks.iter().enumerate() {
+            let target = self.blocks[k];
+            self.b.switch_to_block(target);
+            self.current = k;
+            self.dirty = dirty_in[k];
+            self.flags = FlagVal::Memory;
+            self.flags_dirty = false;
+            self.ended = false;
+            self.flags_live_out = block.successors().count() == 0
+                || block.successors().any(|s| plan.find(s).is_none_or(|s| live_in[s]));
+            for (n, i) in block.insns.iter().enumerate() {
+                self.off = u64::from(i.off);
+                self.done = n as i64;
+                self.rmw_host = None;
+                self.instruction(i);
+            }
+            if !self.ended {
+                self.done = block.insns.len() as i64;
+                self.go(block.end_off() as i64);
+            }
+        }
+        self.finish_side_exit();
+        self.b.seal_all_blocks();
+        self.b
+    }
+
+    fn instruction(&mut self, i: &Insn) {
+        // The instruction may turn out to have no compiled form halfway: what it emitted so far has no effect then.
+        let saved = (self.dirty, self.flags.clone(), self.flags_dirty);
+        if let Some(f) = i.sem.jit {
+            self.done += 1;
+            let result = f(self, i);
+            self.done -= 1;
+            if result.is_ok() {
+                return;
+            }
+        }
+        // Flushes emitted meanwhile are harmless to repeat.
+        (self.dirty, self.flags, self.flags_dirty) = saved;
+        self.helper_instruction(i);
+    }
+
+    /// Calls the interpreter's evaluation of an instruction.
+    fn helper_instruction(&mut self, i: &Insn) {
+        self.write_through();
+        self.store_flags();
+        let insn = self.b.ins().iconst(I64, std::ptr::from_ref(i) as i64);
+        let page_ip = self.page_ip;
+        self.call(Helper::Evaluate, insn, page_ip, None);
+        let status = self.b.ins().load(I64, aligned(), self.cpu, at!(jit.exit_reason));
+        let (stop, go_on) = (self.b.create_block(), self.b.create_block());
+        self.b.set_cold_block(stop);
+        if i.ends_block {
+            self.b.ins().jump(stop, &[]);
+        } else {
+            self.b.ins().brif(status, stop, &[], go_on, &[]);
+        }
+        self.b.switch_to_block(stop);
+        // The helper counts its own instruction.
+        self.add_count(self.done);
+        self.b.ins().return_(&[]);
+        if i.ends_block {
+            self.ended = true;
+        }
+        self.b.switch_to_block(go_on);
+        if i.ends_block {
+            // Not reached; every block needs a terminator.
+            self.b.ins().return_(&[]);
+            return;
+        }
+        self.reload();
+        self.flags = FlagVal::Memory;
+        self.flags_dirty = false;
+        // The helper has counted the instruction already.
+        let count = self.b.use_var(self.count);
+        let count = self.b.ins().iadd_imm_s(count, -1);
+        self.b.def_var(self.count, count);
+    }
+
+    fn reload(&mut self) {
+        for r in 0..16 {
+            if let Some(v) = self.gpr[r] {
+                let value = self.b.ins().load(I64, aligned(), self.cpu, gpr_at(r));
+                self.b.def_var(v, value);
+            }
+            if let Some(v) = self.x[r] {
+                let value = self.b.ins().load(I8X16, plain(), self.cpu, x_at(r));
+                self.b.def_var(v, value);
+            }
+            if let Some(v) = self.y[r] {
+                let value = self.b.ins().load(I8X16, plain(), self.cpu, x_at(r) + 16);
+                self.b.def_var(v, value);
+            }
+        }
+    }
+
+    fn call(&mut self, helper: Helper, a: Value, b: Value, c: Option<Value>) {
+        let at = at!(jit.helpers) + 8 * helper as i32;
+        let f = self.b.ins().load(I64, aligned(), self.cpu, at);
+        let c = c.unwrap_or(b);
+        let cpu = self.cpu;
+        self.b.ins().call_indirect(self.helper_sig, f, &[cpu, a, b, c]);
+    }
+
+    /// Adds the instructions completed so far to the CPU's count.
+    fn add_count(&mut self, extra: i64) {
+        let count = self.b.use_var(self.count);
+        let total = self.b.ins().load(I64, aligned(), self.cpu, at!(jit.count));
+        let total = self.b.ins().iadd(total, count);
+        let total = self.b.ins().iadd_imm_s(total, extra);
+        self.b.ins().store(aligned(), total, self.cpu, at!(jit.count));
+    }
+
+    // ---- state ----
+
+    /// Stores every dirty register; they stay dirty, for code on a cold path.
+    fn store_dirty(&mut self) {
+        for r in 0..16 {
+            let (cpu, d) = (self.cpu, self.dirty);
+            let mut put = |v: Option<Variable>, mask: u16, offset: i32| {
+                if let Some(v) = v.filter(|_| mask >> r & 1 != 0) {
+                    let value = self.b.use_var(v);
+                    self.b.ins().store(plain(), value, cpu, offset);
+                }
+            };
+            put(self.gpr[r], d.gpr, gpr_at(r));
+            put(self.x[r], d.x, x_at(r));
+            put(self.y[r], d.y, x_at(r) + 16);
+        }
+    }
+
+    /// Stores every dirty register on the hot path.
+    fn write_through(&mut self) {
+        self.store_dirty();
+        self.dirty = Dirty::default();
+    }
+
+    /// Stores the flags if the CPU state does not have them.
+    fn store_flags(&mut self) {
+        if self.flags_dirty {
+            self.store_flags_copy();
+            self.flags_dirty = false;
+        }
+    }
+
+    /// The stores of [`Self::store_flags`], without noting that they are done.
+    fn store_flags_copy(&mut self) {
+        let (kind, operands) = match self.flags.clone() {
+            FlagVal::Memory => return,
+            FlagVal::Op(Flags::Cmp { a, b, .. }, n) => (lazy::kind(lazy::CMP, n), [Some(a), Some(b), None]),
+            FlagVal::Op(Flags::Add { a, b, r }, n) => (lazy::kind(lazy::ADD, n), [Some(a), Some(b), Some(r)]),
+            FlagVal::Op(Flags::Sub { a, b, r }, n) => (lazy::kind(lazy::SUB, n), [Some(a), Some(b), Some(r)]),
+            FlagVal::Op(Flags::Logic { r }, n) => (lazy::kind(lazy::LOGIC, n), [None, None, Some(r)]),
+            _ => {
+                let (z, sp, co) = self.words();
+                for (v, offset) in [(z, at!(s.cc_z)), (sp, at!(s.cc_sp)), (co, at!(s.cc_co))] {
+                    self.b.ins().store(aligned(), v, self.cpu, offset);
+                }
+                (0, [None; 3])
+            }
+        };
+        let kind = self.b.ins().iconst(I64, kind as i64);
+        self.b.ins().store(aligned(), kind, self.cpu, at!(jit.lazy_kind));
+        for (v, offset) in operands.into_iter().zip([at!(jit.lazy_a), at!(jit.lazy_b), at!(jit.lazy_r)]) {
+            if let Some(v) = v {
+                // Upper bytes are cut off when the flags are folded.
+                self.b.ins().store(plain(), v, self.cpu, offset);
+            }
+        }
+    }
+
+    /// The lazy flag words as values at this point, without changing what is tracked.
+    fn words(&mut self) -> (Value, Value, Value) {
+        match self.flags.clone() {
+            FlagVal::Raw(z, sp, co) => (z, sp, co),
+            FlagVal::Memory => self.words_from_memory(),
+            FlagVal::Op(f, n) => self.materialise(f, n),
+            FlagVal::Partial(f, n, before) => {
+                let now = std::mem::replace(&mut self.flags, *before);
+                let (z, sp, co) = self.words();
+                self.flags = FlagVal::Raw(z, sp, co);
+                let words = self.materialise(f, n);
+                self.flags = now;
+                words
+            }
+        }
+    }
+
+    fn materialise(&mut self, f: Flags<Value>, bytes: u64) -> (Value, Value, Value) {
+        match bytes {
+            1 => flags::materialise::<Self, W8>(self, f),
+            2 => flags::materialise::<Self, W16>(self, f),
+            4 => flags::materialise::<Self, W32>(self, f),
+            _ => flags::materialise::<Self, W64>(self, f),
+        }
+    }
+
+    /// The words out of the CPU state, whose deferred form is folded first on a cold path: a whole-state helper is
+    /// not worth it, the interpreter takes the instruction instead.
+    fn words_from_memory(&mut self) -> (Value, Value, Value) {
+        let kind = self.b.ins().load(I64, aligned(), self.cpu, at!(jit.lazy_kind));
+        self.side_exit_if(kind);
+        let mut word = |offset| self.b.ins().load(I64, aligned(), self.cpu, offset);
+        (word(at!(s.cc_z)), word(at!(s.cc_sp)), word(at!(s.cc_co)))
+    }
+
+    // ---- exits ----
+
+    /// Leaves the region, before the current instruction changed anything, if `c` is not zero: the interpreter does
+    /// the instruction.
+    fn side_exit_if(&mut self, c: Value) {
+        let (out, go_on) = (self.b.create_block(), self.b.create_block());
+        self.b.set_cold_block(out);
+        self.b.ins().brif(c, out, &[], go_on, &[]);
+        self.b.switch_to_block(out);
+        self.leave_to_interpreter();
+        self.b.switch_to_block(go_on);
+    }
+
+    /// Ends the current (cold) block by a side exit.
+    fn leave_to_interpreter(&mut self) {
+        self.store_dirty();
+        if self.flags_dirty && !matches!(self.flags, FlagVal::Memory) {
+            self.store_flags_cold();
+        }
+        let off = self.b.ins().iconst(I64, self.off as i64);
+        let count = self.b.use_var(self.count);
+        let count = self.b.ins().iadd_imm_s(count, self.done - 1);
+        let side_exit = self.side_exit;
+        self.b.ins().jump(side_exit, &[BlockArg::Value(off), BlockArg::Value(count)]);
+    }
+
+    /// As [`Self::store_flags_copy`]; flags that are partly in memory were read there when the operation was
+    /// recorded, so no further side exit arises here.
+    fn store_flags_cold(&mut self) {
+        self.store_flags_copy();
+    }
+
+    fn finish_side_exit(&mut self) {
+        let block = self.side_exit;
+        self.b.switch_to_block(block);
+        let params = self.b.block_params(block);
+        let (off, count) = (params[0], params[1]);
+        let rip = self.ip_value(off);
+        self.b.ins().store(aligned(), rip, self.cpu, at!(s.rip));
+        let total = self.b.ins().load(I64, aligned(), self.cpu, at!(jit.count));
+        let total = self.b.ins().iadd(total, count);
+        self.b.ins().store(aligned(), total, self.cpu, at!(jit.count));
+        let why = self.b.ins().iconst(I64, reason::INTERPRET as i64);
+        self.b.ins().store(aligned(), why, self.cpu, at!(jit.exit_reason));
+        self.b.ins().return_(&[]);
+    }
+
+    /// The instruction pointer at a page offset.
+    fn ip_value(&mut self, off: Value) -> Value {
+        let ip = self.b.ins().iadd(self.page_ip, off);
+        if self.plan.mode.has(Mode::CODE64) { ip } else { self.b.ins().band_imm_u(ip, 0xffff_ffff) }
+    }
+
+    fn ip_at(&mut self, off: i64) -> Value {
+        let off = self.b.ins().iconst(I64, off);
+        self.ip_value(off)
+    }
+
+    /// Returns to the dispatch loop at page offset `off` if a kick is pending. State must be written through.
+    fn poll(&mut self, off: i64) {
+        let word = self.b.ins().load(I64, aligned(), self.cpu, at!(jit.kick));
+        let kick = self.b.ins().atomic_load(I32, MemFlagsData::trusted(), word);
+        let (out, go_on) = (self.b.create_block(), self.b.create_block());
+        self.b.set_cold_block(out);
+        self.b.ins().brif(kick, out, &[], go_on, &[]);
+        self.b.switch_to_block(out);
+        self.store_dirty();
+        let rip = self.ip_at(off);
+        self.b.ins().store(aligned(), rip, self.cpu, at!(s.rip));
+        self.add_count(0);
+        self.b.ins().return_(&[]);
+        self.b.switch_to_block(go_on);
+    }
+
+    /// Counts the current block's instructions, once per way out of it.
+    fn count_block(&mut self) {
+        let count = self.b.use_var(self.count);
+        let count = self.b.ins().iadd_imm_s(count, self.done);
+        self.b.def_var(self.count, count);
+    }
+
+    /// Ends the current Cranelift block by going on at page offset `off`: in the region if it has a block there,
+    /// else through the jump cache. Flags are stored; `count` is up to date.
+    fn edge(&mut self, off: i64) {
+        if let Some(k) = self.plan.find(off) {
+            if k <= self.current {
+                self.poll(off);
+            }
+            let target = self.blocks[k];
+            self.b.ins().jump(target, &[]);
+        } else {
+            let rip = self.ip_at(off);
+            self.exit_to(rip);
+        }
+    }
+
+    /// Goes on at a page offset unconditionally.
+    fn go(&mut self, off: i64) {
+        if self.flags_live_out {
+            self.store_flags();
+        }
+        self.count_block();
+        self.edge(off);
+        self.ended = true;
+    }
+
+    /// Leaves the region for `rip` by the jump cache.
+    fn exit_to(&mut self, rip: Value) {
+        self.store_dirty();
+        self.b.ins().store(aligned(), rip, self.cpu, at!(s.rip));
+        self.add_count(0);
+        let salt = self.b.ins().load(I64, aligned(), self.cpu, at!(salt));
+        let key = self.b.ins().bxor(rip, salt);
+        let page = self.b.ins().ushr_imm_u(rip, 12);
+        let index = self.b.ins().bxor(rip, page);
+        let index = self.b.ins().band_imm_u(index, JUMP_ENTRIES as i64 - 1);
+        let index = self.b.ins().ishl_imm_u(index, i64::from(size_of::<JumpEntry>().trailing_zeros()));
+        let jump = self.b.ins().load(I64, aligned(), self.cpu, at!(jit.jump));
+        let entry = self.b.ins().iadd(jump, index);
+        let found = self.b.ins().load(I64, aligned(), entry, offset_of!(JumpEntry, key) as i32);
+        let hit = self.b.ins().icmp(IntCC::Equal, found, key);
+        let (go, out) = (self.b.create_block(), self.b.create_block());
+        self.b.set_cold_block(out);
+        self.b.ins().brif(hit, go, &[], out, &[]);
+        self.b.switch_to_block(go);
+        let code = self.b.ins().load(I64, aligned(), entry, offset_of!(JumpEntry, code) as i32);
+        let cpu = self.cpu;
+        self.b.ins().return_call_indirect(self.tail_sig, code, &[cpu]);
+        self.b.switch_to_block(out);
+        self.b.ins().return_(&[]);
+    }
+
+    // ---- memory ----
+
+    fn linear(&mut self, i: &Insn, s: u8, ea: Value) -> Result<Value, Unsupported> {
+        if s >= seg::FS {
+            if !self.plan.mode.has(Mode::CODE64) {
+                return Err(Unsupported);
+            }
+            let base = self.seg_base(s);
+            return Ok(self.b.ins().iadd(base, ea));
+        }
+        if i.flat || self.plan.mode.has(Mode::FLAT) { Ok(ea) } else { Err(Unsupported) }
+    }
+
+    /// The host address of `bytes` bytes at `linear`, by the TLB's `tag`; `slow` gives it on a miss.
+    fn host(&mut self, linear: Value, bytes: u64, tag: usize, slow: impl FnOnce(&mut Self) -> Option<Value>) -> Value {
+        let shift = size_of::<TlbEntry>().trailing_zeros();
+        let index = self.b.ins().ushr_imm_u(linear, i64::from(12 - shift));
+        let index = self.b.ins().band_imm_u(index, ((TLB_ENTRIES - 1) << shift) as i64);
+        let entry = self.b.ins().iadd(self.tlb, index);
+        let last = if bytes == 1 { linear } else { self.b.ins().iadd_imm_u(linear, bytes as i64 - 1) };
+        let page = self.b.ins().band_imm_s(last, !(PAGE_MASK as i64));
+        let found = self.b.ins().load(I64, aligned(), entry, tag as i32);
+        let hit = self.b.ins().icmp(IntCC::Equal, found, page);
+        let (fast, miss, go_on) = (self.b.create_block(), self.b.create_block(), self.b.create_block());
+        self.b.set_cold_block(miss);
+        let host = self.b.append_block_param(go_on, I64);
+        self.b.ins().brif(hit, fast, &[], miss, &[]);
+        self.b.switch_to_block(miss);
+        if let Some(host) = slow(self) {
+            self.b.ins().jump(go_on, &[BlockArg::Value(host)]);
+        }
+        self.b.switch_to_block(fast);
+        let addend = self.b.ins().load(I64, aligned(), entry, offset_of!(TlbEntry, addend) as i32);
+        let address = self.b.ins().iadd(addend, linear);
+        self.b.ins().jump(go_on, &[BlockArg::Value(address)]);
+        self.b.switch_to_block(go_on);
+        host
+    }
+
+    /// Calls a slow path and leaves to the interpreter if it says so; gives the address it found.
+    fn slow(&mut self, helper: Helper, linear: Value, bytes: u64, value: Option<Value>) -> Value {
+        let bytes = self.b.ins().iconst(I64, bytes as i64);
+        self.call(helper, linear, bytes, value);
+        let found = self.b.ins().load(I64, aligned(), self.cpu, at!(jit.slow_result));
+        let none = self.b.ins().icmp_imm_u(IntCC::Equal, found, 0);
+        self.side_exit_if(none);
+        found
+    }
+
+    fn load_host(&mut self, linear: Value, bytes: u64) -> Value {
+        self.write_through();
+        self.host(linear, bytes, offset_of!(TlbEntry, read), |e| Some(e.slow(Helper::Load, linear, bytes, None)))
+    }
+
+    fn store_value(&mut self, linear: Value, bytes: u64, v: Value) {
+        self.write_through();
+        let done = self.b.create_block();
+        let host = self.host(linear, bytes, offset_of!(TlbEntry, write), |e| {
+            let wide = if bytes == 16 {
+                e.b.ins().store(plain(), v, e.cpu, at!(jit.bounce));
+                e.b.ins().iconst(I64, 0)
+            } else {
+                e.extend(v, bytes)
+            };
+            e.slow(Helper::Store, linear, bytes, Some(wide));
+            e.b.ins().jump(done, &[]);
+            None
+        });
+        self.b.ins().store(plain(), v, host, 0);
+        self.b.ins().jump(done, &[]);
+        self.b.switch_to_block(done);
+    }
+
+    fn extend(&mut self, v: Value, bytes: u64) -> Value {
+        if bytes == 8 { v } else { self.b.ins().uextend(I64, v) }
+    }
+
+    fn check_alignment(&mut self, linear: Value) {
+        let low = self.b.ins().band_imm_u(linear, 15);
+        self.side_exit_if(low);
+    }
+
+    fn to_type(&mut self, v: Value, from: u64, to: u64) -> Value {
+        match from.cmp(&to) {
+            std::cmp::Ordering::Equal => v,
+            std::cmp::Ordering::Less => self.b.ins().uextend(int_type(to), v),
+            std::cmp::Ordering::Greater => self.b.ins().ireduce(int_type(to), v),
+        }
+    }
+
+    fn var(&self, vars: &[Option<Variable>; 16], r: u8) -> Variable {
+        // Usage has seen every register that the semantics touch.
+        vars[usize::from(r & 15)].unwrap_or(self.count)
+    }
+
+    /// Bitcasts a vector to another lane type.
+    pub fn lanes(&mut self, v: Value, t: Type) -> Value {
+        let flags = MemFlagsData::new().with_endianness(cranelift_codegen::ir::Endianness::Little);
+        if self.b.func.dfg.value_type(v) == t { v } else { self.b.ins().bitcast(t, flags, v) }
+    }
+}
+
+/// The registers that may be dirty on entry to each block: written on some path since the last write-through.
+fn dirty_on_entry(plan: &Plan) -> Vec<Dirty> {
+    let mut entry = vec![Dirty::default(); plan.blocks.len()];
+    loop {
+        let mut changed = false;
+        for (k, block) in plan.blocks.iter().enumerate() {
+            let u = &block.usage;
+            let mut out = Dirty { gpr: u.gpr_dirty, x: u.x_dirty, y: u.y_dirty };
+            if !u.flushes {
+                let d = entry[k];
+                out = Dirty { gpr: out.gpr | d.gpr, x: out.x | d.x, y: out.y | d.y };
+            }
+            for s in block.successors().filter_map(|s| plan.find(s)) {
+                let d = &mut entry[s];
+                let new = Dirty { gpr: d.gpr | out.gpr, x: d.x | out.x, y: d.y | out.y };
+                changed |= (new.gpr, new.x, new.y) != (d.gpr, d.x, d.y);
+                *d = new;
+            }
+        }
+        if !changed {
+            return entry;
+        }
+    }
+}
+
+/// Whether the flags on entry to each block matter.
+fn flags_live_on_entry(plan: &Plan) -> Vec<bool> {
+    let mut live = vec![false; plan.blocks.len()];
+    loop {
+        let mut changed = false;
+        for (k, block) in plan.blocks.iter().enumerate().rev() {
+            let out = block.end == crate::jit::region::End::Exit
+                || block.successors().any(|s| {
+                    // A back edge polls for interrupts, which push the flags.
+                    plan.find(s).is_none_or(|s| live[s] || s <= k)
+                });
+            let now = block.usage.flags_needed || (!block.usage.flags_killed && out);
+            changed |= now != live[k];
+            live[k] = now;
+        }
+        if !changed {
+            return live;
+        }
+    }
+}
+
+impl Emit for JitEmit<'_> {
+    type V = Value;
+    type X = Value;
+    type Trap = Unsupported;
+
+    fn imm<W: Width>(&mut self, k: u64) -> Value {
+        self.b.ins().iconst(ty::<W>(), W::zext(k) as i64)
+    }
+
+    fn bin<W: Width>(&mut self, op: Bin, x: Value, y: Value) -> Value {
+        let b = self.b.ins();
+        match op {
+            Bin::Add => b.iadd(x, y),
+            Bin::Sub => b.isub(x, y),
+            Bin::And => b.band(x, y),
+            Bin::Or => b.bor(x, y),
+            Bin::Xor => b.bxor(x, y),
+            Bin::Mul => b.imul(x, y),
+            Bin::Shl => b.ishl(x, y),
+            Bin::Shr => b.ushr(x, y),
+            Bin::Sar => b.sshr(x, y),
+            Bin::Rotl => b.rotl(x, y),
+            Bin::Rotr => b.rotr(x, y),
+        }
+    }
+
+    fn bin_imm<W: Width>(&mut self, op: Bin, x: Value, k: u64) -> Value {
+        let k = W::sext(k) as i64;
+        let b = self.b.ins();
+        match op {
+            Bin::Add => b.iadd_imm_s(x, k),
+            Bin::Sub => b.iadd_imm_s(x, k.wrapping_neg()),
+            Bin::And => b.band_imm_s(x, k),
+            Bin::Or => b.bor_imm_s(x, k),
+            Bin::Xor => b.bxor_imm_s(x, k),
+            Bin::Shl => b.ishl_imm_u(x, k),
+            Bin::Shr => b.ushr_imm_u(x, k),
+            Bin::Sar => b.sshr_imm_u(x, k),
+            Bin::Mul | Bin::Rotl | Bin::Rotr => {
+                let k = self.imm::<W>(k as u64);
+                self.bin::<W>(op, x, k)
+            }
+        }
+    }
+
+    fn un<W: Width>(&mut self, op: Un, x: Value) -> Value {
+        let narrow = W::BITS < 32;
+        match op {
+            Un::Not => self.b.ins().bnot(x),
+            Un::Neg => self.b.ins().ineg(x),
+            Un::Clz if narrow => {
+                let wide = self.b.ins().uextend(I32, x);
+                let n = self.b.ins().clz(wide);
+                let n = self.b.ins().iadd_imm_s(n, i64::from(W::BITS) - 32);
+                self.b.ins().ireduce(ty::<W>(), n)
+            }
+            Un::Clz => self.b.ins().clz(x),
+            Un::Ctz if narrow => {
+                let wide = self.b.ins().uextend(I32, x);
+                let bounded = self.b.ins().bor_imm_u(wide, 1 << W::BITS);
+                let n = self.b.ins().ctz(bounded);
+                self.b.ins().ireduce(ty::<W>(), n)
+            }
+            Un::Ctz => self.b.ins().ctz(x),
+            Un::Popcnt if narrow => {
+                let wide = self.b.ins().uextend(I32, x);
+                let n = self.b.ins().popcnt(wide);
+                self.b.ins().ireduce(ty::<W>(), n)
+            }
+            Un::Popcnt => self.b.ins().popcnt(x),
+            Un::Bswap if W::BITS == 16 => {
+                let eight = self.b.ins().iconst(I16, 8);
+                self.b.ins().rotl(x, eight)
+            }
+            Un::Bswap if W::BITS == 8 => x,
+            Un::Bswap => self.b.ins().bswap(x),
+        }
+    }
+
+    fn cmp<W: Width>(&mut self, op: Cmp, x: Value, y: Value) -> Value {
+        let cc = match op {
+            Cmp::Eq => IntCC::Equal,
+            Cmp::Ne => IntCC::NotEqual,
+            Cmp::Ltu => IntCC::UnsignedLessThan,
+            Cmp::Lts => IntCC::SignedLessThan,
+        };
+        self.b.ins().icmp(cc, x, y)
+    }
+
+    fn select<W: Width>(&mut self, c: Value, x: Value, y: Value) -> Value {
+        self.b.ins().select(c, x, y)
+    }
+
+    fn zext<F: Width, T: Width>(&mut self, x: Value) -> Value {
+        self.to_type(x, F::BYTES, T::BYTES)
+    }
+
+    fn sext<F: Width, T: Width>(&mut self, x: Value) -> Value {
+        if F::BITS == T::BITS { x } else { self.b.ins().sextend(ty::<T>(), x) }
+    }
+
+    fn mul_wide<W: Width>(&mut self, signed: bool, x: Value, y: Value) -> (Value, Value) {
+        let low = self.b.ins().imul(x, y);
+        if W::BITS == 64 {
+            let high = if signed { self.b.ins().smulhi(x, y) } else { self.b.ins().umulhi(x, y) };
+            return (low, high);
+        }
+        let t = int_type(2 * W::BYTES);
+        let wide = |e: &mut Self, v| if signed { e.b.ins().sextend(t, v) } else { e.b.ins().uextend(t, v) };
+        let (x, y) = (wide(self, x), wide(self, y));
+        let product = self.b.ins().imul(x, y);
+        let high = self.b.ins().ushr_imm_u(product, i64::from(W::BITS));
+        (low, self.b.ins().ireduce(ty::<W>(), high))
+    }
+
+    fn div_wide<W: Width>(
+        &mut self,
+        signed: bool,
+        hi: Value,
+        lo: Value,
+        d: Value,
+    ) -> Result<(Value, Value), Unsupported> {
+        let zero = self.is_zero::<W>(d);
+        self.side_exit_if(zero);
+        let (n, d) = if W::BITS == 64 {
+            // Only dividends that fit one register; the interpreter does the others.
+            let fits = if signed { self.b.ins().sshr_imm_u(lo, 63) } else { self.b.ins().iconst(I64, 0) };
+            let wide = self.b.ins().icmp(IntCC::NotEqual, hi, fits);
+            self.side_exit_if(wide);
+            (lo, d)
+        } else {
+            let (hi, lo) = (self.zext::<W, W64>(hi), self.zext::<W, W64>(lo));
+            let hi = self.b.ins().ishl_imm_u(hi, i64::from(W::BITS));
+            let n = self.b.ins().bor(hi, lo);
+            let n = if signed && W::BITS < 32 {
+                let spare = i64::from(64 - 2 * W::BITS);
+                let up = self.b.ins().ishl_imm_u(n, spare);
+                self.b.ins().sshr_imm_u(up, spare)
+            } else {
+                n
+            };
+            (n, if signed { self.sext::<W, W64>(d) } else { self.zext::<W, W64>(d) })
+        };
+        if !signed {
+            let q = self.b.ins().udiv(n, d);
+            if W::BITS < 64 {
+                let over = self.b.ins().icmp_imm_u(IntCC::UnsignedGreaterThan, q, W::MASK as i64);
+                self.side_exit_if(over);
+            }
+            let back = self.b.ins().imul(q, d);
+            let r = self.b.ins().isub(n, back);
+            return Ok((self.zext::<W64, W>(q), self.zext::<W64, W>(r)));
+        }
+        // The one quotient that does not fit 64 bits traps on the host.
+        let minimum = self.b.ins().icmp_imm_s(IntCC::Equal, n, i64::MIN);
+        let minus_one = self.b.ins().icmp_imm_s(IntCC::Equal, d, -1);
+        let over = self.b.ins().band(minimum, minus_one);
+        self.side_exit_if(over);
+        let q = self.b.ins().sdiv(n, d);
+        if W::BITS < 64 {
+            let cut = self.zext::<W64, W>(q);
+            let again = self.sext::<W, W64>(cut);
+            let over = self.b.ins().icmp(IntCC::NotEqual, again, q);
+            self.side_exit_if(over);
+        }
+        let back = self.b.ins().imul(q, d);
+        let r = self.b.ins().isub(n, back);
+        Ok((self.zext::<W64, W>(q), self.zext::<W64, W>(r)))
+    }
+
+    fn gpr<W: Width>(&mut self, r: u8) -> Value {
+        let v = self.var(&self.gpr, r);
+        let v = self.b.use_var(v);
+        self.to_type(v, 8, W::BYTES)
+    }
+
+    fn set_gpr<W: Width>(&mut self, r: u8, v: Value) {
+        let var = self.var(&self.gpr, r);
+        let v = match W::BITS {
+            64 => v,
+            32 => self.b.ins().uextend(I64, v),
+            _ => {
+                let old = self.b.use_var(var);
+                let kept = self.b.ins().band_imm_s(old, !(W::MASK as i64));
+                let v = self.b.ins().uextend(I64, v);
+                self.b.ins().bor(kept, v)
+            }
+        };
+        self.b.def_var(var, v);
+        self.dirty.gpr |= 1 << (r & 15);
+    }
+
+    fn gpr_high(&mut self, r: u8) -> Value {
+        let v = self.var(&self.gpr, r & 3);
+        let v = self.b.use_var(v);
+        let v = self.b.ins().ushr_imm_u(v, 8);
+        self.b.ins().ireduce(I8, v)
+    }
+
+    fn set_gpr_high(&mut self, r: u8, v: Value) {
+        let var = self.var(&self.gpr, r & 3);
+        let old = self.b.use_var(var);
+        let kept = self.b.ins().band_imm_s(old, !0xff00);
+        let v = self.b.ins().uextend(I64, v);
+        let v = self.b.ins().ishl_imm_u(v, 8);
+        let v = self.b.ins().bor(kept, v);
+        self.b.def_var(var, v);
+        self.dirty.gpr |= 1 << (r & 3);
+    }
+
+    fn seg_base(&mut self, s: u8) -> Value {
+        let offset = at!(s.seg) + i32::from(s) * size_of::<crate::state::Segment>() as i32;
+        let offset = offset + offset_of!(crate::state::Segment, base) as i32;
+        self.b.ins().load(I64, aligned(), self.cpu, Offset32::new(offset))
+    }
+
+    fn xmm(&mut self, r: u8) -> Value {
+        let v = self.var(&self.x, r);
+        self.b.use_var(v)
+    }
+
+    fn set_xmm(&mut self, r: u8, v: Value) {
+        let var = self.var(&self.x, r);
+        let v = self.lanes(v, I8X16);
+        self.b.def_var(var, v);
+        self.dirty.x |= 1 << (r & 15);
+    }
+
+    fn ymm_high(&mut self, r: u8) -> Value {
+        let v = self.var(&self.y, r);
+        self.b.use_var(v)
+    }
+
+    fn set_ymm_high(&mut self, r: u8, v: Value) {
+        let var = self.var(&self.y, r);
+        let v = self.lanes(v, I8X16);
+        self.b.def_var(var, v);
+        self.dirty.y |= 1 << (r & 15);
+    }
+
+    fn x_imm(&mut self, k: u128) -> Value {
+        let constant = self.b.func.dfg.constants.insert(k.to_le_bytes().to_vec().into());
+        self.b.ins().vconst(I8X16, constant)
+    }
+
+    fn x_low(&mut self, x: Value) -> Value {
+        let x = self.lanes(x, I64X2);
+        self.b.ins().extractlane(x, 0)
+    }
+
+    fn x_high(&mut self, x: Value) -> Value {
+        let x = self.lanes(x, I64X2);
+        self.b.ins().extractlane(x, 1)
+    }
+
+    fn x_make(&mut self, low: Value, high: Value) -> Value {
+        let x = self.b.ins().scalar_to_vector(I64X2, low);
+        let x = self.b.ins().insertlane(x, high, 1);
+        self.lanes(x, I8X16)
+    }
+
+    fn set_flags<W: Width>(&mut self, f: Flags<Value>) {
+        let n = W::BYTES;
+        self.flags = match f {
+            Flags::Inc { .. } | Flags::Dec { .. } => {
+                let before = match std::mem::replace(&mut self.flags, FlagVal::Memory) {
+                    // Of an earlier increment only the carry would be kept, which it kept itself.
+                    FlagVal::Partial(Flags::Inc { .. } | Flags::Dec { .. }, _, before) => *before,
+                    other => other,
+                };
+                FlagVal::Partial(f, n, Box::new(before))
+            }
+            Flags::CfOf { .. } | Flags::Cf { .. } | Flags::Zf { .. } => {
+                let (z, sp, co) = self.words();
+                FlagVal::Partial(f, n, Box::new(FlagVal::Raw(z, sp, co)))
+            }
+            Flags::Raw { z, sp, co } => FlagVal::Raw(z, sp, co),
+            _ => FlagVal::Op(f, n),
+        };
+        self.flags_dirty = true;
+    }
+
+    fn cond(&mut self, c: Cond) -> Value {
+        let fused = match self.flags.clone() {
+            FlagVal::Partial(Flags::Inc { .. } | Flags::Dec { .. }, _, before) if matches!(c, Cond::B | Cond::Ae) => {
+                let now = std::mem::replace(&mut self.flags, *before);
+                let carry = self.cond(c);
+                self.flags = now;
+                Some(carry)
+            }
+            FlagVal::Op(f, n) | FlagVal::Partial(f, n, _) => match n {
+                1 => flags::fused::<Self, W8>(self, &f, c),
+                2 => flags::fused::<Self, W16>(self, &f, c),
+                4 => flags::fused::<Self, W32>(self, &f, c),
+                _ => flags::fused::<Self, W64>(self, &f, c),
+            },
+            _ => None,
+        };
+        fused.unwrap_or_else(|| flags::condition(self, c))
+    }
+
+    fn flags_raw(&mut self) -> (Value, Value, Value) {
+        let (z, sp, co) = self.words();
+        self.flags = FlagVal::Raw(z, sp, co);
+        (z, sp, co)
+    }
+
+    fn load<W: Width>(&mut self, i: &Insn, s: u8, ea: Value) -> Result<Value, Unsupported> {
+        let linear = self.linear(i, s, ea)?;
+        let host = self.load_host(linear, W::BYTES);
+        Ok(self.b.ins().load(ty::<W>(), plain(), host, 0))
+    }
+
+    fn store<W: Width>(&mut self, i: &Insn, s: u8, ea: Value, v: Value) -> Result<(), Unsupported> {
+        if let Some(host) = self.rmw_host.take() {
+            self.b.ins().store(plain(), v, host, 0);
+            return Ok(());
+        }
+        let linear = self.linear(i, s, ea)?;
+        self.store_value(linear, W::BYTES, v);
+        Ok(())
+    }
+
+    fn load_rmw<W: Width>(&mut self, i: &Insn, s: u8, ea: Value) -> Result<Value, Unsupported> {
+        let linear = self.linear(i, s, ea)?;
+        self.write_through();
+        let host = self.host(linear, W::BYTES, offset_of!(TlbEntry, write), |e| {
+            Some(e.slow(Helper::Modify, linear, W::BYTES, None))
+        });
+        self.rmw_host = Some(host);
+        Ok(self.b.ins().load(ty::<W>(), plain(), host, 0))
+    }
+
+    fn load_x(&mut self, i: &Insn, ea: Value, aligned: bool) -> Result<Value, Unsupported> {
+        let linear = self.linear(i, i.seg, ea)?;
+        if aligned {
+            self.check_alignment(linear);
+        }
+        let host = self.load_host(linear, 16);
+        Ok(self.b.ins().load(I8X16, plain(), host, 0))
+    }
+
+    fn store_x(&mut self, i: &Insn, ea: Value, v: Value, aligned: bool) -> Result<(), Unsupported> {
+        let linear = self.linear(i, i.seg, ea)?;
+        if aligned {
+            self.check_alignment(linear);
+        }
+        let v = self.lanes(v, I8X16);
+        self.store_value(linear, 16, v);
+        Ok(())
+    }
+
+    fn next_ip(&mut self, i: &Insn) -> Value {
+        self.ip_at(i.next_off() as i64)
+    }
+
+    fn check_target(&mut self, _: &Insn, target: Value) -> Result<(), Unsupported> {
+        // Outside 64-bit mode CS is flat, so every 32-bit target is inside it.
+        if self.plan.mode.has(Mode::CODE64) {
+            let up = self.b.ins().ishl_imm_u(target, 16);
+            let back = self.b.ins().sshr_imm_u(up, 16);
+            let bad = self.b.ins().icmp(IntCC::NotEqual, back, target);
+            self.side_exit_if(bad);
+        }
+        Ok(())
+    }
+
+    fn check_relative(&mut self, _: &Insn) -> Result<(), Unsupported> {
+        // A relative branch of a few bytes to 2 GiB leaves the canonical range only from its very edge, where the
+        // dispatch loop raises the fetch fault at the target instead.
+        Ok(())
+    }
+
+    fn set_ip(&mut self, _: &Insn, target: Value) {
+        self.store_flags();
+        self.count_block();
+        self.exit_to(target);
+        self.ended = true;
+    }
+
+    fn jump_rel(&mut self, i: &Insn) -> Result<(), Unsupported> {
+        self.go(i.next_off() as i64 + i.imm as i64);
+        Ok(())
+    }
+
+    fn branch_rel(&mut self, i: &Insn, c: Value) -> Result<(), Unsupported> {
+        if self.flags_live_out {
+            self.store_flags();
+        }
+        self.count_block();
+        let (taken, next) = (self.b.create_block(), self.b.create_block());
+        self.b.ins().brif(c, taken, &[], next, &[]);
+        self.b.switch_to_block(taken);
+        self.edge(i.next_off() as i64 + i.imm as i64);
+        self.b.switch_to_block(next);
+        self.edge(i.next_off() as i64);
+        self.ended = true;
+        Ok(())
+    }
+
+    fn trap_if(&mut self, c: Value, _: u8) -> Result<(), Unsupported> {
+        self.side_exit_if(c);
+        Ok(())
+    }
+
+    fn unsupported(&mut self) -> Unsupported {
+        Unsupported
+    }
+}

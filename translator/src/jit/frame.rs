@@ -1,0 +1,105 @@
+//! The part of a vCPU that only compiled code and its helpers use, at fixed offsets.
+
+use crate::cpu::Cpu;
+use crate::emit::Flags;
+use crate::flags;
+use crate::width::{W8, W16, W32, W64, Width};
+
+/// Why compiled code returned to the dispatch loop.
+#[allow(missing_docs)]
+pub mod reason {
+    /// RIP is at code that the jump cache did not know, or a kick is pending.
+    pub const NEXT: u64 = 0;
+    /// The instruction at RIP must be interpreted: it faults, touches a device, or overwrites code.
+    pub const INTERPRET: u64 = 1;
+    /// A helper's instruction raised an exception; RIP is at it.
+    pub const FAULT: u64 = 2;
+    /// A helper's instruction asked to stop; RIP is behind it.
+    pub const STOP: u64 = 3;
+}
+
+/// Which operation the lazy flag operands stand for; 0 means that the `cc_*` words are valid.
+pub mod lazy {
+    /// `Flags::Add`: a, b, r.
+    pub const ADD: u64 = 1;
+    /// `Flags::Sub`: a, b, r.
+    pub const SUB: u64 = 2;
+    /// `Flags::Cmp`: a, b.
+    pub const CMP: u64 = 3;
+    /// `Flags::Logic`: r.
+    pub const LOGIC: u64 = 4;
+
+    /// The kind word for an operation on `bytes`-wide operands.
+    pub const fn kind(op: u64, bytes: u64) -> u64 {
+        op << 8 | bytes
+    }
+}
+
+/// State shared with compiled code.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub struct JitFrame {
+    /// Address of the current soft-TLB table.
+    pub tlb: u64,
+    /// Address of the jump cache.
+    pub jump: u64,
+    /// Address of the kick word.
+    pub kick: u64,
+    /// One of [`reason`].
+    pub exit_reason: u64,
+    /// Guest instructions completed by compiled code.
+    pub count: u64,
+    /// What a slow path hands back: a host address, or 0 for "interpret this instruction"; for stores 1 when done.
+    pub slow_result: u64,
+    /// 16-byte operand of a slow store, or the bytes of a load that crosses pages.
+    pub bounce: [u64; 2],
+    /// Kind of the deferred flags ([`lazy`]).
+    pub lazy_kind: u64,
+    /// Deferred flags: first operand.
+    pub lazy_a: u64,
+    /// Deferred flags: second operand.
+    pub lazy_b: u64,
+    /// Deferred flags: result.
+    pub lazy_r: u64,
+    /// Addresses of the helpers, so that compiled code is position independent.
+    pub helpers: [u64; 4],
+    /// Slow paths taken, for statistics.
+    pub slow_paths: u64,
+    /// Instructions evaluated by helper, for statistics.
+    pub helper_calls: u64,
+}
+
+impl Cpu {
+    /// Turns flags that compiled code deferred into their lazy words.
+    #[inline]
+    pub fn fold_flags(&mut self) {
+        if self.jit.lazy_kind != 0 {
+            self.fold_flags_slow();
+        }
+    }
+
+    fn fold_flags_slow(&mut self) {
+        match self.jit.lazy_kind & 0xff {
+            1 => self.fold::<W8>(),
+            2 => self.fold::<W16>(),
+            4 => self.fold::<W32>(),
+            _ => self.fold::<W64>(),
+        }
+        self.jit.lazy_kind = 0;
+    }
+
+    fn fold<W: Width>(&mut self) {
+        let (a, b) = (W::zext(self.jit.lazy_a), W::zext(self.jit.lazy_b));
+        let r = W::zext(self.jit.lazy_r);
+        let f = match self.jit.lazy_kind >> 8 {
+            lazy::ADD => Flags::Add { a, b, r },
+            lazy::SUB => Flags::Sub { a, b, r },
+            lazy::CMP => Flags::Cmp { a, b, r: W::zext(a.wrapping_sub(b)) },
+            _ => Flags::Logic { r },
+        };
+        let (z, sp, co) = flags::materialise::<Cpu, W>(self, f);
+        self.s.cc_z = z;
+        self.s.cc_sp = sp;
+        self.s.cc_co = co;
+    }
+}
