@@ -1,0 +1,31 @@
+//! What every device has in common: virtual time, and why a saved state may be refused.
+
+/// Nanoseconds of virtual machine time since power-on.
+pub type Nanos = u64;
+
+/// A saved state that cannot be restored.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum StateError {
+    /// The state was written by another version of the format.
+    #[error("Saved chipset state has version {found}, this Diglot reads version {expected}; save it again")]
+    Version {
+        /// Version in the state.
+        found: u32,
+        /// Version that can be read.
+        expected: u32,
+    },
+    /// A device's part of the state is not one that the device can be in.
+    #[error("Saved state of the {0} is damaged; save the machine again")]
+    Invalid(&'static str),
+}
+
+/// `value` scaled by `numerator / denominator` without overflow.
+pub(crate) fn scale(value: u64, numerator: u64, denominator: u64) -> u64 {
+    (u128::from(value) * u128::from(numerator) / u128::from(denominator.max(1))).min(u128::from(u64::MAX)) as u64
+}
+
+/// As [`scale`], rounded up.
+pub(crate) fn scale_up(value: u64, numerator: u64, denominator: u64) -> u64 {
+    (u128::from(value) * u128::from(numerator)).div_ceil(u128::from(denominator.max(1))).min(u128::from(u64::MAX))
+        as u64
+}

@@ -1,0 +1,573 @@
+//! The chipset: every device of the machine, the ports and addresses they answer at, and how their interrupt lines
+//! reach the CPUs.
+
+use std::io::Write;
+
+use serde::{Deserialize, Serialize};
+
+use crate::acpi_pm::AcpiPm;
+use crate::bus::{Nanos, StateError};
+use crate::hpet::{Hpet, Line};
+use crate::i8042::I8042;
+use crate::ioapic::{IoApic, Message};
+use crate::lapic::{Effect, Ipi, Lapic};
+use crate::pci::{ECAM_BASE, ECAM_SIZE, Pci};
+use crate::pic::Pic;
+use crate::pit::Pit;
+use crate::rtc::Rtc;
+use crate::serial::{COM1, Serial, SerialState};
+use crate::system_control::SystemControl;
+
+const IOAPIC_BASE: u64 = 0xfec0_0000;
+const HPET_BASE: u64 = 0xfed0_0000;
+const PAGE: u64 = 0x1000;
+/// Version of [`ChipsetState`].
+const STATE_VERSION: u32 = 1;
+
+/// What a chipset is built for.
+#[derive(Clone, Debug)]
+pub struct ChipsetConfig {
+    /// Number of CPUs, at least 1.
+    pub cpus: u8,
+    /// Guest RAM in bytes.
+    pub memory_bytes: u64,
+    /// Guest RAM below 4 GiB in bytes.
+    pub low_memory_bytes: u64,
+    /// Wall-clock time at power-on, seconds since 1970.
+    pub rtc_epoch_seconds: u64,
+}
+
+/// The machine asks to be switched off or reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PowerEvent {
+    /// ACPI S5.
+    PowerOff,
+    /// Any of the reset registers.
+    Reset,
+}
+
+/// All devices.
+pub struct Chipset {
+    lapics: Vec<Lapic>,
+    ioapic: IoApic,
+    pic: Pic,
+    pit: Pit,
+    rtc: Rtc,
+    hpet: Hpet,
+    pm: AcpiPm,
+    pci: Pci,
+    keyboard: I8042,
+    control: SystemControl,
+    serial: Serial,
+    power: Option<PowerEvent>,
+}
+
+/// The whole chipset's state, host-independent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChipsetState {
+    version: u32,
+    lapics: Vec<Lapic>,
+    ioapic: IoApic,
+    pic: Pic,
+    pit: Pit,
+    rtc: Rtc,
+    hpet: Hpet,
+    pm: AcpiPm,
+    pci: Pci,
+    keyboard: I8042,
+    control: SystemControl,
+    serial: SerialState,
+}
+
+impl Chipset {
+    /// The chipset after power-on; COM1 writes to `serial_out`.
+    pub fn new(config: &ChipsetConfig, serial_out: Box<dyn Write + Send>) -> Chipset {
+        Chipset {
+            lapics: (0..config.cpus.max(1)).map(Lapic::new).collect(),
+            ioapic: IoApic::new(),
+            pic: Pic::new(),
+            pit: Pit::new(),
+            rtc: Rtc::new(config.rtc_epoch_seconds, config.low_memory_bytes, config.memory_bytes),
+            hpet: Hpet::new(),
+            pm: AcpiPm::default(),
+            pci: Pci::default(),
+            keyboard: I8042::new(),
+            control: SystemControl::new(),
+            serial: Serial::new(serial_out),
+            power: None,
+        }
+    }
+
+    // ---- interrupts ----
+
+    /// Sets the level of ISA interrupt `irq` on the 8259s and the I/O APIC, where the timer is input 2.
+    fn set_irq(&mut self, irq: u8, level: bool) {
+        self.pic.set_line(irq, level);
+        self.set_pin(if irq == 0 { 2 } else { usize::from(irq) }, level);
+    }
+
+    /// A rising edge; the line stays high, as an 8259 forgets a request whose line drops again.
+    fn pulse_irq(&mut self, irq: u8) {
+        self.set_irq(irq, false);
+        self.set_irq(irq, true);
+    }
+
+    fn set_pin(&mut self, pin: usize, level: bool) {
+        let lapics = &mut self.lapics;
+        self.ioapic.set_line(pin, level, &mut |m| deliver(lapics, m));
+    }
+
+    fn drive(&mut self, line: Line, level: bool) {
+        match line {
+            Line::LegacyTimer => self.set_irq(0, level),
+            Line::LegacyClock => self.set_irq(8, level),
+            Line::Pin(pin) => self.set_pin(usize::from(pin), level),
+        }
+    }
+
+    /// Brings the lines of level-driven devices up to date.
+    fn update_lines(&mut self) {
+        self.set_irq(1, self.keyboard.irq());
+        if !self.hpet.legacy() {
+            self.set_irq(8, self.rtc.irq());
+        }
+        if self.serial.take_edge() {
+            self.pulse_irq(4);
+        }
+        let levels: Vec<(Line, bool)> = self.hpet.levels().collect();
+        for (line, level) in levels {
+            self.drive(line, level);
+        }
+        if self.pm.take_power_off() {
+            self.power.get_or_insert(PowerEvent::PowerOff);
+        }
+        if self.keyboard.take_reset() | self.control.take_reset() {
+            self.power.get_or_insert(PowerEvent::Reset);
+        }
+    }
+
+    /// Runs every timer up to `now`.
+    pub fn advance(&mut self, now: Nanos) {
+        if self.pit.advance(now) && !self.hpet.legacy() {
+            self.pulse_irq(0);
+        }
+        self.rtc.advance(now);
+        let mut pulses = Vec::new();
+        self.hpet.advance(now, &mut |line| pulses.push(line));
+        for line in pulses {
+            self.drive(line, false);
+            self.drive(line, true);
+        }
+        for lapic in &mut self.lapics {
+            lapic.advance(now);
+        }
+        self.update_lines();
+    }
+
+    /// When a timer has something to do next.
+    pub fn next_deadline(&self) -> Option<Nanos> {
+        let lapics = self.lapics.iter().filter_map(Lapic::next_event);
+        [self.pit.next_event(), self.rtc.next_event(), self.hpet.next_event()].into_iter().flatten().chain(lapics).min()
+    }
+
+    /// Whether `cpu` has a maskable interrupt to take.
+    pub fn interrupt_pending(&self, cpu: usize) -> bool {
+        self.lapics.get(cpu).is_some_and(|l| l.pending().is_some() || self.extint(l))
+    }
+
+    fn extint(&self, lapic: &Lapic) -> bool {
+        self.pic.pending() && lapic.accepts_extint()
+    }
+
+    /// Takes `cpu`'s highest interrupt: the vector.
+    pub fn acknowledge(&mut self, cpu: usize) -> Option<u8> {
+        let lapic = self.lapics.get_mut(cpu)?;
+        if let Some(vector) = lapic.acknowledge() {
+            return Some(vector);
+        }
+        (self.pic.pending() && lapic.accepts_extint()).then(|| self.pic.acknowledge())
+    }
+
+    /// Takes `cpu`'s pending non-maskable interrupt.
+    pub fn take_nmi(&mut self, cpu: usize) -> bool {
+        self.lapics.get_mut(cpu).is_some_and(Lapic::take_nmi)
+    }
+
+    /// `cpu`'s CR8.
+    pub fn cr8(&self, cpu: usize) -> u64 {
+        self.lapics.get(cpu).map_or(0, Lapic::cr8)
+    }
+
+    /// Writes `cpu`'s CR8.
+    pub fn set_cr8(&mut self, cpu: usize, value: u64) {
+        if let Some(l) = self.lapics.get_mut(cpu) {
+            l.set_cr8(value);
+        }
+    }
+
+    /// Reads an MSR of `cpu`'s APIC at guest time-stamp `tsc`; `None` raises #GP.
+    pub fn apic_msr_read(&mut self, cpu: usize, msr: u32, _tsc: u64, now: Nanos) -> Option<u64> {
+        self.lapics.get_mut(cpu)?.msr_read(msr, now)
+    }
+
+    /// Writes an MSR of `cpu`'s APIC; `None` raises #GP.
+    pub fn apic_msr_write(&mut self, cpu: usize, msr: u32, value: u64, tsc: u64, now: Nanos) -> Option<()> {
+        let effect = self.lapics.get_mut(cpu)?.msr_write(msr, value, tsc, now)?;
+        self.apply(cpu, effect);
+        Some(())
+    }
+
+    fn apply(&mut self, cpu: usize, effect: Effect) {
+        match effect {
+            Effect::None => {}
+            Effect::Eoi(vector) => {
+                let lapics = &mut self.lapics;
+                self.ioapic.end_of_interrupt(vector, &mut |m| deliver(lapics, m));
+            }
+            Effect::Ipi(ipi) => self.send_ipi(cpu, ipi),
+        }
+    }
+
+    fn send_ipi(&mut self, from: usize, ipi: Ipi) {
+        for (k, lapic) in self.lapics.iter_mut().enumerate() {
+            let target = match ipi.shorthand {
+                0 => lapic.is_destination(ipi.logical, ipi.destination),
+                1 => k == from,
+                2 => true,
+                _ => k != from,
+            };
+            if !target {
+                continue;
+            }
+            match ipi.mode {
+                0 | 1 => {
+                    lapic.accept(ipi.vector, false);
+                    if ipi.mode == 1 {
+                        break;
+                    }
+                }
+                4 => lapic.accept_nmi(),
+                5 if k != from => lapic.init(),
+                // Start-up is for CPUs that wait for it; the one that runs ignores it.
+                _ => {}
+            }
+        }
+    }
+
+    // ---- ports ----
+
+    /// Reads `size` (1, 2 or 4) bytes at a port; all ones where nothing answers.
+    pub fn port_read(&mut self, port: u16, size: u8, now: Nanos) -> u32 {
+        let mask = if size >= 4 { u32::MAX } else { (1 << (8 * u32::from(size))) - 1 };
+        let inside = port & 3 <= 4 - u16::from(size.clamp(1, 4));
+        if inside && AcpiPm::claims(port) {
+            return self.pm.read(port, now) & mask;
+        }
+        if inside && (0xcf8..0xd00).contains(&port) && !(port == 0xcf9 && size == 1) {
+            return self.pci.port_read(port) & mask;
+        }
+        let v = (0..u16::from(size.min(4)))
+            .fold(0, |v, k| v | u32::from(self.read_byte(port.wrapping_add(k), now)) << (8 * k));
+        self.update_lines();
+        v
+    }
+
+    /// Writes `size` (1, 2 or 4) bytes at a port.
+    pub fn port_write(&mut self, port: u16, size: u8, value: u32, now: Nanos) {
+        if (0xcf8..0xd00).contains(&port) && !(port == 0xcf9 && size == 1) {
+            self.pci.port_write(port, size, value);
+        } else {
+            for k in 0..u16::from(size.min(4)) {
+                self.write_byte(port.wrapping_add(k), (value >> (8 * k)) as u8, now);
+            }
+        }
+        self.update_lines();
+    }
+
+    fn read_byte(&mut self, port: u16, now: Nanos) -> u8 {
+        match port {
+            0x20 | 0x21 | 0xa0 | 0xa1 | 0x4d0 | 0x4d1 => self.pic.read(port),
+            0x40..=0x43 => self.pit.read(port - 0x40, now),
+            0x60 | 0x64 => self.keyboard.read(port),
+            0x61 | 0x80 | 0x92 | 0xcf9 => {
+                let timer2 = self.pit.output2(now);
+                self.control.read(port, timer2, now)
+            }
+            0x70 | 0x71 => self.rtc.read(port - 0x70, now),
+            COM1..0x400 => self.serial.read((port - COM1) as u8),
+            _ if AcpiPm::claims(port) => self.pm.read(port, now) as u8,
+            _ => 0xff,
+        }
+    }
+
+    fn write_byte(&mut self, port: u16, v: u8, now: Nanos) {
+        match port {
+            0x20 | 0x21 | 0xa0 | 0xa1 | 0x4d0 | 0x4d1 => self.pic.write(port, v),
+            0x40..=0x43 => self.pit.write(port - 0x40, v, now),
+            0x60 | 0x64 => self.keyboard.write(port, v),
+            0x61 | 0x80 | 0x92 | 0xcf9 => {
+                self.control.write(port, v);
+                self.pit.set_gate2(self.control.gate2(), now);
+            }
+            0x70 | 0x71 => self.rtc.write(port - 0x70, v, now),
+            COM1..0x400 => self.serial.write((port - COM1) as u8, v),
+            _ if AcpiPm::claims(port) => self.pm.write(port, v),
+            _ => {}
+        }
+    }
+
+    // ---- memory-mapped registers ----
+
+    /// Reads `size` (1, 2, 4 or 8) bytes at a guest physical address outside RAM; all ones where nothing answers.
+    pub fn mmio_read(&mut self, gpa: u64, size: u8, now: Nanos) -> u64 {
+        if let Some(offset) = self.lapic_offset(gpa) {
+            return u64::from(self.lapics[0].mmio_read(offset, now));
+        }
+        if let Some(offset) = inside(gpa, IOAPIC_BASE, PAGE) {
+            return u64::from(self.ioapic.read(offset));
+        }
+        if let Some(offset) = inside(gpa, HPET_BASE, PAGE) {
+            return self.hpet.read(offset, size, now);
+        }
+        match inside(gpa, ECAM_BASE, ECAM_SIZE) {
+            Some(offset) => self.pci.mmio_read(offset),
+            None => u64::MAX,
+        }
+    }
+
+    /// Writes `size` (1, 2, 4 or 8) bytes at a guest physical address outside RAM.
+    pub fn mmio_write(&mut self, gpa: u64, size: u8, value: u64, now: Nanos) {
+        if let Some(offset) = self.lapic_offset(gpa) {
+            let effect = self.lapics[0].mmio_write(offset, value as u32, now);
+            self.apply(0, effect);
+        } else if let Some(offset) = inside(gpa, IOAPIC_BASE, PAGE) {
+            let lapics = &mut self.lapics;
+            self.ioapic.write(offset, value as u32, &mut |m| deliver(lapics, m));
+        } else if let Some(offset) = inside(gpa, HPET_BASE, PAGE) {
+            self.hpet.write(offset, size, value, now);
+        } else if let Some(offset) = inside(gpa, ECAM_BASE, ECAM_SIZE) {
+            self.pci.mmio_write(offset, size, value);
+        }
+        self.update_lines();
+    }
+
+    fn lapic_offset(&self, gpa: u64) -> Option<u64> {
+        inside(gpa, self.lapics[0].mmio_base()?, PAGE)
+    }
+
+    // ---- the world outside ----
+
+    /// Hands received bytes to COM1; says how many it took.
+    pub fn serial_input(&mut self, bytes: &[u8]) -> usize {
+        let n = self.serial.input(bytes);
+        self.update_lines();
+        n
+    }
+
+    /// Takes the request to switch off or reset.
+    pub fn take_power_event(&mut self) -> Option<PowerEvent> {
+        self.power.take()
+    }
+
+    /// The last POST code written to port 80h.
+    pub fn post_code(&self) -> u8 {
+        self.control.post_code()
+    }
+
+    /// The state of every device.
+    pub fn save(&self) -> ChipsetState {
+        ChipsetState {
+            version: STATE_VERSION,
+            lapics: self.lapics.clone(),
+            ioapic: self.ioapic.clone(),
+            pic: self.pic.clone(),
+            pit: self.pit.clone(),
+            rtc: self.rtc.clone(),
+            hpet: self.hpet.clone(),
+            pm: self.pm.clone(),
+            pci: self.pci.clone(),
+            keyboard: self.keyboard.clone(),
+            control: self.control.clone(),
+            serial: self.serial.save(),
+        }
+    }
+
+    /// Restores every device; on an error nothing has changed.
+    pub fn restore(&mut self, state: &ChipsetState) -> Result<(), StateError> {
+        if state.version != STATE_VERSION {
+            return Err(StateError::Version { found: state.version, expected: STATE_VERSION });
+        }
+        if state.lapics.len() != self.lapics.len() {
+            return Err(StateError::Invalid("number of CPUs"));
+        }
+        state.rtc.validate()?;
+        state.keyboard.validate()?;
+        self.serial.restore(&state.serial)?;
+        let s = state.clone();
+        self.lapics = s.lapics;
+        self.ioapic = s.ioapic;
+        self.pic = s.pic;
+        self.pit = s.pit;
+        self.rtc = s.rtc;
+        self.hpet = s.hpet;
+        self.pm = s.pm;
+        self.pci = s.pci;
+        self.keyboard = s.keyboard;
+        self.control = s.control;
+        Ok(())
+    }
+}
+
+/// Hands an I/O APIC message to the local APICs that it is for.
+fn deliver(lapics: &mut [Lapic], m: Message) {
+    for lapic in lapics.iter_mut().filter(|l| l.is_destination(m.logical, u32::from(m.destination))) {
+        match m.mode {
+            0 => lapic.accept(m.vector, m.level),
+            1 => return lapic.accept(m.vector, m.level),
+            4 => lapic.accept_nmi(),
+            // SMI, INIT and ExtINT through the I/O APIC are not wired.
+            _ => {}
+        }
+    }
+}
+
+/// The offset of an address inside a range.
+fn inside(address: u64, base: u64, len: u64) -> Option<u64> {
+    Some(address.wrapping_sub(base)).filter(|&o| o < len)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn chipset() -> Chipset {
+        let config =
+            ChipsetConfig { cpus: 1, memory_bytes: 64 << 20, low_memory_bytes: 64 << 20, rtc_epoch_seconds: 1 << 30 };
+        Chipset::new(&config, Box::new(std::io::sink()))
+    }
+
+    /// One guest access.
+    #[derive(Clone, Debug)]
+    enum Op {
+        In(u16, u8),
+        Out(u16, u8, u32),
+        Read(u64, u8),
+        Write(u64, u8, u64),
+        MsrRead(u32),
+        MsrWrite(u32, u64),
+        Wait(u64),
+        Take,
+    }
+
+    fn ops() -> impl Strategy<Value = Vec<Op>> {
+        let size = prop_oneof![Just(1u8), Just(2), Just(4)];
+        let wide = prop_oneof![Just(1u8), Just(2), Just(4), Just(8)];
+        let port =
+            prop_oneof![0u16..0x100, Just(0x4d0), 0x3f8u16..0x400, 0x600u16..0x630, 0xcf0u16..0xd00, any::<u16>()];
+        let gpa = prop_oneof![
+            (0u64..0x1000).prop_map(|o| 0xfee0_0000 + o),
+            (0u64..0x100).prop_map(|o| 0xfec0_0000 + o),
+            (0u64..0x200).prop_map(|o| 0xfed0_0000 + o),
+            (0u64..1 << 28).prop_map(|o| ECAM_BASE + o),
+            any::<u64>()
+        ];
+        let msr = prop_oneof![Just(0x1bu32), Just(0x6e0), 0x800u32..0x840];
+        let op = prop_oneof![
+            (port.clone(), size.clone()).prop_map(|(p, s)| Op::In(p, s)),
+            (port, size, any::<u32>()).prop_map(|(p, s, v)| Op::Out(p, s, v)),
+            (gpa.clone(), wide.clone()).prop_map(|(a, s)| Op::Read(a, s)),
+            (gpa, wide, any::<u64>()).prop_map(|(a, s, v)| Op::Write(a, s, v)),
+            msr.clone().prop_map(Op::MsrRead),
+            (msr, any::<u64>()).prop_map(|(m, v)| Op::MsrWrite(m, v)),
+            prop_oneof![0u64..1000, 0u64..10_000_000_000].prop_map(Op::Wait),
+            Just(Op::Take),
+        ];
+        proptest::collection::vec(op, 0..200)
+    }
+
+    fn apply(c: &mut Chipset, op: &Op, now: &mut u64) -> u64 {
+        match *op {
+            Op::In(p, s) => u64::from(c.port_read(p, s, *now)),
+            Op::Out(p, s, v) => {
+                c.port_write(p, s, v, *now);
+                0
+            }
+            Op::Read(a, s) => c.mmio_read(a, s, *now),
+            Op::Write(a, s, v) => {
+                c.mmio_write(a, s, v, *now);
+                0
+            }
+            Op::MsrRead(m) => c.apic_msr_read(0, m, *now, *now).unwrap_or(7),
+            Op::MsrWrite(m, v) => c.apic_msr_write(0, m, v, *now, *now).is_some().into(),
+            Op::Wait(n) => {
+                *now += n;
+                c.advance(*now);
+                c.next_deadline().unwrap_or(0)
+            }
+            Op::Take => u64::from(c.acknowledge(0).unwrap_or(0)),
+        }
+    }
+
+    proptest! {
+        /// No access sequence panics, and a chipset restored halfway from its serialised state goes on as the original.
+        #[test]
+        fn any_accesses_and_restore(before in ops(), after in ops()) {
+            let (mut a, mut now) = (chipset(), 0);
+            for op in &before {
+                apply(&mut a, op, &mut now);
+            }
+            let text = serde_json::to_string(&a.save()).unwrap();
+            let state: ChipsetState = serde_json::from_str(&text).unwrap();
+            let mut b = chipset();
+            prop_assert_eq!(b.restore(&state), Ok(()));
+            let mut then = now;
+            for op in &after {
+                prop_assert_eq!(apply(&mut a, op, &mut now), apply(&mut b, op, &mut then), "{:?}", op);
+            }
+            prop_assert_eq!(a.save(), b.save());
+        }
+    }
+
+    #[test]
+    fn damaged_states_are_refused() {
+        let mut c = chipset();
+        let mut s = c.save();
+        s.version = 99;
+        assert_eq!(c.restore(&s), Err(StateError::Version { found: 99, expected: STATE_VERSION }));
+    }
+
+    #[test]
+    fn timer_interrupt_reaches_the_cpu_through_both_controllers() {
+        let mut c = chipset();
+        for (port, v) in
+            [(0x20, 0x11), (0x21, 0x20), (0x21, 4), (0x21, 1), (0x21, 0xfe), (0x43, 0x34), (0x40, 0), (0x40, 16)]
+        {
+            c.port_write(port, 1, v, 0);
+        }
+        let at = c.next_deadline().unwrap();
+        c.advance(at);
+        assert!(c.interrupt_pending(0));
+        assert_eq!(c.acknowledge(0), Some(0x20));
+        // Through the I/O APIC's input 2.
+        c.port_write(0x21, 1, 0xff, at);
+        c.mmio_write(IOAPIC_BASE, 4, 0x14, at);
+        c.mmio_write(IOAPIC_BASE + 0x10, 4, 0x55, at);
+        let at = c.next_deadline().unwrap();
+        c.advance(at);
+        assert_eq!(c.acknowledge(0), Some(0x55));
+    }
+
+    #[test]
+    fn power_events() {
+        for (port, size, v, event) in [
+            (0x604, 2, 5 << 10 | 1 << 13, PowerEvent::PowerOff),
+            (0xcf9, 1, 6, PowerEvent::Reset),
+            (0x64, 1, 0xfe, PowerEvent::Reset),
+        ] {
+            let mut c = chipset();
+            c.port_write(port, size, v, 0);
+            assert_eq!(c.take_power_event(), Some(event));
+        }
+    }
+}

@@ -1,0 +1,579 @@
+//! The local APIC in xAPIC and x2APIC mode (SDM vol. 3 chapter 11).
+
+use serde::{Deserialize, Serialize};
+
+use crate::bus::{Nanos, scale, scale_up};
+
+/// Frequency of the timer's input clock and of the time-stamp counter.
+pub const TIMER_HZ: u64 = 1_000_000_000;
+const NANOS: u64 = 1_000_000_000;
+
+/// IA32_APIC_BASE bits.
+mod base {
+    pub const BSP: u64 = 1 << 8;
+    pub const X2APIC: u64 = 1 << 10;
+    pub const ENABLE: u64 = 1 << 11;
+    pub const ADDRESS: u64 = 0x3fff_ffff_f000;
+}
+
+/// Register numbers: MMIO offset divided by 16, which is also the x2APIC MSR number minus 800h.
+mod reg {
+    pub const ID: u32 = 0x02;
+    pub const VERSION: u32 = 0x03;
+    pub const TPR: u32 = 0x08;
+    pub const PPR: u32 = 0x0a;
+    pub const EOI: u32 = 0x0b;
+    pub const LDR: u32 = 0x0d;
+    pub const DFR: u32 = 0x0e;
+    pub const SVR: u32 = 0x0f;
+    pub const ISR: u32 = 0x10;
+    pub const TMR: u32 = 0x18;
+    pub const IRR: u32 = 0x20;
+    pub const ESR: u32 = 0x28;
+    pub const ICR_LOW: u32 = 0x30;
+    pub const ICR_HIGH: u32 = 0x31;
+    pub const LVT_TIMER: u32 = 0x32;
+    pub const LVT_ERROR: u32 = 0x37;
+    pub const TIMER_INITIAL: u32 = 0x38;
+    pub const TIMER_CURRENT: u32 = 0x39;
+    pub const TIMER_DIVIDE: u32 = 0x3e;
+    pub const SELF_IPI: u32 = 0x3f;
+}
+
+/// LVT entries in register order from the timer: timer, thermal, performance, LINT0, LINT1, error.
+const LVT_COUNT: usize = 6;
+const LVT_LINT0: usize = 3;
+const LVT_LINT1: usize = 4;
+const LVT_ERROR: usize = 5;
+const MASKED: u32 = 1 << 16;
+
+/// An interprocessor interrupt on its way out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ipi {
+    /// Vector.
+    pub vector: u8,
+    /// Delivery mode (0 fixed, 1 lowest priority, 4 NMI, 5 INIT, 6 start-up).
+    pub mode: u8,
+    /// Destination shorthand: 0 none, 1 self, 2 all, 3 all but self.
+    pub shorthand: u8,
+    /// Whether the destination is logical.
+    pub logical: bool,
+    /// Destination, 8 bits in xAPIC and 32 in x2APIC mode.
+    pub destination: u32,
+}
+
+/// What a register write asks of the chipset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Nothing.
+    None,
+    /// End of a level-triggered interrupt, for the I/O APICs.
+    Eoi(u8),
+    /// Send an interprocessor interrupt.
+    Ipi(Ipi),
+}
+
+/// A 256-bit register as IRR, ISR and TMR are.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Bits([u32; 8]);
+
+impl Bits {
+    fn set(&mut self, v: u8) {
+        self.0[usize::from(v >> 5)] |= 1 << (v & 31);
+    }
+    fn clear(&mut self, v: u8) {
+        self.0[usize::from(v >> 5)] &= !(1 << (v & 31));
+    }
+    fn has(&self, v: u8) -> bool {
+        self.0[usize::from(v >> 5)] >> (v & 31) & 1 != 0
+    }
+    fn highest(&self) -> Option<u8> {
+        (0..8u8)
+            .rev()
+            .find(|&k| self.0[usize::from(k)] != 0)
+            .map(|k| k * 32 + 31 - self.0[usize::from(k)].leading_zeros() as u8)
+    }
+}
+
+/// A local APIC.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lapic {
+    id: u32,
+    apic_base: u64,
+    tpr: u8,
+    svr: u32,
+    ldr: u32,
+    dfr: u32,
+    isr: Bits,
+    tmr: Bits,
+    irr: Bits,
+    esr: u32,
+    /// Errors since ESR was last written.
+    errors: u32,
+    icr: u64,
+    lvt: [u32; LVT_COUNT],
+    divide: u32,
+    initial: u32,
+    /// When the count was started.
+    started: Nanos,
+    /// When the timer fires next.
+    expiry: Option<Nanos>,
+    tsc_deadline: u64,
+    nmi: bool,
+}
+
+impl Lapic {
+    /// APIC number `id`, as firmware leaves it: enabled, LINT0 as ExtINT (on the boot CPU), LINT1 as NMI.
+    pub fn new(id: u8) -> Lapic {
+        let bsp = if id == 0 { base::BSP } else { 0 };
+        let mut lvt = [MASKED; LVT_COUNT];
+        lvt[LVT_LINT0] = if id == 0 { 0x700 } else { MASKED | 0x700 };
+        lvt[LVT_LINT1] = 0x400;
+        Lapic {
+            id: u32::from(id),
+            apic_base: 0xfee0_0000 | base::ENABLE | bsp,
+            tpr: 0,
+            svr: 0x1ff,
+            ldr: 0,
+            dfr: u32::MAX,
+            isr: Bits::default(),
+            tmr: Bits::default(),
+            irr: Bits::default(),
+            esr: 0,
+            errors: 0,
+            icr: 0,
+            lvt,
+            divide: 0,
+            initial: 0,
+            started: 0,
+            expiry: None,
+            tsc_deadline: 0,
+            nmi: false,
+        }
+    }
+
+    /// Whether IA32_APIC_BASE enables the APIC.
+    pub fn enabled(&self) -> bool {
+        self.apic_base & base::ENABLE != 0
+    }
+
+    fn x2apic(&self) -> bool {
+        self.apic_base & base::X2APIC != 0
+    }
+
+    fn software_enabled(&self) -> bool {
+        self.enabled() && self.svr & 0x100 != 0
+    }
+
+    /// The base of the register page while it is mapped.
+    pub fn mmio_base(&self) -> Option<u64> {
+        (self.enabled() && !self.x2apic()).then_some(self.apic_base & base::ADDRESS)
+    }
+
+    /// CR8: task priority bits 7:4.
+    pub fn cr8(&self) -> u64 {
+        u64::from(self.tpr >> 4)
+    }
+
+    /// Writes CR8.
+    pub fn set_cr8(&mut self, v: u64) {
+        self.tpr = (v as u8 & 15) << 4;
+    }
+
+    fn ppr(&self) -> u8 {
+        let in_service = self.isr.highest().unwrap_or(0) & 0xf0;
+        if self.tpr >> 4 >= in_service >> 4 { self.tpr } else { in_service }
+    }
+
+    /// The vector that would be delivered now.
+    pub fn pending(&self) -> Option<u8> {
+        self.irr.highest().filter(|v| self.software_enabled() && v >> 4 > self.ppr() >> 4)
+    }
+
+    /// Whether the 8259's INTR reaches the CPU: through LINT0 as ExtINT, or directly with the APIC disabled.
+    pub fn accepts_extint(&self) -> bool {
+        !self.enabled() || (self.lvt[LVT_LINT0] & (MASKED | 0x700) == 0x700)
+    }
+
+    /// Takes the pending vector into service.
+    pub fn acknowledge(&mut self) -> Option<u8> {
+        let v = self.pending()?;
+        self.irr.clear(v);
+        self.isr.set(v);
+        Some(v)
+    }
+
+    /// Accepts an interrupt message; `level` sets the trigger-mode bit.
+    pub fn accept(&mut self, vector: u8, level: bool) {
+        if vector < 16 {
+            self.error(1 << 6);
+            return;
+        }
+        if !self.software_enabled() {
+            return;
+        }
+        self.irr.set(vector);
+        if level { self.tmr.set(vector) } else { self.tmr.clear(vector) }
+    }
+
+    /// Latches a non-maskable interrupt.
+    pub fn accept_nmi(&mut self) {
+        self.nmi = true;
+    }
+
+    /// Takes a latched non-maskable interrupt.
+    pub fn take_nmi(&mut self) -> bool {
+        std::mem::take(&mut self.nmi)
+    }
+
+    /// Whether a message with this destination is for this APIC (SDM vol. 3 §11.6.2).
+    pub fn is_destination(&self, logical: bool, destination: u32) -> bool {
+        if self.x2apic() {
+            if !logical {
+                return destination == self.id || destination == u32::MAX;
+            }
+            let ldr = self.x2apic_ldr();
+            return destination == u32::MAX || (destination >> 16 == ldr >> 16 && destination & ldr & 0xffff != 0);
+        }
+        if !logical {
+            return destination & 0xff == self.id || destination & 0xff == 0xff;
+        }
+        let (d, l) = (destination & 0xff, self.ldr >> 24);
+        if self.dfr >> 28 == 0xf { d & l != 0 } else { d == 0xff || (d >> 4 == l >> 4 && d & l & 15 != 0) }
+    }
+
+    fn x2apic_ldr(&self) -> u32 {
+        (self.id >> 4) << 16 | 1 << (self.id & 15)
+    }
+
+    fn error(&mut self, bit: u32) {
+        self.errors |= bit;
+        let lvt = self.lvt[LVT_ERROR];
+        // An error about the error vector itself would never end.
+        if lvt & MASKED == 0 && lvt as u8 >= 16 {
+            self.accept(lvt as u8, false);
+        }
+    }
+
+    // ---- timer ----
+
+    fn divisor(&self) -> u64 {
+        // Bits 3, 1:0 encode 2, 4, ..., 128, and 1 as the last.
+        let code = self.divide & 3 | self.divide >> 1 & 4;
+        1 << ((code + 1) & 7)
+    }
+
+    fn timer_mode(&self) -> u32 {
+        self.lvt[0] >> 17 & 3
+    }
+
+    fn period(&self) -> Nanos {
+        scale_up(u64::from(self.initial) * self.divisor(), NANOS, TIMER_HZ).max(1)
+    }
+
+    fn start(&mut self, now: Nanos) {
+        self.started = now;
+        self.expiry = (self.initial != 0 && self.timer_mode() < 2).then(|| now.saturating_add(self.period()));
+    }
+
+    fn current(&self, now: Nanos) -> u32 {
+        if self.initial == 0 || self.timer_mode() == 2 || self.expiry.is_none() {
+            return 0;
+        }
+        let ticks = scale(now.saturating_sub(self.started), TIMER_HZ, NANOS) / self.divisor();
+        (u64::from(self.initial)).saturating_sub(ticks) as u32
+    }
+
+    /// Fires the timer if it is due. Missed periods make one interrupt.
+    pub fn advance(&mut self, now: Nanos) {
+        let Some(at) = self.expiry.filter(|&at| at <= now) else { return };
+        self.expiry = None;
+        match self.timer_mode() {
+            1 => {
+                let period = self.period();
+                let missed = (now - at) / period;
+                self.started = at + missed * period;
+                self.expiry = Some(self.started.saturating_add(period));
+            }
+            2 => self.tsc_deadline = 0,
+            _ => {}
+        }
+        if self.lvt[0] & MASKED == 0 {
+            self.accept(self.lvt[0] as u8, false);
+        }
+    }
+
+    /// When the timer fires next.
+    pub fn next_event(&self) -> Option<Nanos> {
+        self.expiry
+    }
+
+    // ---- registers ----
+
+    /// Reads the register page.
+    pub fn mmio_read(&mut self, offset: u64, now: Nanos) -> u32 {
+        if offset & 15 != 0 {
+            return 0;
+        }
+        match (offset >> 4) as u32 {
+            reg::ID => self.id << 24,
+            n => self.read(n, now).unwrap_or_else(|| {
+                self.error(1 << 7);
+                0
+            }),
+        }
+    }
+
+    /// Writes the register page.
+    pub fn mmio_write(&mut self, offset: u64, v: u32, now: Nanos) -> Effect {
+        if offset & 15 != 0 {
+            return Effect::None;
+        }
+        match (offset >> 4) as u32 {
+            reg::ID => Effect::None,
+            reg::LDR => {
+                self.ldr = v & 0xff00_0000;
+                Effect::None
+            }
+            reg::DFR => {
+                self.dfr = v | 0x0fff_ffff;
+                Effect::None
+            }
+            reg::ICR_HIGH => {
+                self.icr = self.icr & 0xffff_ffff | u64::from(v) << 32;
+                Effect::None
+            }
+            reg::ICR_LOW => {
+                self.icr = self.icr & !0xffff_ffff | u64::from(v & !(1 << 12));
+                self.send(v, (self.icr >> 56) as u32)
+            }
+            n => self.write(n, v, now).unwrap_or_else(|| {
+                self.error(1 << 7);
+                Effect::None
+            }),
+        }
+    }
+
+    fn read(&self, n: u32, now: Nanos) -> Option<u32> {
+        Some(match n {
+            // Version 15h, six LVT entries, EOI-broadcast suppression absent.
+            reg::VERSION => 0x15 | (LVT_COUNT as u32 - 1) << 16,
+            reg::TPR => u32::from(self.tpr),
+            reg::PPR => u32::from(self.ppr()),
+            reg::EOI => 0,
+            reg::LDR => {
+                if self.x2apic() {
+                    self.x2apic_ldr()
+                } else {
+                    self.ldr
+                }
+            }
+            reg::DFR if !self.x2apic() => self.dfr,
+            reg::SVR => self.svr,
+            reg::ISR..=0x17 => self.isr.0[(n - reg::ISR) as usize],
+            reg::TMR..=0x1f => self.tmr.0[(n - reg::TMR) as usize],
+            reg::IRR..=0x27 => self.irr.0[(n - reg::IRR) as usize],
+            reg::ESR => self.esr,
+            reg::ICR_LOW => self.icr as u32,
+            reg::ICR_HIGH if !self.x2apic() => (self.icr >> 32) as u32,
+            reg::LVT_TIMER..=reg::LVT_ERROR => self.lvt[(n - reg::LVT_TIMER) as usize],
+            reg::TIMER_INITIAL => self.initial,
+            reg::TIMER_CURRENT => self.current(now),
+            reg::TIMER_DIVIDE => self.divide,
+            _ => return None,
+        })
+    }
+
+    fn write(&mut self, n: u32, v: u32, now: Nanos) -> Option<Effect> {
+        match n {
+            reg::TPR => self.tpr = v as u8,
+            reg::EOI => return Some(self.end_of_interrupt()),
+            reg::SVR => {
+                self.svr = v & 0x1ff;
+                if v & 0x100 == 0 {
+                    self.lvt.iter_mut().for_each(|l| *l |= MASKED);
+                }
+            }
+            reg::ESR => {
+                self.esr = std::mem::take(&mut self.errors);
+            }
+            reg::LVT_TIMER..=reg::LVT_ERROR => self.write_lvt((n - reg::LVT_TIMER) as usize, v, now),
+            reg::TIMER_INITIAL => {
+                if self.timer_mode() != 2 {
+                    self.initial = v;
+                    self.start(now);
+                }
+            }
+            reg::TIMER_DIVIDE => {
+                self.divide = v & 0xb;
+                if self.expiry.is_some() && self.timer_mode() < 2 {
+                    self.start(now);
+                }
+            }
+            _ => return None,
+        }
+        Some(Effect::None)
+    }
+
+    fn write_lvt(&mut self, k: usize, v: u32, now: Nanos) {
+        let mask = match k {
+            0 => 0x0007_10ff & !(1 << 12),
+            LVT_LINT0 | LVT_LINT1 => 0x0001_a7ff,
+            LVT_ERROR => 0x0001_00ff,
+            _ => 0x0001_07ff,
+        };
+        let old_mode = self.timer_mode();
+        self.lvt[k] = v & mask | if self.software_enabled() { 0 } else { MASKED };
+        if k == 0 && self.timer_mode() != old_mode {
+            // Changing to or from deadline mode disarms the timer (SDM vol. 3 §11.5.4.1).
+            if (old_mode == 2) != (self.timer_mode() == 2) {
+                self.expiry = None;
+                self.tsc_deadline = 0;
+                self.initial = 0;
+            } else {
+                self.start(now);
+            }
+        }
+    }
+
+    fn end_of_interrupt(&mut self) -> Effect {
+        let Some(v) = self.isr.highest() else { return Effect::None };
+        self.isr.clear(v);
+        if self.tmr.has(v) { Effect::Eoi(v) } else { Effect::None }
+    }
+
+    fn send(&mut self, low: u32, destination: u32) -> Effect {
+        Effect::Ipi(Ipi {
+            vector: low as u8,
+            mode: (low >> 8 & 7) as u8,
+            shorthand: (low >> 18 & 3) as u8,
+            logical: low >> 11 & 1 != 0,
+            destination,
+        })
+    }
+
+    /// Reads an MSR of the APIC; `None` raises #GP.
+    pub fn msr_read(&mut self, msr: u32, now: Nanos) -> Option<u64> {
+        match msr {
+            0x1b => Some(self.apic_base),
+            0x6e0 => Some(if self.timer_mode() == 2 { self.tsc_deadline } else { 0 }),
+            0x830 if self.x2apic() => Some(self.icr),
+            0x802 if self.x2apic() => Some(u64::from(self.id)),
+            0x800..=0x8ff if self.x2apic() => self.read(msr - 0x800, now).filter(|_| msr != 0x80b).map(u64::from),
+            _ => None,
+        }
+    }
+
+    /// Writes an MSR of the APIC; `None` raises #GP.
+    pub fn msr_write(&mut self, msr: u32, v: u64, tsc: u64, now: Nanos) -> Option<Effect> {
+        match msr {
+            0x1b => self.write_base(v)?,
+            0x6e0 => {
+                if self.timer_mode() == 2 {
+                    self.tsc_deadline = v;
+                    let wait = v.saturating_sub(tsc);
+                    self.expiry = (v != 0).then(|| now.saturating_add(scale_up(wait, NANOS, TIMER_HZ)));
+                }
+            }
+            0x830 if self.x2apic() => {
+                self.icr = v & !(1 << 12);
+                return Some(self.send(v as u32, (v >> 32) as u32));
+            }
+            0x83f if self.x2apic() => {
+                let vector = v as u8;
+                self.accept(vector, false);
+            }
+            0x800..=0x8ff if self.x2apic() => {
+                let n = msr - 0x800;
+                // Reserved bits, and read-only registers, raise #GP; EOI and ESR take only zero.
+                if v >> 32 != 0 || ((n == reg::EOI || n == reg::ESR) && v != 0) || n == reg::SELF_IPI {
+                    return None;
+                }
+                return self.write(n, v as u32, now);
+            }
+            _ => return None,
+        }
+        Some(Effect::None)
+    }
+
+    /// Mode changes of IA32_APIC_BASE (SDM vol. 3 §11.12.5): x2APIC is entered from xAPIC and left by disabling.
+    fn write_base(&mut self, v: u64) -> Option<()> {
+        let known = base::ADDRESS | base::BSP | base::X2APIC | base::ENABLE;
+        let (enable, x2) = (v & base::ENABLE != 0, v & base::X2APIC != 0);
+        let legal = match (self.enabled(), self.x2apic()) {
+            (true, true) => enable == x2,
+            (true, false) => enable || !x2,
+            _ => !x2,
+        };
+        if v & !known != 0 || !legal {
+            return None;
+        }
+        let was_enabled = self.enabled();
+        self.apic_base = v & !base::BSP | self.apic_base & base::BSP;
+        if was_enabled && !enable {
+            let fresh = Lapic::new(self.id as u8);
+            *self = Lapic { apic_base: self.apic_base, svr: 0xff, lvt: [MASKED; LVT_COUNT], ..fresh };
+        }
+        Some(())
+    }
+
+    /// INIT: everything but the identity and the base register is reset.
+    pub fn init(&mut self) {
+        let fresh = Lapic::new(self.id as u8);
+        *self = Lapic { apic_base: self.apic_base, svr: 0xff, lvt: [MASKED; LVT_COUNT], ..fresh };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn priority_and_eoi() {
+        let mut a = Lapic::new(0);
+        a.accept(0x41, false);
+        a.accept(0x52, true);
+        assert_eq!(a.acknowledge(), Some(0x52));
+        assert_eq!(a.acknowledge(), None, "41h is of lower class than what is in service");
+        assert_eq!(a.mmio_write(0xb0, 0, 0), Effect::Eoi(0x52));
+        a.set_cr8(4);
+        assert_eq!(a.pending(), None);
+        a.set_cr8(3);
+        assert_eq!(a.acknowledge(), Some(0x41));
+        assert_eq!(a.mmio_write(0xb0, 0, 0), Effect::None);
+    }
+
+    #[test]
+    fn timer_modes() {
+        let mut a = Lapic::new(0);
+        a.mmio_write(0x3e0, 0xb, 0); // divide by 1
+        a.mmio_write(0x320, 0x30, 0); // one-shot
+        a.mmio_write(0x380, 1000, 0);
+        assert_eq!(a.mmio_read(0x390, 400), 600);
+        assert_eq!(a.next_event(), Some(1000));
+        a.advance(1000);
+        assert_eq!((a.acknowledge(), a.next_event()), (Some(0x30), None));
+        a.mmio_write(0xb0, 0, 0);
+        a.mmio_write(0x320, 0x30 | 1 << 17, 1000);
+        a.mmio_write(0x380, 100, 1000);
+        a.advance(1_000_000);
+        assert_eq!((a.acknowledge(), a.next_event()), (Some(0x30), Some(1_000_100)));
+        a.mmio_write(0xb0, 0, 0);
+        a.mmio_write(0x320, 0x30 | 2 << 17, 0);
+        assert!(a.msr_write(0x6e0, 5000, 4000, 100).is_some());
+        assert_eq!(a.next_event(), Some(1100));
+        a.advance(1100);
+        assert_eq!((a.acknowledge(), a.msr_read(0x6e0, 0)), (Some(0x30), Some(0)));
+    }
+
+    #[test]
+    fn mode_changes() {
+        let mut a = Lapic::new(0);
+        assert_eq!(a.msr_read(0x802, 0), None, "x2APIC registers need x2APIC mode");
+        let b = a.msr_read(0x1b, 0).unwrap_or_default();
+        assert!(a.msr_write(0x1b, b | 1 << 10, 0, 0).is_some());
+        assert_eq!((a.msr_read(0x802, 0), a.mmio_base()), (Some(0), None));
+        assert!(a.msr_write(0x1b, b, 0, 0).is_none(), "back to xAPIC only through disabled");
+        assert!(a.msr_write(0x80b, 1, 0, 0).is_none());
+    }
+}
