@@ -1,1 +1,14 @@
 //! The machine: an engine, guest memory, the chipset and how a guest is booted.
+
+pub mod acpi;
+pub mod boot;
+pub mod machine;
+pub mod memory;
+mod platform;
+pub mod stats;
+
+pub use boot::InitrdSource as Initrd;
+pub use machine::{
+    Backend, Boot, Console, Controller, CpuModel, Machine, MachineConfig, Outcome, RebootPolicy, RuntimeError, StopReason,
+};
+pub use stats::Stats;

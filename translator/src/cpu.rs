@@ -98,6 +98,8 @@ pub struct Cpu {
     pub watch: bool,
     /// Set when delivery of a software interrupt ended in a triple fault.
     pub triple_fault: bool,
+    /// What compiled code keeps beside the architectural state.
+    pub jit: crate::jit::frame::JitFrame,
     /// Statistics.
     pub counts: CpuCounts,
 }
@@ -125,6 +127,7 @@ impl Cpu {
             pending_debug: 0,
             watch: false,
             triple_fault: false,
+            jit: crate::jit::frame::JitFrame::default(),
             counts: CpuCounts::default(),
         };
         cpu.mode_changed();

@@ -10,6 +10,7 @@ pub mod eval;
 pub mod exception;
 pub mod flags;
 pub mod insn;
+pub mod jit;
 pub mod mem;
 pub mod mmu;
 pub mod platform;

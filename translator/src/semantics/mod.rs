@@ -127,7 +127,9 @@ pub fn too_long() -> &'static Sem {
     interp!(raise_gp, ends)
 }
 
-fn raise_ud(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
+fn raise_ud(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
+    tracing::debug!("undefined instruction {:?} at {:#x}", i.iced_code(), cpu.ip_base.wrapping_add(u64::from(i.off)));
+    eprintln!("undefined instruction {:?} at {:#x}", i.iced_code(), cpu.ip_base.wrapping_add(u64::from(i.off)));
     cpu.counts.undefined += 1;
     Err(cpu.ud())
 }

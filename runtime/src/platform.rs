@@ -1,0 +1,252 @@
+//! What a vCPU sees of the machine: the chipset behind a lock, the clock, and the wake-ups between threads.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use diglot_devices::bus::Nanos;
+use diglot_devices::chipset::{Chipset, PowerEvent};
+use diglot_translator::cpu::Kick;
+use diglot_translator::platform::Platform;
+use parking_lot::{Condvar, Mutex};
+
+use crate::machine::StopReason;
+
+/// Input that waits for the UART is bounded: a guest that does not read makes the sender wait, not memory grow.
+const INPUT_LIMIT: usize = 64 * 1024;
+
+/// What the machine's threads share.
+pub(crate) struct Shared {
+    pub chipset: Mutex<Chipset>,
+    pub kick: Kick,
+    start: Instant,
+    /// Bytes for COM1 that its FIFO had no room for yet.
+    input: Mutex<VecDeque<u8>>,
+    pub stop: Mutex<Option<StopReason>>,
+    pub power: Mutex<Option<PowerEvent>>,
+    /// When the timer thread will look again; [`u64::MAX`] if it sleeps until told.
+    armed: AtomicU64,
+    timer: Mutex<TimerState>,
+    timer_changed: Condvar,
+    /// The halted vCPU waits here.
+    idle: Mutex<()>,
+    wake: Condvar,
+}
+
+#[derive(Default)]
+struct TimerState {
+    finished: bool,
+}
+
+impl Shared {
+    pub fn new(chipset: Chipset) -> Shared {
+        Shared {
+            chipset: Mutex::new(chipset),
+            kick: Kick::default(),
+            start: Instant::now(),
+            input: Mutex::new(VecDeque::new()),
+            stop: Mutex::new(None),
+            power: Mutex::new(None),
+            armed: AtomicU64::new(u64::MAX),
+            timer: Mutex::new(TimerState::default()),
+            timer_changed: Condvar::new(),
+            idle: Mutex::new(()),
+            wake: Condvar::new(),
+        }
+    }
+
+    /// Virtual time.
+    pub fn now(&self) -> Nanos {
+        self.start.elapsed().as_nanos() as u64
+    }
+
+    /// Makes the vCPU look at the world, whether it runs or is halted.
+    pub fn notify(&self, bits: u32) {
+        self.kick.request(bits);
+        // Taking the lock orders this with a vCPU that is about to sleep.
+        drop(self.idle.lock());
+        self.wake.notify_all();
+    }
+
+    /// Asks the machine to stop; the first reason counts.
+    pub fn stop(&self, why: StopReason) {
+        self.stop.lock().get_or_insert(why);
+        self.notify(Kick::STOP);
+    }
+
+    /// Queues bytes for COM1, waiting while the queue is full and the machine runs.
+    pub fn input(&self, bytes: &[u8]) {
+        for chunk in bytes.chunks(INPUT_LIMIT) {
+            while self.input.lock().len() + chunk.len() > INPUT_LIMIT {
+                if self.stop.lock().is_some() || self.timer.lock().finished {
+                    return;
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            self.input.lock().extend(chunk);
+        }
+        self.notify(Kick::ATTENTION);
+    }
+
+    /// Hands queued input to the UART as far as it has room.
+    fn feed(&self, chipset: &mut Chipset) {
+        let mut input = self.input.lock();
+        if !input.is_empty() {
+            let n = chipset.serial_input(input.make_contiguous());
+            input.drain(..n);
+        }
+    }
+
+    /// Sleeps until a kick or the next timer.
+    pub fn sleep_until_event(&self) {
+        let deadline = self.chipset.lock().next_deadline();
+        let mut guard = self.idle.lock();
+        if self.kick.pending() != 0 {
+            return;
+        }
+        match deadline {
+            Some(at) => {
+                let now = self.now();
+                if at > now {
+                    self.wake.wait_for(&mut guard, Duration::from_nanos(at - now));
+                }
+            }
+            None => self.wake.wait(&mut guard),
+        }
+        self.kick.request(Kick::ATTENTION);
+    }
+
+    /// The timer thread: kicks the vCPU whenever a device timer is due while guest code runs.
+    pub fn run_timer(&self) {
+        loop {
+            let deadline = self.chipset.lock().next_deadline();
+            let mut state = self.timer.lock();
+            if state.finished {
+                return;
+            }
+            self.armed.store(deadline.unwrap_or(u64::MAX), Ordering::Release);
+            let now = self.now();
+            match deadline {
+                Some(at) if at <= now => {
+                    drop(state);
+                    self.kick.request(Kick::ATTENTION);
+                    // The vCPU advances the timer; until then there is nothing to wait for but that.
+                    let mut state = self.timer.lock();
+                    if !state.finished {
+                        self.timer_changed.wait_for(&mut state, Duration::from_millis(1));
+                    }
+                }
+                Some(at) => {
+                    self.timer_changed.wait_for(&mut state, Duration::from_nanos(at - now));
+                }
+                None => self.timer_changed.wait(&mut state),
+            }
+        }
+    }
+
+    /// Ends the timer thread.
+    pub fn finish(&self) {
+        self.timer.lock().finished = true;
+        self.timer_changed.notify_all();
+    }
+
+    /// After a device access: takes power events and tells the timer thread about an earlier deadline.
+    fn after_access(&self, chipset: &mut Chipset) {
+        if let Some(event) = chipset.take_power_event() {
+            self.power.lock().get_or_insert(event);
+            self.kick.request(Kick::STOP);
+        }
+        let next = chipset.next_deadline().unwrap_or(u64::MAX);
+        if next < self.armed.load(Ordering::Acquire) {
+            self.armed.store(next, Ordering::Release);
+            drop(self.timer.lock());
+            self.timer_changed.notify_one();
+        }
+    }
+}
+
+/// One vCPU's door to the machine.
+pub(crate) struct VcpuPlatform {
+    pub shared: Arc<Shared>,
+    pub cpu: usize,
+}
+
+impl VcpuPlatform {
+    fn with<T>(&self, f: impl FnOnce(&mut Chipset, Nanos) -> T) -> T {
+        let now = self.shared.now();
+        let mut chipset = self.shared.chipset.lock();
+        let result = f(&mut chipset, now);
+        self.shared.after_access(&mut chipset);
+        result
+    }
+}
+
+impl Platform for VcpuPlatform {
+    fn port_in(&mut self, port: u16, size: u8) -> u32 {
+        let shared = self.shared.clone();
+        self.with(|c, now| {
+            let v = c.port_read(port, size, now);
+            shared.feed(c);
+            v
+        })
+    }
+
+    fn port_out(&mut self, port: u16, size: u8, value: u32) {
+        self.with(|c, now| c.port_write(port, size, value, now));
+    }
+
+    fn mmio_read(&mut self, gpa: u64, size: u8) -> u64 {
+        self.with(|c, now| c.mmio_read(gpa, size, now))
+    }
+
+    fn mmio_write(&mut self, gpa: u64, size: u8, value: u64) {
+        self.with(|c, now| c.mmio_write(gpa, size, value, now));
+    }
+
+    fn tsc(&mut self) -> u64 {
+        self.shared.now()
+    }
+
+    fn apic_msr_read(&mut self, msr: u32, tsc: u64) -> Option<u64> {
+        let cpu = self.cpu;
+        self.with(|c, now| c.apic_msr_read(cpu, msr, tsc, now))
+    }
+
+    fn apic_msr_write(&mut self, msr: u32, value: u64, tsc: u64) -> Option<()> {
+        let cpu = self.cpu;
+        self.with(|c, now| c.apic_msr_write(cpu, msr, value, tsc, now))
+    }
+
+    fn cr8(&mut self) -> u64 {
+        self.shared.chipset.lock().cr8(self.cpu)
+    }
+
+    fn set_cr8(&mut self, value: u64) {
+        self.shared.chipset.lock().set_cr8(self.cpu, value);
+    }
+
+    fn interrupt_pending(&mut self) -> bool {
+        let (shared, cpu) = (self.shared.clone(), self.cpu);
+        self.with(|c, now| {
+            c.advance(now);
+            shared.feed(c);
+            c.interrupt_pending(cpu)
+        })
+    }
+
+    fn acknowledge(&mut self) -> Option<u8> {
+        self.shared.chipset.lock().acknowledge(self.cpu)
+    }
+
+    fn take_nmi(&mut self) -> bool {
+        self.shared.chipset.lock().take_nmi(self.cpu)
+    }
+
+    fn random(&mut self) -> Option<u64> {
+        let mut bytes = [0u8; 8];
+        // SAFETY: the buffer is valid for its length; getrandom writes no more than that.
+        let n = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+        (n == 8).then(|| u64::from_le_bytes(bytes))
+    }
+}
