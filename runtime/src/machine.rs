@@ -8,6 +8,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use diglot_devices::chipset::{Chipset, ChipsetConfig, PowerEvent};
 use diglot_translator::cpu::Cpu;
 use diglot_translator::cpuid::{self, Level};
+use diglot_translator::jit::{Jit, JitError};
 use diglot_translator::mem::GuestRam as CpuRam;
 use diglot_translator::state::{CpuState, Segment, Table, gpr, seg};
 use diglot_translator::vcpu::{Exit, Vcpu};
@@ -128,6 +129,9 @@ pub enum RuntimeError {
     /// The ACPI tables.
     #[error(transparent)]
     Acpi(#[from] AcpiError),
+    /// The compiler.
+    #[error(transparent)]
+    Jit(#[from] JitError),
     /// A number of CPUs that this version cannot run.
     #[error("{0} CPUs are not supported yet; use --cpus 1")]
     Cpus(u8),
@@ -295,7 +299,11 @@ fn build_vcpu(config: &MachineConfig, ram: &GuestRam, shared: &Arc<Shared>) -> R
     let mut cpu = Cpu::new(Arc::new(CpuRam::new(ram.mmap().clone())), Box::new(platform), model);
     cpu.kick = shared.kick.clone();
     cpu.set_state(state);
-    Ok(Vcpu::new(cpu))
+    let jit = match config.backend {
+        Backend::Interp => None,
+        Backend::Auto | Backend::Jit => Some(Jit::new(config.code_cache_bytes as usize, 1)?),
+    };
+    Ok(Vcpu::new(cpu, jit))
 }
 
 /// The CPU state of a boot protocol's entry point.

@@ -31,6 +31,8 @@ pub struct Block {
     pub heat: u32,
     /// Whether the block is in use; false once its bytes changed.
     pub live: bool,
+    /// Address of the compiled region that starts here, or 0.
+    pub code: u64,
 }
 
 impl Block {
@@ -101,6 +103,18 @@ impl BlockCache {
     #[inline(always)]
     pub fn get_mut(&mut self, id: BlockId) -> &mut Block {
         &mut self.blocks[id as usize]
+    }
+
+    /// Calls `f` for every block in use.
+    pub fn for_each(&mut self, f: impl FnMut(&mut Block)) {
+        self.blocks.iter_mut().filter(|b| b.live).for_each(f);
+    }
+
+    /// Calls `f` for every block that touches a page.
+    pub fn for_each_in(&mut self, page: u64, mut f: impl FnMut(&mut Block)) {
+        for &id in self.by_page.get(&page).into_iter().flatten() {
+            f(&mut self.blocks[id as usize]);
+        }
     }
 
     /// Whether another block of `n` instructions would exceed the bound, so that [`Self::clear`] is due.

@@ -178,6 +178,7 @@ impl Cpu {
         }
         self.mode = Mode(mode);
         self.class = self.access_class();
+        self.jit.tlb = self.mmu.tlb.table(self.class).entries.as_ptr() as u64;
         // 15 bits: two salts never differ in all 16 redundant bits, so keys of distinct addresses stay distinct.
         let user = u64::from(self.s.cpl == 3);
         self.salt = (u64::from(mode) | user << 6 | u64::from(self.mmu.tlb.tag()) << 7) << 48;

@@ -2,6 +2,7 @@
 
 pub mod addr;
 pub mod block;
+pub mod code;
 pub mod cpu;
 pub mod cpuid;
 pub mod decode;

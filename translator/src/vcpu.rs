@@ -6,6 +6,9 @@ use crate::cpu::{Cpu, Kick};
 use crate::decode::{self, MAX_LEN};
 use crate::exception::{Exception, Trap, vector};
 use crate::insn::{Insn, Mode};
+use crate::jit::frame::reason;
+use crate::jit::region::Plan;
+use crate::jit::{Jit, THRESHOLD};
 use crate::state::{Segment, flag, seg};
 
 /// Why [`Vcpu::run`] returned.
@@ -20,14 +23,19 @@ pub enum Exit {
 }
 
 /// Entries of the jump cache.
-const JUMP_ENTRIES: usize = 4096;
+pub(crate) const JUMP_ENTRIES: usize = 4096;
 /// A key that no address has.
 const NO_KEY: u64 = u64::MAX;
+const NO_ENTRY: JumpEntry = JumpEntry { key: NO_KEY, code: 0, block: 0 };
 
 /// Where execution goes for a linear address in the current mode and address space.
+#[repr(C, align(32))]
 #[derive(Clone, Copy)]
-struct JumpEntry {
-    key: u64,
+pub(crate) struct JumpEntry {
+    /// Linear address combined with the salt.
+    pub key: u64,
+    /// Compiled code, or code that returns to the dispatch loop.
+    pub code: u64,
     block: BlockId,
 }
 
@@ -39,6 +47,8 @@ pub struct RunCounts {
     pub blocks_run: u64,
     pub jump_misses: u64,
     pub stepped: u64,
+    pub entries: u64,
+    pub side_exits: u64,
 }
 
 /// One vCPU with its code caches.
@@ -48,19 +58,18 @@ pub struct Vcpu {
     /// Predecoded blocks.
     pub blocks: BlockCache,
     jump: Box<[JumpEntry; JUMP_ENTRIES]>,
+    /// The compiler, unless the vCPU only interprets.
+    pub jit: Option<Jit>,
     /// Statistics.
     pub counts: RunCounts,
 }
 
 impl Vcpu {
     /// A vCPU around `cpu`.
-    pub fn new(cpu: Cpu) -> Vcpu {
-        Vcpu {
-            cpu,
-            blocks: BlockCache::default(),
-            jump: Box::new([JumpEntry { key: NO_KEY, block: 0 }; JUMP_ENTRIES]),
-            counts: RunCounts::default(),
-        }
+    pub fn new(mut cpu: Cpu, jit: Option<Jit>) -> Vcpu {
+        let jump = Box::new([NO_ENTRY; JUMP_ENTRIES]);
+        cpu.connect_jit(jump.as_ptr() as u64);
+        Vcpu { cpu, blocks: BlockCache::default(), jump, jit, counts: RunCounts::default() }
     }
 
     /// Runs guest code until something needs the machine's attention.
@@ -128,9 +137,97 @@ impl Vcpu {
             Ok(id) => id,
             Err(Trap) => return self.fault(),
         };
+        if let Some(jit) = &self.jit {
+            if jit.has_done() {
+                self.install_regions();
+                return Ok(());
+            }
+            let code = self.blocks.get(id).code;
+            if code != 0 {
+                return self.run_compiled(id, code);
+            }
+        }
+        self.interpret(id)
+    }
+
+    /// Runs compiled code from the entry of block `id`.
+    fn run_compiled(&mut self, id: BlockId, code: u64) -> Result<(), TripleFault> {
+        let Some(jit) = &self.jit else { return Ok(()) };
+        self.counts.entries += 1;
+        self.cpu.jit.exit_reason = reason::NEXT;
+        jit.enter(&mut self.cpu, code);
+        self.cpu.fold_flags();
+        match self.cpu.jit.exit_reason {
+            reason::INTERPRET => {
+                self.counts.side_exits += 1;
+                match self.find_block() {
+                    Ok(id) => self.interpret(id),
+                    Err(Trap) => self.fault(),
+                }
+            }
+            reason::FAULT => self.after(Err(Trap)),
+            reason::STOP => self.after(Ok(())),
+            _ => {
+                let _ = id;
+                Ok(())
+            }
+        }
+    }
+
+    /// Takes compiled regions into use.
+    #[cold]
+    fn install_regions(&mut self) {
+        let Some(jit) = &mut self.jit else { return };
+        let (blocks, cpu) = (&mut self.blocks, &mut self.cpu);
+        jit.install(|(gpa, mode), code, granules| {
+            if let Some(id) = blocks.find(gpa, Mode(mode)) {
+                blocks.get_mut(id).code = code;
+            }
+            if cpu.ram.mark_code(gpa, granules) {
+                cpu.mmu.tlb.protect(gpa & !PAGE_MASK);
+            }
+        });
+        // Entries of these blocks, and of evicted ones, lead elsewhere now.
+        self.refresh_codes();
+    }
+
+    /// Sets every block's and jump-cache entry's code address from the code cache.
+    fn refresh_codes(&mut self) {
+        let Some(jit) = &self.jit else { return };
+        let stub = jit.stub;
+        self.blocks.for_each(|b| b.code = jit.find((b.gpa, b.mode.0)).unwrap_or(0));
+        for e in self.jump.iter_mut().filter(|e| e.key != NO_KEY) {
+            let code = self.blocks.get(e.block).code;
+            e.code = if code != 0 { code } else { stub };
+        }
+    }
+
+    /// Asks for a region at a block that has become hot.
+    #[cold]
+    fn request_region(&mut self, id: BlockId) {
+        let Some(jit) = &mut self.jit else { return };
+        let block = self.blocks.get(id);
+        if !Jit::compiles(block.mode) || block.next_page.is_some() {
+            return;
+        }
+        let accepted = match Plan::grow(&self.blocks, block.gpa, block.mode) {
+            Some(plan) => jit.request(plan),
+            None => true,
+        };
+        if !accepted {
+            self.blocks.get_mut(id).heat = THRESHOLD / 2;
+        }
+    }
+
+    /// Interprets a block.
+    fn interpret(&mut self, id: BlockId) -> Result<(), TripleFault> {
         self.counts.blocks_run += 1;
         let block = self.blocks.get_mut(id);
         block.heat = block.heat.wrapping_add(1);
+        if block.heat == THRESHOLD && self.jit.is_some() {
+            self.request_region(id);
+        }
+        let block = self.blocks.get(id);
         let cpu = &mut self.cpu;
         cpu.ip_base = cpu.s.rip;
         cpu.stop_block = false;
@@ -317,13 +414,15 @@ impl Vcpu {
             let len = block.len;
             if self.cpu.translate_code(next & !PAGE_MASK)? & !PAGE_MASK != page {
                 let first = gpa & !PAGE_MASK;
-                self.blocks.invalidate(first, crate::mem::granule_mask(gpa & PAGE_MASK, u64::from(len)), &self.cpu.ram);
+                self.invalidate(first, crate::mem::granule_mask(gpa & PAGE_MASK, u64::from(len)));
                 self.flush_jump_cache();
                 return self.decode_block(gpa);
             }
             return Ok(id);
         }
-        self.jump[jump_index(linear)] = JumpEntry { key: linear ^ self.cpu.salt, block: id };
+        let stub = self.jit.as_ref().map_or(0, |j| j.stub);
+        let code = if block.code != 0 { block.code } else { stub };
+        self.jump[jump_index(linear)] = JumpEntry { key: linear ^ self.cpu.salt, code, block: id };
         Ok(id)
     }
 
@@ -367,8 +466,12 @@ impl Vcpu {
         }
         if self.blocks.is_full(insns.len()) {
             self.blocks.clear(&self.cpu.ram);
+            if let Some(jit) = &self.jit {
+                jit.mark(None, &self.cpu.ram);
+            }
             self.flush_jump_cache();
         }
+        let code = self.jit.as_ref().and_then(|j| j.find((gpa, self.cpu.mode.0))).unwrap_or(0);
         let block = Block {
             gpa,
             mode: self.cpu.mode,
@@ -377,6 +480,7 @@ impl Vcpu {
             insns: insns.into_boxed_slice(),
             heat: 0,
             live: true,
+            code,
         };
         let (id, fresh) = self.blocks.insert(block, &self.cpu.ram);
         for page in fresh.into_iter().flatten() {
@@ -391,14 +495,24 @@ impl Vcpu {
             return;
         }
         for (page, granules) in std::mem::take(&mut self.cpu.smc) {
-            self.blocks.invalidate(page, granules, &self.cpu.ram);
+            self.invalidate(page, granules);
         }
         self.flush_jump_cache();
     }
 
+    /// Drops blocks and regions that touch `granules` of a page.
+    fn invalidate(&mut self, page: u64, granules: u64) {
+        self.blocks.invalidate(page, granules, &self.cpu.ram);
+        if let Some(jit) = &mut self.jit {
+            jit.invalidate(page, granules);
+            jit.mark(Some(page), &self.cpu.ram);
+            self.blocks.for_each_in(page, |b| b.code = jit.find((b.gpa, b.mode.0)).unwrap_or(0));
+        }
+    }
+
     fn flush_jump_cache(&mut self) {
         self.cpu.flush_jump_cache = false;
-        self.jump.fill(JumpEntry { key: NO_KEY, block: 0 });
+        self.jump.fill(NO_ENTRY);
     }
 }
 

@@ -21,6 +21,9 @@ use iced_x86::Instruction;
 use crate::cpu::Cpu;
 use crate::exception::Trap;
 use crate::insn::{Handler, Insn, Mode};
+use crate::jit::Unsupported;
+use crate::jit::emit::JitEmit;
+use crate::jit::usage::Usage;
 
 /// An instruction to find semantics for.
 pub struct Form<'a> {
@@ -32,10 +35,19 @@ pub struct Form<'a> {
     pub mode: Mode,
 }
 
+/// Emits host code for an instruction.
+pub type JitHandler = fn(&mut JitEmit<'_>, &Insn) -> Result<(), Unsupported>;
+/// Notes what an instruction does to registers and flags.
+pub type UsageHandler = fn(&mut Usage, &Insn) -> Result<(), Unsupported>;
+
 /// The semantics of an instruction form.
 pub struct Sem {
     /// Evaluation on numbers.
     pub run: Handler,
+    /// Emission of host code; `None` for what only the interpreter evaluates.
+    pub jit: Option<JitHandler>,
+    /// What the instruction reads, writes and may fault on; `None` as for `jit`.
+    pub usage: Option<UsageHandler>,
     /// Whether the block must end here although control flow goes on: mode, mapping or interrupt state may change.
     pub ends: bool,
     /// What goes into [`Insn::aux`].
@@ -62,6 +74,8 @@ macro_rules! both {
         const {
             &$crate::semantics::Sem {
                 run: $($f)::+::<$crate::cpu::Cpu $(, $g)*>,
+                jit: Some(|e, i| $($f)::+::<$crate::jit::emit::JitEmit<'_> $(, $g)*>(e, i)),
+                usage: Some($($f)::+::<$crate::jit::usage::Usage $(, $g)*>),
                 ends: false,
                 aux: $crate::semantics::both!(@aux $($aux)?),
             }
@@ -90,10 +104,10 @@ pub(crate) use sized;
 /// `; aux = g` for an auxiliary value.
 macro_rules! interp {
     ($f:expr $(; aux = $aux:expr)?) => {
-        const { &$crate::semantics::Sem { run: $f, ends: false, aux: $crate::semantics::both!(@aux $($aux)?) } }
+        const { &$crate::semantics::Sem { run: $f, jit: None, usage: None, ends: false, aux: $crate::semantics::both!(@aux $($aux)?) } }
     };
     ($f:expr, ends $(; aux = $aux:expr)?) => {
-        const { &$crate::semantics::Sem { run: $f, ends: true, aux: $crate::semantics::both!(@aux $($aux)?) } }
+        const { &$crate::semantics::Sem { run: $f, jit: None, usage: None, ends: true, aux: $crate::semantics::both!(@aux $($aux)?) } }
     };
 }
 pub(crate) use interp;
@@ -129,7 +143,6 @@ pub fn too_long() -> &'static Sem {
 
 fn raise_ud(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     tracing::debug!("undefined instruction {:?} at {:#x}", i.iced_code(), cpu.ip_base.wrapping_add(u64::from(i.off)));
-    eprintln!("undefined instruction {:?} at {:#x}", i.iced_code(), cpu.ip_base.wrapping_add(u64::from(i.off)));
     cpu.counts.undefined += 1;
     Err(cpu.ud())
 }

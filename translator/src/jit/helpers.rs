@@ -1,0 +1,97 @@
+//! What compiled code calls: TLB misses and page-crossing accesses, and the interpreter's evaluation of instructions
+//! that have no compiled form.
+
+use crate::addr::{PAGE_MASK, PAGE_SIZE};
+use crate::cpu::Cpu;
+use crate::insn::Insn;
+use crate::jit::frame::reason;
+
+impl Cpu {
+    /// Points compiled code to the helpers and to what does not move.
+    pub fn connect_jit(&mut self, jump: u64) {
+        self.jit.jump = jump;
+        self.jit.kick = self.kick.as_ptr() as u64;
+        self.jit.helpers = [load as *const () as u64, store as *const () as u64, modify as *const () as u64, evaluate as *const () as u64];
+    }
+
+    /// The bytes of the first page that an access touches, if it goes on into the next.
+    fn split(linear: u64, bytes: u64) -> Option<u64> {
+        let room = PAGE_SIZE - (linear & PAGE_MASK);
+        (bytes > room).then_some(room)
+    }
+
+    /// A load that the fast path missed: the host address of the bytes, or 0.
+    fn slow_load(&mut self, linear: u64, bytes: u64) -> u64 {
+        let Some(first) = Self::split(linear, bytes) else {
+            return self.resolve(linear, bytes, false).map_or(0, |p| p as u64);
+        };
+        let next = self.wrap_linear(linear.wrapping_add(first));
+        let (Some(a), Some(b)) = (self.resolve(linear, first, false), self.resolve(next, bytes - first, false)) else {
+            return 0;
+        };
+        let out = self.jit.bounce.as_mut_ptr().cast::<u8>();
+        // SAFETY: `a` and `b` are host addresses of `first` and `bytes - first` bytes of guest RAM, each inside its
+        // page; together they are at most 16 bytes, the size of the bounce buffer.
+        unsafe {
+            std::ptr::copy_nonoverlapping(a, out, first as usize);
+            std::ptr::copy_nonoverlapping(b, out.add(first as usize), (bytes - first) as usize);
+        }
+        out as u64
+    }
+
+    /// A store that the fast path missed: 1 when done, 0 when the interpreter has to do it.
+    fn slow_store(&mut self, linear: u64, bytes: u64, value: u64) -> u64 {
+        let value = if bytes == 16 { self.jit.bounce } else { [value, 0] };
+        let first = Self::split(linear, bytes).unwrap_or(bytes);
+        let Some(a) = self.resolve(linear, first, true) else { return 0 };
+        let next = self.wrap_linear(linear.wrapping_add(first));
+        let b = if first == bytes { None } else { self.resolve(next, bytes - first, true) };
+        if first != bytes && b.is_none() {
+            return 0;
+        }
+        let from = value.as_ptr().cast::<u8>();
+        // SAFETY: as in `slow_load`, for writable guest RAM without translated code in these bytes.
+        unsafe {
+            std::ptr::copy_nonoverlapping(from, a, first as usize);
+            if let Some(b) = b {
+                std::ptr::copy_nonoverlapping(from.add(first as usize), b, (bytes - first) as usize);
+            }
+        }
+        1
+    }
+}
+
+extern "C" fn load(cpu: &mut Cpu, linear: u64, bytes: u64, _: u64) {
+    cpu.jit.slow_paths += 1;
+    cpu.jit.slow_result = cpu.slow_load(linear, bytes);
+}
+
+extern "C" fn store(cpu: &mut Cpu, linear: u64, bytes: u64, value: u64) {
+    cpu.jit.slow_paths += 1;
+    cpu.jit.slow_result = cpu.slow_store(linear, bytes, value);
+}
+
+extern "C" fn modify(cpu: &mut Cpu, linear: u64, bytes: u64, _: u64) {
+    cpu.jit.slow_paths += 1;
+    cpu.jit.slow_result = cpu.resolve(linear, bytes, true).map_or(0, |p| p as u64);
+}
+
+/// Evaluates an instruction of the running region: `exit_reason` says whether the region may go on.
+extern "C" fn evaluate(cpu: &mut Cpu, insn: &Insn, page_ip: u64, _: u64) {
+    cpu.jit.helper_calls += 1;
+    cpu.fold_flags();
+    cpu.ip_base = page_ip;
+    cpu.stop_block = false;
+    let start = cpu.cut_ip(page_ip.wrapping_add(u64::from(insn.off)));
+    cpu.s.rip = cpu.next_ip_value(insn);
+    cpu.jit.exit_reason = match (insn.run)(cpu, insn) {
+        Ok(()) => {
+            cpu.jit.count += 1;
+            if cpu.stop_block || insn.ends_block { reason::STOP } else { reason::NEXT }
+        }
+        Err(_) => {
+            cpu.s.rip = start;
+            reason::FAULT
+        }
+    };
+}

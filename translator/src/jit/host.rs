@@ -1,0 +1,34 @@
+//! What the host's CPU has that Cranelift may use.
+
+/// Cranelift's names of the instruction-set extensions that this host has.
+pub fn features() -> Vec<&'static str> {
+    let mut found = Vec::new();
+    #[cfg(target_arch = "x86_64")]
+    {
+        macro_rules! probe {
+            ($($name:tt => $flag:literal),* $(,)?) => {
+                $(if std::arch::is_x86_feature_detected!($name) {
+                    found.push($flag);
+                })*
+            };
+        }
+        probe! {
+            "sse3" => "has_sse3",
+            "ssse3" => "has_ssse3",
+            "sse4.1" => "has_sse41",
+            "sse4.2" => "has_sse42",
+            "popcnt" => "has_popcnt",
+            "avx" => "has_avx",
+            "avx2" => "has_avx2",
+            "fma" => "has_fma",
+            "bmi1" => "has_bmi1",
+            "bmi2" => "has_bmi2",
+            "lzcnt" => "has_lzcnt",
+        }
+    }
+    #[cfg(target_arch = "aarch64")]
+    if std::arch::is_aarch64_feature_detected!("lse") {
+        found.push("has_lse");
+    }
+    found
+}
