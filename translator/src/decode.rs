@@ -27,7 +27,8 @@ pub fn decode(bytes: &[u8], mode: Mode, model: &CpuModel) -> Result<Insn, NeedMo
 }
 
 fn predecode(instr: &Instruction, bytes: &[u8], mode: Mode, model: &CpuModel, too_long: bool) -> Insn {
-    let form = Form { instr, bytes: operand_bytes(instr), mode };
+    let fop = x87_opcode(bytes, mode);
+    let form = Form { instr, bytes: operand_bytes(instr), mode, fop };
     let sem = if too_long {
         semantics::too_long()
     } else if instr.is_invalid() || !instr.cpuid_features().iter().all(|&f| model.supports(f)) {
@@ -51,7 +52,7 @@ fn predecode(instr: &Instruction, bytes: &[u8], mode: Mode, model: &CpuModel, to
         addr_bytes: mode.stack_bytes().max((mode.bits() / 8) as u8),
         rip_relative: false,
         flat: mode.has(Mode::FLAT),
-        aux: (sem.aux)(instr),
+        aux: fop.unwrap_or_else(|| (sem.aux)(instr)),
         osize: form.bytes,
         mem_bytes: instr.memory_size().size().min(255) as u8,
         stack_bytes: mode.stack_bytes(),
@@ -112,6 +113,13 @@ fn address_bits(instr: &Instruction, bytes: &[u8], mode: Mode) -> u32 {
         (32, true) => 16,
         (bits, _) => bits,
     }
+}
+
+/// The 11-bit opcode of an x87 instruction: the low bits of its first byte, and its second.
+fn x87_opcode(bytes: &[u8], mode: Mode) -> Option<u16> {
+    let at = bytes.iter().position(|&b| !is_prefix(b, mode))?;
+    let (first, second) = (*bytes.get(at)?, *bytes.get(at + 1)?);
+    (first & 0xf8 == 0xd8).then(|| u16::from(first & 7) << 8 | u16::from(second))
 }
 
 fn is_prefix(b: u8, mode: Mode) -> bool {

@@ -81,8 +81,7 @@ unsafe impl Sync for View {}
 impl View {
     fn map(file: &OwnedFd, len: usize, protection: i32, view: &'static str) -> Result<Self, ArenaError> {
         // SAFETY: a fresh shared mapping of a file we own, at an address the kernel chooses, disturbs nothing.
-        let base =
-            unsafe { libc::mmap(std::ptr::null_mut(), len, protection, libc::MAP_SHARED, file.as_raw_fd(), 0) };
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, libc::MAP_SHARED, file.as_raw_fd(), 0) };
         match NonNull::new(base.cast::<u8>()) {
             Some(base) if base.as_ptr().cast::<libc::c_void>() != libc::MAP_FAILED => Ok(Self { base, len }),
             _ => Err(ArenaError::Map { view, source: io::Error::last_os_error() }),

@@ -57,10 +57,7 @@ mod tests {
         map.record(0x7f00_0000_1000 as *const u8, 0x2c, "guest ffffffff81000000").unwrap();
         map.record(0x10 as *const u8, 1, "two\nlines").unwrap();
         drop(map);
-        assert_eq!(
-            std::fs::read_to_string(&path).unwrap(),
-            "7f0000001000 2c guest ffffffff81000000\n10 1 two?lines\n"
-        );
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "7f0000001000 2c guest ffffffff81000000\n10 1 two?lines\n");
         std::fs::remove_file(&path).unwrap();
     }
 

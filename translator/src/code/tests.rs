@@ -82,10 +82,7 @@ fn a_slot_takes_no_more_than_it_holds() {
     let arena = CodeArena::new(4096).unwrap();
     let mut slot = arena.alloc(20).unwrap();
     assert!(arena.write(&mut slot, &[0x90; 32]).is_ok());
-    assert!(matches!(
-        arena.write(&mut slot, &[0x90; 33]),
-        Err(ArenaError::SlotOverflow { len: 33, capacity: 32 })
-    ));
+    assert!(matches!(arena.write(&mut slot, &[0x90; 33]), Err(ArenaError::SlotOverflow { len: 33, capacity: 32 })));
     // Of another, larger arena.
     let other = CodeArena::new(1 << 20).unwrap();
     let mut foreign = other.alloc(1 << 20).unwrap();
@@ -169,14 +166,14 @@ fn what_is_no_patchable_branch_is_left_alone() {
     let unit = install(&arena, &code);
     let site = unit.offset() + site;
     let refused: &[(usize, usize)] = &[
-        (target.offset() + 4, 0),     // no branch
-        (0, 0),                       // no byte before it
-        (arena.capacity() - 3, 0),    // ends outside
-        (arena.capacity(), 0),        // outside
-        (usize::MAX, 0),              // no offset at all
-        (site, arena.capacity()),     // leads outside
-        (site, usize::MAX),           // leads nowhere
-        (site | 3, target.offset()),  // across a boundary, or unaligned
+        (target.offset() + 4, 0),    // no branch
+        (0, 0),                      // no byte before it
+        (arena.capacity() - 3, 0),   // ends outside
+        (arena.capacity(), 0),       // outside
+        (usize::MAX, 0),             // no offset at all
+        (site, arena.capacity()),    // leads outside
+        (site, usize::MAX),          // leads nowhere
+        (site | 3, target.offset()), // across a boundary, or unaligned
     ];
     for &(site, to) in refused {
         assert!(!arena.patch_branch(site, to), "{site:#x} -> {to:#x}");

@@ -209,8 +209,8 @@ impl<'a> JitEmit<'a> {
             self.flags = FlagVal::Memory;
             self.flags_dirty = false;
             self.ended = false;
-            self.flags_live_out = block.successors().count() == 0
-                || block.successors().any(|s| plan.find(s).is_none_or(|s| live_in[s]));
+            self.flags_live_out =
+                block.successors().count() == 0 || block.successors().any(|s| plan.find(s).is_none_or(|s| live_in[s]));
             for (n, i) in block.insns.iter().enumerate() {
                 self.off = u64::from(i.off);
                 self.done = n as i64;

@@ -11,7 +11,12 @@ impl Cpu {
     pub fn connect_jit(&mut self, jump: u64) {
         self.jit.jump = jump;
         self.jit.kick = self.kick.as_ptr() as u64;
-        self.jit.helpers = [load as *const () as u64, store as *const () as u64, modify as *const () as u64, evaluate as *const () as u64];
+        self.jit.helpers = [
+            load as *const () as u64,
+            store as *const () as u64,
+            modify as *const () as u64,
+            evaluate as *const () as u64,
+        ];
     }
 
     /// The bytes of the first page that an access touches, if it goes on into the next.

@@ -15,6 +15,8 @@ pub mod shift;
 pub mod stack;
 pub mod string;
 pub mod system;
+pub mod x87;
+pub mod xsave;
 
 use iced_x86::Instruction;
 
@@ -33,6 +35,8 @@ pub struct Form<'a> {
     pub bytes: u8,
     /// Decode mode.
     pub mode: Mode,
+    /// The 11-bit x87 opcode, if the opcode byte is D8h to DFh.
+    pub fop: Option<u16>,
 }
 
 /// Emits host code for an instruction.
@@ -127,6 +131,8 @@ pub fn lookup(form: &Form<'_>) -> &'static Sem {
         bits::lookup,
         muldiv::lookup,
         string::lookup,
+        x87::lookup,
+        xsave::lookup,
     ];
     GROUPS.iter().find_map(|f| f(form)).unwrap_or_else(undefined)
 }
