@@ -206,8 +206,9 @@ fn segment_number(r: Register) -> Option<u8> {
 fn register(r: Register) -> Opnd {
     let n = r.number() as u8;
     match r {
-        Register::AH | Register::CH | Register::DH | Register::BH => Opnd::GprHigh(n & 3),
-        r if r.is_gpr() => Opnd::Gpr(n),
+        Register::AH | Register::CH | Register::DH | Register::BH => Opnd::GprHigh(r.full_register().number() as u8),
+        // SPL to DIL are numbered apart from AH to BH; the full register says which it is.
+        r if r.is_gpr() => Opnd::Gpr(r.full_register().number() as u8),
         r if r.is_xmm() => Opnd::Xmm(n),
         r if r.is_ymm() => Opnd::Ymm(n),
         r if r.is_mm() => Opnd::Mmx(n),

@@ -279,6 +279,7 @@ impl Vcpu {
     fn fault(&mut self) -> Result<(), TripleFault> {
         self.drop_overwritten_code();
         let e = self.cpu.raised;
+        tracing::trace!("{e:x?} at {:#x}", self.cpu.s.rip);
         self.cpu.pending_debug = 0;
         self.cpu.s.shadow = 0;
         self.cpu.counts.exceptions[usize::from(e.vector & 31)] += 1;
