@@ -1,0 +1,321 @@
+//! What may be asked for on the command line, and the exit codes.
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::error::ErrorKind;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use diglot_runtime::memory::{MIN_RAM, parse_size};
+use diglot_runtime::{Backend, CpuModel};
+
+/// The exit codes the user is promised.
+pub mod exit {
+    /// The guest powered off, `--until` was seen, or the user quit.
+    pub const OK: u8 = 0;
+    /// Wrong usage.
+    pub const USAGE: u8 = 2;
+    /// `--timeout` ran out.
+    pub const TIMEOUT: u8 = 124;
+    /// Diglot could not start or run the guest.
+    pub const FAILED: u8 = 125;
+    /// Added to the number of the signal that ended Diglot.
+    pub const SIGNAL_BASE: u8 = 128;
+    /// The guest crashed.
+    pub const CRASHED: u8 = 255;
+}
+
+const AFTER_HELP: &str = "\
+Guests:
+  (none)                  the guest built into Diglot
+  --kernel FILE           a Linux bzImage or a PVH ELF kernel
+  debian                  Debian's cloud kernel and BusyBox, fetched once through the host's apt
+  debian -- CMD [ARG]..   the same; runs CMD, prints its output, exits with its code.
+                          CMD's standard input is empty; output of processes it leaves behind is waited for
+
+Exit codes:
+  0      the guest powered off, --until was seen, or Ctrl-A x; CMD's own code with 'debian -- CMD'
+  2      wrong usage
+  124    --timeout ran out
+  125    Diglot could not start or run the guest
+  128+N  Diglot was ended by signal N
+  255    the guest crashed: triple fault, kernel panic, reset under --no-reboot
+
+Keys, on a terminal that the guest owns:
+  Ctrl-A x quits, Ctrl-A h helps, Ctrl-A Ctrl-A sends Ctrl-A
+
+Environment:
+  XDG_CACHE_HOME  where the debian guest is kept (default ~/.cache)
+  DIGLOT_LOG      what to log to standard error, such as info or diglot_runtime=debug";
+
+/// Runs whole x86-64 computers on this host. Without a command it boots the guest built into it.
+#[derive(Debug, Parser)]
+#[command(name = "diglot", version, after_help = AFTER_HELP, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a guest
+    #[command(after_help = AFTER_HELP)]
+    Run(RunArgs),
+}
+
+/// Options of `run`.
+#[derive(Args, Clone, Debug)]
+pub struct RunArgs {
+    /// A guest Diglot knows how to get
+    #[arg(value_enum, conflicts_with_all = ["kernel", "initrd"])]
+    pub guest: Option<Guest>,
+
+    /// What to run in the debian guest instead of a shell
+    #[arg(last = true, value_name = "CMD", requires = "guest", conflicts_with = "serial")]
+    pub command: Vec<OsString>,
+
+    /// Kernel to boot: a Linux bzImage or a PVH ELF file
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+
+    /// Initial RAM disk of the kernel
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub initrd: Option<PathBuf>,
+
+    /// Kernel command line; with debian, added to its own
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub append: Option<String>,
+
+    /// Guest memory; MiB without a unit
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = memory_size)]
+    pub memory: u64,
+
+    /// Number of virtual CPUs
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
+    pub cpus: u8,
+
+    /// CPU the guest sees: x86-64-v2, x86-64-v3 or max
+    #[arg(long, value_name = "MODEL", default_value = "max", value_parser = cpu_model)]
+    pub cpu: CpuModel,
+
+    /// What executes guest code: auto, jit or interp
+    #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = backend)]
+    pub backend: Backend,
+
+    /// Where the serial port is connected: stdio, null or file:PATH
+    #[arg(long, value_name = "WHERE", default_value = "stdio", value_parser = serial)]
+    pub serial: Serial,
+
+    /// End with code 124 after this time
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub timeout: Option<Duration>,
+
+    /// End with code 0 once the serial output contains TEXT
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub until: Option<String>,
+
+    /// Print statistics to standard error at the end
+    #[arg(long)]
+    pub stats: bool,
+
+    /// Write statistics as JSON at the end
+    #[arg(long, value_name = "PATH")]
+    pub stats_json: Option<PathBuf>,
+
+    /// End with code 255 when the guest asks for a reset
+    #[arg(long)]
+    pub no_reboot: bool,
+
+    /// Memory for translated code; MiB without a unit
+    #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = code_cache_size)]
+    pub code_cache: u64,
+}
+
+/// Guests with a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Guest {
+    /// Debian's cloud kernel and BusyBox
+    Debian,
+}
+
+/// Where the serial port leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Serial {
+    /// Standard input and output.
+    Stdio,
+    /// Nowhere.
+    Null,
+    /// Output to a file, no input.
+    File(PathBuf),
+}
+
+/// What became of the command line.
+#[derive(Debug)]
+pub enum Parsed {
+    /// Run a guest.
+    Run(Box<RunArgs>),
+    /// All is said already; exit with this code.
+    Exit(u8),
+}
+
+/// Reads the command line. Help and version are printed here, and a mistake as one line.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Parsed {
+    match try_parse(args) {
+        Ok(run) => Parsed::Run(Box::new(run)),
+        Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
+            // A reader that has gone away has seen enough.
+            let _ = error.print().and_then(|()| std::io::stdout().flush());
+            Parsed::Exit(exit::OK)
+        }
+        Err(error) => {
+            crate::terminal::say(&format!("{} (see 'diglot --help')", one_line(&error.render().to_string())));
+            Parsed::Exit(exit::USAGE)
+        }
+    }
+}
+
+fn try_parse(args: impl IntoIterator<Item = OsString>) -> Result<RunArgs, clap::Error> {
+    match Cli::try_parse_from(args)?.command {
+        Some(Command::Run(run)) => {
+            if run.append.is_some() && run.kernel.is_none() && run.guest.is_none() {
+                return Err(clap::Error::raw(ErrorKind::MissingRequiredArgument, "--append needs --kernel or debian"));
+            }
+            Ok(run)
+        }
+        // No command is `run` with everything at its default.
+        None => try_parse(["diglot".into(), "run".into()]),
+    }
+}
+
+/// clap's message is a paragraph, then usage and advice: the paragraph, on one line.
+fn one_line(message: &str) -> String {
+    let paragraph: Vec<&str> = message.lines().map(str::trim).take_while(|line| !line.is_empty()).collect();
+    let line = paragraph.join(" ");
+    line.strip_prefix("error: ").unwrap_or(&line).to_owned()
+}
+
+fn memory_size(text: &str) -> Result<u64, String> {
+    let bytes = parse_size(text).map_err(|e| e.to_string())?;
+    if bytes < MIN_RAM {
+        return Err(format!("a guest needs at least {}M", MIN_RAM >> 20));
+    }
+    Ok(bytes)
+}
+
+fn code_cache_size(text: &str) -> Result<u64, String> {
+    const MIN: u64 = 1 << 20;
+    let bytes = parse_size(text).map_err(|e| e.to_string())?;
+    if bytes < MIN {
+        return Err(format!("the code cache needs at least {}M", MIN >> 20));
+    }
+    Ok(bytes)
+}
+
+fn cpu_model(text: &str) -> Result<CpuModel, String> {
+    match text {
+        "x86-64-v2" => Ok(CpuModel::V2),
+        "x86-64-v3" => Ok(CpuModel::V3),
+        "max" => Ok(CpuModel::Max),
+        _ => Err("the models are x86-64-v2, x86-64-v3 and max".into()),
+    }
+}
+
+fn backend(text: &str) -> Result<Backend, String> {
+    match text {
+        "auto" => Ok(Backend::Auto),
+        "jit" => Ok(Backend::Jit),
+        "interp" => Ok(Backend::Interp),
+        "kvm" => Err("kvm is not available yet; choose auto, jit or interp".into()),
+        _ => Err("the engines are auto, jit and interp".into()),
+    }
+}
+
+fn serial(text: &str) -> Result<Serial, String> {
+    match text.split_once(':') {
+        None if text == "stdio" => Ok(Serial::Stdio),
+        None if text == "null" => Ok(Serial::Null),
+        Some(("file", path)) if !path.is_empty() => Ok(Serial::File(path.into())),
+        _ => Err("write stdio, null or file:PATH".into()),
+    }
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let duration = text.parse::<f64>().ok().and_then(|s| Duration::try_from_secs_f64(s).ok());
+    duration.filter(|d| !d.is_zero()).ok_or_else(|| "write a number of seconds above 0, such as 30 or 0.5".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(line: &str) -> Result<RunArgs, String> {
+        let words = std::iter::once("diglot").chain(line.split_whitespace()).map(OsString::from);
+        try_parse(words).map_err(|e| one_line(&e.render().to_string()))
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn no_arguments_mean_the_embedded_guest() {
+        for line in ["", "run"] {
+            let args = read(line).expect(line);
+            assert!(args.guest.is_none() && args.kernel.is_none() && args.command.is_empty(), "{line}");
+            assert_eq!((args.memory, args.cpus, args.code_cache), (512 << 20, 1, 64 << 20));
+            assert!(matches!(args.cpu, CpuModel::Max) && matches!(args.backend, Backend::Auto));
+            assert_eq!((args.serial, args.timeout, args.no_reboot), (Serial::Stdio, None, false));
+        }
+    }
+
+    #[test]
+    fn good_lines() {
+        let args =
+            read("run --kernel k --initrd i --append console=ttyS0 --serial file:a:b --timeout 0.5").expect("kernel");
+        assert_eq!(args.append.as_deref(), Some("console=ttyS0"));
+        assert_eq!(args.serial, Serial::File("a:b".into()));
+        assert_eq!(args.timeout, Some(Duration::from_millis(500)));
+        let args = read("run debian --memory 1g -- ls -la --memory 0").expect("debian");
+        assert_eq!((args.guest, args.memory), (Some(Guest::Debian), 1 << 30));
+        assert_eq!(args.command, ["ls", "-la", "--memory", "0"]);
+    }
+
+    #[test]
+    fn bad_lines_say_what_is_wrong() {
+        let cases = [
+            ("--frob", "--frob"),
+            ("frob", "frob"),
+            ("run --frob", "--frob"),
+            ("run fedora", "debian"),
+            ("run --memory 0", "at least 2M"),
+            ("run --memory 1M", "at least 2M"),
+            ("run --memory lots", "not understood"),
+            ("run --memory -5", "-5"),
+            ("run --memory 99999999999999999999", "beyond any host"),
+            ("run --code-cache 0", "at least 1M"),
+            ("run --cpus 0", "0"),
+            ("run --cpu pentium", "x86-64-v2"),
+            ("run --backend kvm", "not available yet"),
+            ("run --backend tcg", "auto, jit and interp"),
+            ("run --serial tcp:1", "file:PATH"),
+            ("run --serial file:", "file:PATH"),
+            ("run --timeout 0", "above 0"),
+            ("run --timeout -1", "-1"),
+            ("run --timeout nan", "above 0"),
+            ("run --timeout 1e300", "above 0"),
+            ("run --initrd i", "--kernel"),
+            ("run --append x", "--kernel"),
+            ("run debian --kernel k", "--kernel"),
+            ("run debian --serial null -- id", "--serial"),
+            ("run -- uname", "GUEST"),
+        ];
+        for (line, part) in cases {
+            let message = read(line).expect_err(line);
+            assert!(message.contains(part), "{line}: {message}");
+            assert!(!message.contains('\n'), "{line}: {message}");
+        }
+    }
+}

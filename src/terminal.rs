@@ -1,0 +1,166 @@
+//! The host terminal: raw while a guest owns it, and as it was on every way out.
+//!
+//! Only the terminal on standard input is ever touched, and only while Diglot is in its foreground process group: a
+//! process in the background that changed the modes would be stopped by the system, or pull them away from under the
+//! shell.
+
+use std::io::{self, IsTerminal, Write};
+use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+/// Modes found at the start. Written once and read without a lock, so that a signal handler may read them.
+static SAVED: OnceLock<libc::termios> = OnceLock::new();
+/// The terminal is in raw mode now, by us.
+static RAW: AtomicBool = AtomicBool::new(false);
+/// Between [`RawMode::new`] and its drop.
+static WANTED: AtomicBool = AtomicBool::new(false);
+/// Serializes the threads that change modes. Signal handlers and the panic hook do without.
+static CHANGE: Mutex<()> = Mutex::new(());
+
+/// A guest owns the terminal until this is dropped.
+#[derive(Debug)]
+pub struct RawMode(());
+
+impl RawMode {
+    /// Gives the terminal on standard input to the guest; `None` if there is none. In the background the modes are
+    /// changed later, by the first [`acquire`] in the foreground.
+    pub fn new() -> Option<RawMode> {
+        if !io::stdin().is_terminal() {
+            return None;
+        }
+        let saved = modes()?;
+        SAVED.get_or_init(|| saved);
+        WANTED.store(true, Ordering::SeqCst);
+        acquire();
+        Some(RawMode(()))
+    }
+}
+
+impl Drop for RawMode {
+    fn drop(&mut self) {
+        let _change = CHANGE.lock().unwrap_or_else(PoisonError::into_inner);
+        restore();
+    }
+}
+
+/// Makes the terminal raw if the guest owns it and Diglot is in the foreground. True if input may be read.
+pub fn acquire() -> bool {
+    let _change = CHANGE.lock().unwrap_or_else(PoisonError::into_inner);
+    if !foreground() {
+        return false;
+    }
+    if WANTED.load(Ordering::SeqCst)
+        && !RAW.load(Ordering::SeqCst)
+        && let Some(saved) = SAVED.get()
+    {
+        let mut raw = *saved;
+        // SAFETY: `raw` is a valid termios, which the call changes in place.
+        unsafe { libc::cfmakeraw(&mut raw) };
+        // Set first: a signal between the two lines then restores once too often, not once too seldom.
+        RAW.store(true, Ordering::SeqCst);
+        set_modes(&raw);
+    }
+    true
+}
+
+/// Puts the modes back before Diglot is stopped; [`acquire`] makes the terminal raw again when it runs on.
+pub fn suspend() {
+    let _change = CHANGE.lock().unwrap_or_else(PoisonError::into_inner);
+    put_back();
+}
+
+/// Takes note that someone else may have set the modes while Diglot was stopped.
+pub fn resumed() {
+    let change = CHANGE.lock().unwrap_or_else(PoisonError::into_inner);
+    RAW.store(false, Ordering::SeqCst);
+    drop(change);
+    acquire();
+}
+
+/// Puts the modes back for good. Async-signal-safe: atomics, `tcgetpgrp`, `getpgrp` and `tcsetattr`.
+pub fn restore() {
+    WANTED.store(false, Ordering::SeqCst);
+    put_back();
+}
+
+/// Restores the terminal before a panic's message is printed.
+pub fn restore_on_panic() {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        restore();
+        print(info);
+    }));
+}
+
+/// Rows and columns, if standard input is a terminal that knows them.
+pub fn size() -> Option<(u16, u16)> {
+    let mut size = MaybeUninit::<libc::winsize>::zeroed();
+    // SAFETY: TIOCGWINSZ writes one winsize, for which all zeroes is a valid value too.
+    let size = unsafe {
+        (libc::ioctl(libc::STDIN_FILENO, libc::TIOCGWINSZ, size.as_mut_ptr()) == 0).then(|| size.assume_init())
+    }?;
+    (size.ws_row > 0 && size.ws_col > 0).then_some((size.ws_row, size.ws_col))
+}
+
+/// Prints one line of Diglot's own to standard error, whatever mode the terminal is in.
+pub fn say(text: &str) {
+    let _ = writeln!(Stderr, "diglot: {text}");
+}
+
+/// Standard error, with line ends a raw terminal understands. A reader that went away is no error.
+#[derive(Clone, Copy, Debug)]
+pub struct Stderr;
+
+impl Write for Stderr {
+    fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+        let mut stderr = io::stderr().lock();
+        if RAW.load(Ordering::SeqCst) {
+            let mut lines = text.split(|&b| b == b'\n');
+            let first = lines.next().unwrap_or_default();
+            let raw = lines.fold(first.to_vec(), |mut raw, line| {
+                raw.extend_from_slice(b"\r\n");
+                raw.extend_from_slice(line);
+                raw
+            });
+            let _ = stderr.write_all(&raw);
+        } else {
+            let _ = stderr.write_all(text);
+        }
+        Ok(text.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn put_back() {
+    if RAW.swap(false, Ordering::SeqCst)
+        && foreground()
+        && let Some(saved) = SAVED.get()
+    {
+        set_modes(saved);
+    }
+}
+
+/// True if standard input is our controlling terminal and we are in its foreground, or it is a terminal of nobody's.
+fn foreground() -> bool {
+    // SAFETY: both calls only read kernel state.
+    unsafe {
+        let group = libc::tcgetpgrp(libc::STDIN_FILENO);
+        group == -1 || group == libc::getpgrp()
+    }
+}
+
+fn modes() -> Option<libc::termios> {
+    let mut modes = MaybeUninit::<libc::termios>::uninit();
+    // SAFETY: tcgetattr fills the whole structure when it returns 0, and only then is it read.
+    unsafe { (libc::tcgetattr(libc::STDIN_FILENO, modes.as_mut_ptr()) == 0).then(|| modes.assume_init()) }
+}
+
+/// Now, not when output has drained: a terminal held by Ctrl-S would keep us for ever.
+fn set_modes(modes: &libc::termios) {
+    // SAFETY: `modes` is a valid termios that outlives the call.
+    unsafe { libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, modes) };
+}

@@ -1,0 +1,175 @@
+//! The command line as a user meets it: every mistake gives one line, its exit code, and leaves nothing behind.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+fn diglot(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_diglot"));
+    command.args(args).stdin(Stdio::null()).env_remove("DIGLOT_LOG");
+    command
+}
+
+fn output(command: &mut Command) -> (Option<i32>, String, String) {
+    let Output { status, stdout, stderr } = command.output().expect("diglot starts");
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("text");
+    (status.code(), text(stdout), text(stderr))
+}
+
+/// Runs diglot with arguments that are wrong, and checks its exit code and that its one line contains `part`.
+#[track_caller]
+fn refused(args: &[&str], code: i32, part: &str) {
+    let (status, stdout, stderr) = output(&mut diglot(args));
+    assert_eq!(status, Some(code), "{args:?}: {stderr}");
+    assert_eq!(stdout, "", "{args:?}");
+    assert!(stderr.starts_with("diglot: ") && stderr.contains(part), "{args:?}: {stderr}");
+    assert_eq!(stderr.lines().count(), 1, "{args:?}: {stderr}");
+}
+
+#[test]
+fn wrong_usage_is_code_2() {
+    let cases: [(&[&str], &str); 14] = [
+        (&["--frob"], "--frob"),
+        (&["frob"], "frob"),
+        (&["run", "--frob"], "--frob"),
+        (&["run", "fedora"], "fedora"),
+        (&["run", "--memory", "0"], "at least 2M"),
+        (&["run", "--memory", "1M"], "at least 2M"),
+        (&["run", "--memory", "much"], "not understood"),
+        (&["run", "--cpus", "0"], "--cpus"),
+        (&["run", "--cpu", "i386"], "x86-64-v2"),
+        (&["run", "--backend", "kvm"], "not available yet"),
+        (&["run", "--serial", "tcp:1"], "file:PATH"),
+        (&["run", "--timeout", "0"], "above 0"),
+        (&["run", "--initrd", "x"], "--kernel"),
+        (&["run", "--", "uname"], "GUEST"),
+    ];
+    for (args, part) in cases {
+        refused(args, 2, part);
+    }
+}
+
+#[test]
+fn a_kernel_that_cannot_be_booted_is_code_125() {
+    let directory = tempfile::tempdir().expect("directory");
+    let file = |name: &str, content: &[u8]| {
+        let path = directory.path().join(name);
+        fs::write(&path, content).expect("write");
+        path.to_str().expect("text").to_owned()
+    };
+    let random: Vec<u8> = (0..100_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    // An ELF header of AArch64 (machine 183).
+    let mut foreign = vec![0; 64];
+    foreign[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
+    foreign[16..20].copy_from_slice(&[2, 0, 183, 0]);
+    for (kernel, part) in [
+        (directory.path().join("missing").to_str().expect("text").to_owned(), "missing"),
+        (directory.path().to_str().expect("text").to_owned(), "kernel"),
+        (file("empty", b""), "empty"),
+        (file("short", b"\x7fELF"), "short"),
+        (file("random", &random), "random"),
+        (file("foreign", &foreign), "foreign"),
+    ] {
+        refused(&["run", "--kernel", &kernel], 125, part);
+    }
+}
+
+#[test]
+fn what_cannot_be_written_is_told_before_the_guest_starts() {
+    refused(&["run", "--stats-json", "/no/such/directory/stats.json"], 125, "/no/such/directory/stats.json");
+    refused(&["run", "--serial", "file:/no/such/directory/log"], 125, "/no/such/directory/log");
+    let directory = tempfile::tempdir().expect("directory");
+    let stats = directory.path().join("stats.json");
+    refused(
+        &["run", "--stats-json", stats.to_str().expect("text"), "--kernel", "/no/such/kernel"],
+        125,
+        "/no/such/kernel",
+    );
+    assert_eq!(files(directory.path()), Vec::<String>::new());
+}
+
+#[test]
+fn more_memory_than_the_host_has_is_code_125() {
+    refused(&["run", "--memory", "1000T"], 125, "more than the host");
+}
+
+#[test]
+fn a_debian_guest_without_a_cache_or_apt_is_code_125() {
+    refused_with(&["run", "debian"], &[("XDG_CACHE_HOME", "relative"), ("HOME", "")], "set HOME");
+    let home = tempfile::tempdir().expect("directory");
+    let home = home.path().to_str().expect("text");
+    // A search path with no programs is a host with no apt.
+    refused_with(&["run", "debian"], &[("XDG_CACHE_HOME", home), ("PATH", "/no/such/directory")], "--kernel");
+}
+
+#[track_caller]
+fn refused_with(args: &[&str], environment: &[(&str, &str)], part: &str) {
+    let (status, stdout, stderr) = output(diglot(args).envs(environment.iter().copied()));
+    assert_eq!((status, stdout.as_str()), (Some(125), ""), "{stderr}");
+    assert!(stderr.contains(part) && stderr.lines().count() == 1, "{stderr}");
+}
+
+#[test]
+fn help_and_version() {
+    let (status, help, _) = output(&mut diglot(&["--help"]));
+    assert_eq!(status, Some(0));
+    for part in ["Exit codes:", "124", "125", "255", "Ctrl-A x", "debian"] {
+        assert!(help.contains(part), "{part}");
+    }
+    let (status, version, _) = output(&mut diglot(&["--version"]));
+    assert_eq!((status, version), (Some(0), format!("diglot {}\n", env!("CARGO_PKG_VERSION"))));
+}
+
+#[test]
+fn the_embedded_guest_runs_and_powers_off() {
+    for args in [&[][..], &["run"], &["run", "--memory", "16M", "--serial", "stdio"]] {
+        let (status, stdout, stderr) = output(&mut diglot(args));
+        assert_eq!(status, Some(0), "{args:?}: {stderr}");
+        assert!(!stdout.is_empty(), "{args:?}");
+        assert_eq!(stderr.lines().count(), 1, "the line about the engine: {stderr}");
+    }
+}
+
+#[test]
+fn serial_output_and_statistics_go_where_they_are_sent() {
+    let directory = tempfile::tempdir().expect("directory");
+    let path = |name: &str| directory.path().join(name).to_str().expect("text").to_owned();
+    let (_, expected, _) = output(&mut diglot(&["run"]));
+    let serial = format!("file:{}", path("log"));
+    let (status, stdout, stderr) =
+        output(&mut diglot(&["run", "--stats", "--stats-json", &path("stats.json"), "--serial", &serial]));
+    assert_eq!((status, stdout.as_str()), (Some(0), ""), "{stderr}");
+    assert!(stderr.lines().count() > 1, "statistics: {stderr}");
+    assert_eq!(fs::read_to_string(path("log")).expect("log").lines().count(), expected.lines().count());
+    let stats = fs::read_to_string(path("stats.json")).expect("statistics");
+    assert!(serde_json::from_str::<serde_json::Value>(&stats).expect("JSON").is_object());
+    assert_eq!(files(directory.path()), ["log", "stats.json"]);
+}
+
+#[test]
+fn a_reader_that_goes_away_ends_the_run_cleanly() {
+    let mut child = diglot(&["run"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("diglot starts");
+    drop(child.stdout.take());
+    let mut stderr = String::new();
+    child.stderr.take().expect("piped").read_to_string(&mut stderr).expect("text");
+    let code = child.wait().expect("ends").code();
+    // The guest may have powered off before its last line met the closed pipe.
+    assert!(matches!(code, Some(0 | 141)), "{code:?}: {stderr}");
+    assert!(!stderr.contains("panicked"), "{stderr}");
+}
+
+#[test]
+fn input_to_a_guest_that_takes_none_is_harmless() {
+    let mut child =
+        diglot(&["run"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("starts");
+    let _ = child.stdin.take().expect("piped").write_all(b"\x01x\x04 nobody reads this");
+    assert_eq!(child.wait().expect("ends").code(), Some(0));
+}
+
+fn files(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).expect("directory");
+    let mut names: Vec<String> = entries.map(|e| e.expect("entry").file_name().into_string().expect("text")).collect();
+    names.sort();
+    names
+}
