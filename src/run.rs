@@ -201,7 +201,7 @@ fn plan(args: &RunArgs) -> Result<Plan, RunError> {
     };
     if let Some(kernel) = &args.kernel {
         let boot =
-            Boot::Linux { kernel: kernel.clone(), initrd: args.initrd.clone().map(Initrd::File), cmdline: cmdline("") };
+            Boot::Linux { kernel: kernel.clone(), initrd: args.initrd.clone().map(Initrd::Path), cmdline: cmdline("") };
         return Ok(Plan { boot, reboot, markers: None, input, end_of_file: false });
     }
     let Some(Guest::Debian) = args.guest else {

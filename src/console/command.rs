@@ -104,11 +104,9 @@ impl CommandFilter {
         None
     }
 
-    /// Appends what was held back, for an output that ends without a marker.
-    pub fn finish(&self, out: &mut Vec<u8>) {
-        if matches!(self.phase, Phase::Inside) {
-            out.extend_from_slice(self.end.partial());
-        }
+    /// What is held back: the beginning of a marker, or the command's output if nothing more comes.
+    pub fn held(&self) -> &[u8] {
+        if matches!(self.phase, Phase::Inside) { self.end.partial() } else { &[] }
     }
 }
 
@@ -121,7 +119,7 @@ mod tests {
         let mut filter = CommandFilter::new(&markers);
         let mut out = Vec::new();
         let progress = guest.bytes().filter_map(|b| filter.feed(b, &mut out)).collect();
-        filter.finish(&mut out);
+        out.extend_from_slice(filter.held());
         (String::from_utf8(out).expect("text"), progress)
     }
 

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, IsTerminal, Read};
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -19,6 +19,8 @@ const BACKGROUND_POLL: Duration = Duration::from_millis(200);
 /// drops what is too fast for it, can follow.
 const PIPE_PIECE: usize = 256;
 const PIPE_PERIOD: Duration = Duration::from_millis(20);
+/// Keystrokes and pastes that wait for a guest which doesn't read; more are dropped, as the escape keys must work on.
+const TERMINAL_QUEUE: usize = 4096;
 /// What a terminal sends for "no more input".
 const CTRL_D: u8 = 0x04;
 
@@ -72,19 +74,26 @@ pub fn start(source: Source, controller: Controller, quit: impl Fn() + Send + 's
     // Unbuffered: what is in a buffer, `poll` would not see.
     let stdin = File::from(io::stdin().as_fd().try_clone_to_owned()?);
     let run = move || match source {
-        Source::Terminal => read_terminal(stdin, &controller, quit),
+        Source::Terminal => read_terminal(stdin, controller, quit),
         Source::Pipe { gate, end_of_file } => {
             gate.wait();
             read_pipe(stdin, &controller);
             if end_of_file {
-                controller.input(&[CTRL_D]);
+                // In the middle of a line the first only hands over what there is of it.
+                controller.input(&[CTRL_D, CTRL_D]);
             }
         }
     };
     thread::Builder::new().name("serial input".into()).spawn(run).map(drop)
 }
 
-fn read_terminal(mut stdin: File, controller: &Controller, quit: impl Fn()) {
+fn read_terminal(mut stdin: File, controller: Controller, quit: impl Fn()) {
+    // The controller waits for the guest; this thread must not.
+    let (queue, queued) = mpsc::sync_channel::<Vec<u8>>(TERMINAL_QUEUE);
+    let feed = move || queued.iter().for_each(|input| controller.input(&input));
+    if thread::Builder::new().name("serial feed".into()).spawn(feed).is_err() {
+        return;
+    }
     let mut keys = EscapeKeys::default();
     let mut buffer = [0; 256];
     loop {
@@ -109,7 +118,7 @@ fn read_terminal(mut stdin: File, controller: &Controller, quit: impl Fn()) {
                 Action::Nothing => {}
             }
         }
-        controller.input(&input);
+        let _ = queue.try_send(input);
     }
 }
 

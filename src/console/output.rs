@@ -30,6 +30,8 @@ struct Shared {
 #[derive(Default)]
 struct State {
     pending: Vec<u8>,
+    /// To be written at the end, unless it is taken back before.
+    held: Vec<u8>,
     /// The last byte ever queued.
     last: Option<u8>,
     /// The guest is not to be kept waiting any more; what doesn't fit is dropped.
@@ -83,6 +85,13 @@ impl Output {
         }
     }
 
+    /// Sets what is written behind all else if nothing more comes. It replaces what was held before.
+    pub fn hold(&self, bytes: &[u8]) {
+        let held = &mut self.shared.lock().held;
+        held.clear();
+        held.extend_from_slice(bytes);
+    }
+
     /// Lets the guest go on without waiting for the reader from now on, because it is to be stopped.
     pub fn release(&self) {
         self.shared.lock().released = true;
@@ -99,6 +108,8 @@ impl Output {
     pub fn close(&self) -> io::Result<()> {
         let mut deadline = None;
         let mut state = self.shared.lock();
+        let held = std::mem::take(&mut state.held);
+        state.pending.extend(held);
         state.closing = true;
         self.shared.changed.notify_all();
         while !state.done {
@@ -186,10 +197,12 @@ mod tests {
         let (sender, receiver) = mpsc::sync_channel(10_000);
         let output = Output::new(Sink(sender), |_| panic!("no error")).expect("thread");
         let sent: Vec<u8> = (0..50_000u32).map(|n| n as u8).collect();
+        output.hold(b"lost");
         sent.chunks(7).for_each(|chunk| output.push(chunk));
+        output.hold(b"held");
         output.close().expect("closed");
         drop(output);
-        assert_eq!(receiver.iter().flatten().collect::<Vec<u8>>(), sent);
+        assert_eq!(receiver.iter().flatten().collect::<Vec<u8>>(), [&sent[..], b"held"].concat());
     }
 
     #[test]

@@ -89,8 +89,10 @@ impl SerialOut {
     }
 
     fn pass_on(&self, bytes: &[u8]) {
-        if let Some(output) = &self.output {
-            output.push(bytes);
+        let Some(output) = &self.output else { return };
+        output.push(bytes);
+        if let Some(filter) = &self.command {
+            output.hold(filter.held());
         }
     }
 }
@@ -110,16 +112,6 @@ impl Write for SerialOut {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
-    }
-}
-
-impl Drop for SerialOut {
-    fn drop(&mut self) {
-        if let Some(filter) = &self.command {
-            let mut held = Vec::new();
-            filter.finish(&mut held);
-            self.pass_on(&held);
-        }
     }
 }
 
