@@ -12,6 +12,7 @@ pub mod io;
 pub mod logic;
 pub mod muldiv;
 pub mod shift;
+pub mod sse;
 pub mod stack;
 pub mod string;
 pub mod system;
@@ -133,6 +134,7 @@ pub fn lookup(form: &Form<'_>) -> &'static Sem {
         string::lookup,
         x87::lookup,
         xsave::lookup,
+        sse::lookup,
     ];
     GROUPS.iter().find_map(|f| f(form)).unwrap_or_else(undefined)
 }
