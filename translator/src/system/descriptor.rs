@@ -244,12 +244,11 @@ impl Cpu {
         for r in [seg::ES, seg::DS, seg::FS, seg::GS] {
             let s = &mut self.s.seg[usize::from(r)];
             let conforming = s.attr & (Segment::CODE | Segment::EXPAND_DOWN) == Segment::CODE | Segment::EXPAND_DOWN;
-            if s.dpl() < self.s.cpl && !conforming {
-                // The base survives in hardware; what matters is that the segment is unusable.
+            // A register that is null already keeps its base, which FS and GS use in 64-bit mode.
+            if s.present() && s.dpl() < self.s.cpl && !conforming {
                 s.selector = 0;
                 s.attr = 0;
                 s.limit = 0;
-                s.base = 0;
             }
         }
     }
