@@ -9,6 +9,7 @@ pub mod stats;
 
 pub use boot::InitrdSource as Initrd;
 pub use machine::{
-    Backend, Boot, Console, Controller, CpuModel, Machine, MachineConfig, Outcome, RebootPolicy, RuntimeError, StopReason,
+    Backend, Boot, Console, Controller, CpuModel, Machine, MachineConfig, Outcome, RebootPolicy, RuntimeError,
+    StopReason,
 };
 pub use stats::Stats;

@@ -36,6 +36,8 @@ pub struct MachineConfig {
     pub reboot: RebootPolicy,
     /// Bound of the JIT's code memory in bytes.
     pub code_cache_bytes: u64,
+    /// Repeat every run of compiled code interpreted, and stop at the first difference.
+    pub lockstep: bool,
 }
 
 /// Instruction-set levels.
@@ -113,6 +115,8 @@ pub enum Outcome {
         /// Where, for the user.
         detail: String,
     },
+    /// Lock-step found interpreter and compiler to differ.
+    Difference(String),
     /// The user ended it.
     Stopped(StopReason),
 }
@@ -247,6 +251,9 @@ impl Machine {
                 Exit::Halt => self.shared.sleep_until_event(),
                 Exit::Shutdown => return Outcome::TripleFault { detail: describe(&self.vcpu.cpu) },
                 Exit::Stopped => {
+                    if let Some(difference) = self.vcpu.difference.take() {
+                        return Outcome::Difference(difference);
+                    }
                     if let Some(event) = self.shared.power.lock().take() {
                         return match event {
                             PowerEvent::PowerOff => Outcome::PoweredOff,
@@ -303,17 +310,17 @@ fn build_vcpu(config: &MachineConfig, ram: &GuestRam, shared: &Arc<Shared>) -> R
         Backend::Interp => None,
         Backend::Auto | Backend::Jit => Some(Jit::new(config.code_cache_bytes as usize, 1)?),
     };
-    Ok(Vcpu::new(cpu, jit))
+    let mut vcpu = Vcpu::new(cpu, jit);
+    if config.lockstep {
+        vcpu.enable_lockstep();
+    }
+    Ok(vcpu)
 }
 
 /// The CPU state of a boot protocol's entry point.
 fn initial_state(r: &Registers) -> CpuState {
-    let segment = |s: &boot::Segment| Segment {
-        base: s.base,
-        limit: s.limit,
-        attr: u32::from(s.attr),
-        selector: s.selector,
-    };
+    let segment =
+        |s: &boot::Segment| Segment { base: s.base, limit: s.limit, attr: u32::from(s.attr), selector: s.selector };
     let mut state = CpuState::reset();
     state.gpr = [0; 16];
     state.gpr[usize::from(gpr::RSP)] = r.rsp;

@@ -98,6 +98,8 @@ pub struct Cpu {
     pub watch: bool,
     /// Set when delivery of a software interrupt ended in a triple fault.
     pub triple_fault: bool,
+    /// Stores to take back, in lock-step runs.
+    pub journal: Option<crate::lockstep::Journal>,
     /// What compiled code keeps beside the architectural state.
     pub jit: crate::jit::frame::JitFrame,
     /// Statistics.
@@ -127,6 +129,7 @@ impl Cpu {
             pending_debug: 0,
             watch: false,
             triple_fault: false,
+            journal: None,
             jit: crate::jit::frame::JitFrame::default(),
             counts: CpuCounts::default(),
         };

@@ -12,6 +12,7 @@ pub mod exception;
 pub mod flags;
 pub mod insn;
 pub mod jit;
+pub mod lockstep;
 pub mod mem;
 pub mod mmu;
 pub mod platform;

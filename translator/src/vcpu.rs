@@ -60,6 +60,8 @@ pub struct Vcpu {
     jump: Box<[JumpEntry; JUMP_ENTRIES]>,
     /// The compiler, unless the vCPU only interprets.
     pub jit: Option<Jit>,
+    /// What a lock-step run found.
+    pub difference: Option<String>,
     /// Statistics.
     pub counts: RunCounts,
 }
@@ -69,7 +71,7 @@ impl Vcpu {
     pub fn new(mut cpu: Cpu, jit: Option<Jit>) -> Vcpu {
         let jump = Box::new([NO_ENTRY; JUMP_ENTRIES]);
         cpu.connect_jit(jump.as_ptr() as u64);
-        Vcpu { cpu, blocks: BlockCache::default(), jump, jit, counts: RunCounts::default() }
+        Vcpu { cpu, blocks: BlockCache::default(), jump, jit, difference: None, counts: RunCounts::default() }
     }
 
     /// Runs guest code until something needs the machine's attention.
@@ -128,7 +130,7 @@ impl Vcpu {
     #[inline(always)]
     fn must_step(&self) -> bool {
         let s = &self.cpu.s;
-        s.rflags & flag::TF != 0 || s.shadow != 0 || s.dr[7] & 0xff != 0
+        s.rflags & (flag::TF | flag::RF) != 0 || s.shadow != 0 || s.dr[7] & 0xff != 0
     }
 
     /// Runs the block at RIP.
@@ -144,19 +146,27 @@ impl Vcpu {
             }
             let code = self.blocks.get(id).code;
             if code != 0 {
-                return self.run_compiled(id, code);
+                return self.run_compiled(code);
             }
         }
         self.interpret(id)
     }
 
     /// Runs compiled code from the entry of block `id`.
-    fn run_compiled(&mut self, id: BlockId, code: u64) -> Result<(), TripleFault> {
+    fn run_compiled(&mut self, code: u64) -> Result<(), TripleFault> {
         let Some(jit) = &self.jit else { return Ok(()) };
         self.counts.entries += 1;
         self.cpu.jit.exit_reason = reason::NEXT;
-        jit.enter(&mut self.cpu, code);
-        self.cpu.fold_flags();
+        if self.cpu.journal.is_some() {
+            if let Err(difference) = self.run_compared(code) {
+                self.difference = Some(difference);
+                self.cpu.kick.request(Kick::STOP);
+                return Ok(());
+            }
+        } else {
+            jit.enter(&mut self.cpu, code);
+            self.cpu.fold_flags();
+        }
         match self.cpu.jit.exit_reason {
             reason::INTERPRET => {
                 self.counts.side_exits += 1;
@@ -167,10 +177,7 @@ impl Vcpu {
             }
             reason::FAULT => self.after(Err(Trap)),
             reason::STOP => self.after(Ok(())),
-            _ => {
-                let _ = id;
-                Ok(())
-            }
+            _ => Ok(()),
         }
     }
 
@@ -198,7 +205,8 @@ impl Vcpu {
         self.blocks.for_each(|b| b.code = jit.find((b.gpa, b.mode.0)).unwrap_or(0));
         for e in self.jump.iter_mut().filter(|e| e.key != NO_KEY) {
             let code = self.blocks.get(e.block).code;
-            e.code = if code != 0 { code } else { stub };
+            // In lock-step each region is compared by itself.
+            e.code = if code != 0 && self.cpu.journal.is_none() { code } else { stub };
         }
     }
 
@@ -253,6 +261,23 @@ impl Vcpu {
             return self.fault();
         }
         if cpu.stop_block { self.after(Ok(())) } else { Ok(()) }
+    }
+
+    /// Interprets at most `most` instructions of the block at RIP, without deliveries: for lock-step.
+    pub(crate) fn interpret_some(&mut self, most: u64) -> Result<u64, Trap> {
+        let id = self.find_block()?;
+        let cpu = &mut self.cpu;
+        cpu.ip_base = cpu.s.rip;
+        let mut done = 0;
+        for insn in self.blocks.get(id).insns.iter().take(most as usize) {
+            cpu.s.rip = cpu.next_ip_value(insn);
+            if let Err(Trap) = (insn.run)(cpu, insn) {
+                cpu.s.rip = mode_cut(cpu.mode, cpu.ip_base.wrapping_add(u64::from(insn.off)));
+                return Err(Trap);
+            }
+            done += 1;
+        }
+        Ok(done)
     }
 
     /// What has to happen after an instruction that asked to stop, or failed.
@@ -422,7 +447,7 @@ impl Vcpu {
             return Ok(id);
         }
         let stub = self.jit.as_ref().map_or(0, |j| j.stub);
-        let code = if block.code != 0 { block.code } else { stub };
+        let code = if block.code != 0 && self.cpu.journal.is_none() { block.code } else { stub };
         self.jump[jump_index(linear)] = JumpEntry { key: linear ^ self.cpu.salt, code, block: id };
         Ok(id)
     }

@@ -37,6 +37,8 @@ pub enum Helper {
     Modify,
     /// Evaluate an instruction: (instruction, page instruction pointer).
     Evaluate,
+    /// Fold deferred flags into their words.
+    Fold,
 }
 
 /// What is known of the flags at a point of the emission.
@@ -209,8 +211,8 @@ impl<'a> JitEmit<'a> {
             self.flags = FlagVal::Memory;
             self.flags_dirty = false;
             self.ended = false;
-            self.flags_live_out =
-                block.successors().count() == 0 || block.successors().any(|s| plan.find(s).is_none_or(|s| live_in[s]));
+            self.flags_live_out = block.successors().count() == 0
+                || block.successors().any(|s| plan.find(s).is_none_or(|s| live_in[s] || s <= k));
             for (n, i) in block.insns.iter().enumerate() {
                 self.off = u64::from(i.off);
                 self.done = n as i64;
@@ -398,11 +400,17 @@ impl<'a> JitEmit<'a> {
         }
     }
 
-    /// The words out of the CPU state, whose deferred form is folded first on a cold path: a whole-state helper is
-    /// not worth it, the interpreter takes the instruction instead.
+    /// The words out of the CPU state, whose deferred form is folded first. This may be asked for when the instruction
+    /// has already stored, so it must not leave to the interpreter.
     fn words_from_memory(&mut self) -> (Value, Value, Value) {
         let kind = self.b.ins().load(I64, aligned(), self.cpu, at!(jit.lazy_kind));
-        self.side_exit_if(kind);
+        let (fold, go_on) = (self.b.create_block(), self.b.create_block());
+        self.b.set_cold_block(fold);
+        self.b.ins().brif(kind, fold, &[], go_on, &[]);
+        self.b.switch_to_block(fold);
+        self.call(Helper::Fold, kind, kind, None);
+        self.b.ins().jump(go_on, &[]);
+        self.b.switch_to_block(go_on);
         let mut word = |offset| self.b.ins().load(I64, aligned(), self.cpu, offset);
         (word(at!(s.cc_z)), word(at!(s.cc_sp)), word(at!(s.cc_co)))
     }
@@ -424,19 +432,13 @@ impl<'a> JitEmit<'a> {
     fn leave_to_interpreter(&mut self) {
         self.store_dirty();
         if self.flags_dirty && !matches!(self.flags, FlagVal::Memory) {
-            self.store_flags_cold();
+            self.store_flags_copy();
         }
         let off = self.b.ins().iconst(I64, self.off as i64);
         let count = self.b.use_var(self.count);
         let count = self.b.ins().iadd_imm_s(count, self.done - 1);
         let side_exit = self.side_exit;
         self.b.ins().jump(side_exit, &[BlockArg::Value(off), BlockArg::Value(count)]);
-    }
-
-    /// As [`Self::store_flags_copy`]; flags that are partly in memory were read there when the operation was
-    /// recorded, so no further side exit arises here.
-    fn store_flags_cold(&mut self) {
-        self.store_flags_copy();
     }
 
     fn finish_side_exit(&mut self) {

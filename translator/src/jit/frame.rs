@@ -62,7 +62,7 @@ pub struct JitFrame {
     /// Deferred flags: result.
     pub lazy_r: u64,
     /// Addresses of the helpers, so that compiled code is position independent.
-    pub helpers: [u64; 4],
+    pub helpers: [u64; 5],
     /// Slow paths taken, for statistics.
     pub slow_paths: u64,
     /// Instructions evaluated by helper, for statistics.

@@ -16,6 +16,7 @@ impl Cpu {
             store as *const () as u64,
             modify as *const () as u64,
             evaluate as *const () as u64,
+            fold as *const () as u64,
         ];
     }
 
@@ -54,6 +55,10 @@ impl Cpu {
         if first != bytes && b.is_none() {
             return 0;
         }
+        self.journal_store(a, first as usize);
+        if let Some(b) = b {
+            self.journal_store(b, (bytes - first) as usize);
+        }
         let from = value.as_ptr().cast::<u8>();
         // SAFETY: as in `slow_load`, for writable guest RAM without translated code in these bytes.
         unsafe {
@@ -76,14 +81,28 @@ extern "C" fn store(cpu: &mut Cpu, linear: u64, bytes: u64, value: u64) {
     cpu.jit.slow_result = cpu.slow_store(linear, bytes, value);
 }
 
+extern "C" fn fold(cpu: &mut Cpu, _: u64, _: u64, _: u64) {
+    cpu.fold_flags();
+}
+
 extern "C" fn modify(cpu: &mut Cpu, linear: u64, bytes: u64, _: u64) {
     cpu.jit.slow_paths += 1;
-    cpu.jit.slow_result = cpu.resolve(linear, bytes, true).map_or(0, |p| p as u64);
+    let host = cpu.resolve(linear, bytes, true);
+    if let Some(host) = host {
+        cpu.journal_store(host, bytes as usize);
+    }
+    cpu.jit.slow_result = host.map_or(0, |p| p as u64);
 }
 
 /// Evaluates an instruction of the running region: `exit_reason` says whether the region may go on.
 extern "C" fn evaluate(cpu: &mut Cpu, insn: &Insn, page_ip: u64, _: u64) {
     cpu.jit.helper_calls += 1;
+    if cpu.journal.is_some() && (insn.ends_block || reads_outside(insn)) {
+        // In lock-step nothing may happen twice.
+        cpu.s.rip = cpu.cut_ip(page_ip.wrapping_add(u64::from(insn.off)));
+        cpu.jit.exit_reason = reason::INTERPRET;
+        return;
+    }
     cpu.fold_flags();
     cpu.ip_base = page_ip;
     cpu.stop_block = false;
@@ -99,4 +118,10 @@ extern "C" fn evaluate(cpu: &mut Cpu, insn: &Insn, page_ip: u64, _: u64) {
             reason::FAULT
         }
     };
+}
+
+/// Whether an instruction's result depends on more than the state.
+fn reads_outside(insn: &Insn) -> bool {
+    use iced_x86::Mnemonic::*;
+    matches!(insn.iced_code().mnemonic(), Rdtsc | Rdtscp | Rdrand | Rdseed)
 }

@@ -231,7 +231,8 @@ impl Cpu {
     pub fn direct(&mut self, linear: u64, write: bool) -> Result<Option<(*mut u8, u64)>, Trap> {
         let access = if write { Access::Write } else { Access::Read };
         let t = self.translate(linear, access, self.class)?;
-        if (write && self.ram.code_granules(t.gpa) != 0) || self.is_watched_page(linear) {
+        let slow_store = self.ram.code_granules(t.gpa) != 0 || self.journal.is_some();
+        if (write && slow_store) || self.is_watched_page(linear) {
             return Ok(None);
         }
         Ok(t.host.map(|h| (h, PAGE_SIZE - (linear & PAGE_MASK))))
@@ -303,6 +304,7 @@ impl Cpu {
         let bytes = value.to_le_bytes();
         match t.host {
             Some(host) => {
+                self.journal_store(host, len);
                 // SAFETY: as in `read_translated`.
                 unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), host, len) };
                 self.note_code_store(t.gpa, len as u64);
@@ -333,7 +335,7 @@ impl Cpu {
         let tag = if access == Access::Write { e.write } else { e.read };
         if tag & !PAGE_MASK == page && tag & PAGE_MASK <= SLOW | WATCHED {
             let gpa = e.phys & !PAGE_MASK | linear & PAGE_MASK;
-            if tag & SLOW != 0 && e.read & SLOW == 0 && self.ram.code_granules(gpa) == 0 {
+            if tag & SLOW != 0 && e.read & SLOW == 0 && self.journal.is_none() && self.ram.code_granules(gpa) == 0 {
                 // The code that made stores slow has gone.
                 self.mmu.tlb.table(class).entries[Table::index(linear)].write = page | e.read & WATCHED;
             }
@@ -357,7 +359,7 @@ impl Cpu {
         let host_page = self.ram.host_page(w.gpa);
         let mmio = if host_page.is_some() { 0 } else { SLOW };
         let watched = if self.is_watched_page(linear) { WATCHED } else { 0 };
-        let code = if self.ram.code_granules(w.gpa) != 0 { SLOW } else { 0 };
+        let code = if self.ram.code_granules(w.gpa) != 0 || self.journal.is_some() { SLOW } else { 0 };
         let entry = TlbEntry {
             read: page | mmio | watched,
             write: if w.writable { page | mmio | code | watched } else { EMPTY },

@@ -356,10 +356,7 @@ fn immediate_two(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     let a = read_x(cpu, i, 0, true)?;
     let Some(op) = VecImmOp::from_number(i.aux) else { return Err(cpu.ud()) };
     // Operations of one source read their first operand.
-    let one_source = matches!(
-        op,
-        VecImmOp::Pshufd | VecImmOp::Pshufhw | VecImmOp::Pshuflw | VecImmOp::Aeskeygenassist
-    );
+    let one_source = matches!(op, VecImmOp::Pshufd | VecImmOp::Pshufhw | VecImmOp::Pshuflw | VecImmOp::Aeskeygenassist);
     let (a, b) = if one_source { (b, b) } else { (a, b) };
     write_x(cpu, i, 0, simd::eval_imm(op, a, b, i.imm as u8), false)
 }
@@ -493,7 +490,10 @@ fn string_compare(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     let b = read_x(cpu, i, 1, false)?;
     let a = read_x(cpu, i, 0, false)?;
     let imm = i.imm as u8;
-    let wide = matches!(i.iced_code(), iced_x86::Code::Pcmpestri64_xmm_xmmm128_imm8 | iced_x86::Code::Pcmpestrm64_xmm_xmmm128_imm8);
+    let wide = matches!(
+        i.iced_code(),
+        iced_x86::Code::Pcmpestri64_xmm_xmmm128_imm8 | iced_x86::Code::Pcmpestrm64_xmm_xmmm128_imm8
+    );
     let len = |cpu: &mut Cpu, r| {
         let v = cpu.gpr::<W64>(r);
         if wide { v as i64 } else { i64::from(v as i32) }

@@ -1,0 +1,147 @@
+//! Lock-step: every run of compiled code is repeated by the interpreter from the same state, and the first difference
+//! stops the machine. Stores are journaled, so that they can be undone in between.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use crate::cpu::Cpu;
+use crate::exception::Trap;
+use crate::state::CpuState;
+use crate::vcpu::Vcpu;
+
+/// The bytes that stores replaced, oldest first: host address, length, old bytes.
+#[derive(Default)]
+pub struct Journal(Vec<(usize, usize, [u8; 16])>);
+
+impl Cpu {
+    /// Notes what a store of `len` (at most 16) bytes to guest RAM at `host` is about to replace.
+    #[inline]
+    pub(crate) fn journal_store(&mut self, host: *mut u8, len: usize) {
+        if let Some(journal) = &mut self.journal {
+            let mut old = [0; 16];
+            // SAFETY: the caller is about to store there; reading the same bytes of guest RAM is as valid.
+            unsafe { std::ptr::copy_nonoverlapping(host, old.as_mut_ptr(), len.min(16)) };
+            journal.0.push((host as usize, len.min(16), old));
+        }
+    }
+
+    /// The bytes that journaled stores changed, as they are now.
+    fn journaled(&self) -> BTreeMap<usize, u8> {
+        let entries = self.journal.iter().flat_map(|j| &j.0);
+        entries
+            .flat_map(|&(host, len, _)| host..host + len)
+            // SAFETY: every journaled address is a byte of guest RAM.
+            .map(|at| (at, unsafe { (at as *const u8).read() }))
+            .collect()
+    }
+
+    /// Takes journaled stores back, youngest first.
+    fn undo(&mut self) {
+        let entries = self.journal.as_mut().map(|j| std::mem::take(&mut j.0)).unwrap_or_default();
+        for (host, len, old) in entries.into_iter().rev() {
+            // SAFETY: the address is `len` bytes of guest RAM that a store was allowed to change.
+            unsafe { std::ptr::copy_nonoverlapping(old.as_ptr(), host as *mut u8, len) };
+        }
+    }
+}
+
+/// A state in which equal architectural flags are equal words.
+fn normal(s: &CpuState) -> CpuState {
+    let mut s = s.clone();
+    s.set_flags(s.flags());
+    s
+}
+
+impl Vcpu {
+    /// Turns lock-step on. Compiled code then never reads clocks or devices: those instructions are interpreted.
+    pub fn enable_lockstep(&mut self) {
+        self.cpu.journal = Some(Journal::default());
+        self.cpu.flush_tlb_all();
+    }
+
+    /// Runs compiled code, repeats it interpreted, and describes the first difference. The machine goes on from the
+    /// interpreter's result.
+    pub(crate) fn run_compared(&mut self, code: u64) -> Result<(), String> {
+        let Some(jit) = &self.jit else { return Ok(()) };
+        let before = self.cpu.s.clone();
+        let count = self.cpu.jit.count;
+        if let Some(j) = &mut self.cpu.journal {
+            j.0.clear();
+        }
+        jit.enter(&mut self.cpu, code);
+        self.cpu.fold_flags();
+        let done = self.cpu.jit.count - count;
+        let compiled = normal(&self.cpu.s);
+        let stored = self.cpu.journaled();
+        self.cpu.undo();
+        self.cpu.s = before.clone();
+        self.cpu.mode_changed();
+        let mut left = done;
+        while left > 0 {
+            match self.interpret_some(left) {
+                Ok(n) => left -= n,
+                Err(Trap) => {
+                    return Err(format!(
+                        "the interpreter raises {:x?} at {:#x}, {} of {done} instructions after {:#x}",
+                        self.cpu.raised,
+                        self.cpu.s.rip,
+                        done - left,
+                        before.rip
+                    ));
+                }
+            }
+        }
+        let interpreted = normal(&self.cpu.s);
+        let same = interpreted == compiled && self.cpu.journaled() == stored;
+        if same {
+            return Ok(());
+        }
+        let mut text = format!("difference after {done} instructions from {:#x}:\n", before.rip);
+        for (name, a, b) in differences(&interpreted, &compiled) {
+            let _ = writeln!(text, "  {name}: interpreted {a:#x}, compiled {b:#x}");
+        }
+        let ours = self.cpu.journaled();
+        for (at, byte) in stored.iter().filter(|&(at, b)| ours.get(at) != Some(b)).take(16) {
+            let _ = writeln!(text, "  byte at host {at:#x}: interpreted {:x?}, compiled {byte:#x}", ours.get(at));
+        }
+        for (at, byte) in ours.iter().filter(|&(at, _)| !stored.contains_key(at)).take(16) {
+            let _ = writeln!(text, "  byte at host {at:#x}: interpreted {byte:#x}, not stored by compiled code");
+        }
+        let _ = writeln!(text, "state before: {before:x?}");
+        if let Ok(gpa) = {
+            self.cpu.s = before;
+            self.cpu.mode_changed();
+            self.cpu.translate_code(self.cpu.s.rip)
+        } && let Some(plan) = crate::jit::region::Plan::grow(&self.blocks, gpa, self.cpu.mode)
+        {
+            for block in &plan.blocks {
+                let _ = writeln!(text, "block at page offset {:#x}, ends {:x?}:", block.off, block.end);
+                for i in &block.insns {
+                    let _ = writeln!(text, "  {:#x} {:?} {:?} imm {:#x}", i.off, i.iced_code(), i.op, i.imm);
+                }
+            }
+        }
+        Err(text)
+    }
+}
+
+/// The registers in which two states differ.
+fn differences(a: &CpuState, b: &CpuState) -> Vec<(String, u64, u64)> {
+    let mut out = Vec::new();
+    let mut check = |name: String, x: u64, y: u64| {
+        if x != y {
+            out.push((name, x, y));
+        }
+    };
+    for r in 0..16 {
+        check(format!("gpr {r}"), a.gpr[r], b.gpr[r]);
+        for w in 0..4 {
+            check(format!("ymm {r} word {w}"), a.ymm[r][w], b.ymm[r][w]);
+        }
+    }
+    check("rip".into(), a.rip, b.rip);
+    check("flags".into(), a.flags(), b.flags());
+    check("cpl".into(), a.cpl.into(), b.cpl.into());
+    check("mxcsr".into(), a.mxcsr.into(), b.mxcsr.into());
+    out
+}
