@@ -130,6 +130,10 @@ pub struct RunArgs {
     /// Memory for translated code; MiB without a unit
     #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = code_cache_size)]
     pub code_cache: u64,
+
+    /// Repeat every run of compiled code interpreted, and stop at the first difference (slow)
+    #[arg(long)]
+    pub lockstep: bool,
 }
 
 /// Guests with a name.

@@ -134,6 +134,7 @@ fn try_run(args: &RunArgs) -> Result<(u8, Option<String>), RunError> {
         boot: plan.boot,
         reboot: plan.reboot,
         code_cache_bytes: args.code_cache,
+        lockstep: args.lockstep,
     };
     let machine = Machine::new(config, Console { output: Box::new(serial) })?;
     let handle = controller.get_or_init(|| machine.controller()).clone();
@@ -274,6 +275,7 @@ fn verdict(outcome: &Outcome, observed: &Observed, command: bool) -> (u8, Option
     match outcome {
         Outcome::TripleFault { detail } => crash(&format!("triple fault, {detail}")),
         Outcome::Reset => crash("it asked for a reset"),
+        Outcome::Difference(text) => (exit::FAILED, Some(format!("interpreter and compiler differ: {text}"))),
         Outcome::Stopped(StopReason::Timeout) => (exit::TIMEOUT, Some("the time given by --timeout is over".into())),
         Outcome::Stopped(StopReason::Signal(libc::SIGPIPE)) => {
             (signals::exit_code(libc::SIGPIPE), Some("nobody reads the output any more; the guest was stopped".into()))

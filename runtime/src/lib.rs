@@ -2,6 +2,7 @@
 
 pub mod acpi;
 pub mod boot;
+pub mod embedded;
 pub mod machine;
 pub mod memory;
 mod platform;

@@ -10,12 +10,14 @@ use diglot_translator::cpu::Cpu;
 use diglot_translator::cpuid::{self, Level};
 use diglot_translator::jit::{Jit, JitError};
 use diglot_translator::mem::GuestRam as CpuRam;
-use diglot_translator::state::{CpuState, Segment, Table, gpr, seg};
+use diglot_translator::state::{CpuState, Segment, Table, cr, gpr, seg};
 use diglot_translator::vcpu::{Exit, Vcpu};
 use parking_lot::Mutex;
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::acpi::{self, AcpiError};
 use crate::boot::{self, BootError, InitrdSource, Registers};
+use crate::embedded;
 use crate::memory::{GuestRam, MemoryError, low_ram_end};
 use crate::platform::{Shared, VcpuPlatform};
 use crate::stats::Stats;
@@ -64,6 +66,8 @@ pub enum Backend {
 
 /// What to boot.
 pub enum Boot {
+    /// The guest that needs no file.
+    Embedded,
     /// A kernel with its initial RAM disk and command line.
     Linux {
         /// bzImage or PVH ELF.
@@ -136,6 +140,9 @@ pub enum RuntimeError {
     /// The compiler.
     #[error(transparent)]
     Jit(#[from] JitError),
+    /// The embedded guest could not be put into memory.
+    #[error("cannot set up the embedded guest: {0}; give it more memory with --memory")]
+    Embedded(String),
     /// A number of CPUs that this version cannot run.
     #[error("{0} CPUs are not supported yet; use --cpus 1")]
     Cpus(u8),
@@ -292,6 +299,12 @@ fn chipset_config(config: &MachineConfig, ram: &GuestRam, epoch: u64) -> Chipset
 fn build_vcpu(config: &MachineConfig, ram: &GuestRam, shared: &Arc<Shared>) -> Result<Vcpu, RuntimeError> {
     let rsdp = acpi::write_tables(ram.mmap(), config.cpus)?;
     let state = match &config.boot {
+        Boot::Embedded => {
+            let image = embedded::image().map_err(|e| RuntimeError::Embedded(e.to_string()))?;
+            let at = GuestAddress(embedded::LOAD);
+            ram.mmap().write_slice(&image, at).map_err(|e| RuntimeError::Embedded(e.to_string()))?;
+            embedded_state()
+        }
         Boot::Linux { kernel, initrd, cmdline } => {
             initial_state(&boot::load(ram.mmap(), kernel, initrd.clone(), cmdline, rsdp)?.entry.registers())
         }
@@ -335,6 +348,18 @@ fn initial_state(r: &Registers) -> CpuState {
     state.gdtr = Table { base: r.gdt_base, limit: r.gdt_limit };
     state.idtr = Table::default();
     (state.cr0, state.cr3, state.cr4, state.efer) = (r.cr0, r.cr3, r.cr4, r.efer);
+    state
+}
+
+/// The embedded guest's entry: 32-bit protected mode, flat segments, paging off.
+fn embedded_state() -> CpuState {
+    let flat = |attr| Segment { base: 0, limit: u32::MAX, attr, selector: 8 };
+    let mut state = CpuState::reset();
+    state.gpr = [0; 16];
+    state.rip = embedded::LOAD;
+    state.cr0 = cr::CR0_PE | cr::CR0_ET;
+    state.seg = [Segment { selector: 16, ..flat(0xc093) }; 6];
+    state.seg[usize::from(seg::CS)] = flat(0xc09b);
     state
 }
 
