@@ -137,11 +137,7 @@ impl Hpet {
                 self.arm_all(now);
             }
             0x20 => self.status &= !(v << shift & mask),
-            0xf0 => {
-                if !self.running() {
-                    self.counter = merge(self.counter);
-                }
-            }
+            0xf0 if !self.running() => self.counter = merge(self.counter),
             at @ 0x100..0x160 => self.write_timer(((at - 0x100) / 0x20) as usize, at & 0x18, &merge, mask, now),
             _ => {}
         }

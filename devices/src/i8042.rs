@@ -93,11 +93,11 @@ impl I8042 {
             }
             Some(0xd2) => self.put(v),
             Some(_) => {}
-            None => self.to_keyboard(v),
+            None => self.keyboard_byte(v),
         }
     }
 
-    fn to_keyboard(&mut self, v: u8) {
+    fn keyboard_byte(&mut self, v: u8) {
         if self.keyboard.take().is_some() {
             self.put(ACK);
             return;

@@ -145,9 +145,8 @@ impl Rtc {
             self.raise(C_UPDATE);
             // An alarm with wildcards may lie anywhere in the time that passed; a day holds every time of day.
             let from = self.seen.max(s - 86_400);
-            if self.cmos[REG_B] & C_ALARM != 0 && (from + 1..=s).any(|t| self.alarm_at(t)) {
-                self.raise(C_ALARM);
-            } else if self.alarm_at(s) {
+            let first = if self.cmos[REG_B] & C_ALARM != 0 { from + 1 } else { s };
+            if (first..=s).any(|t| self.alarm_at(t)) {
                 self.raise(C_ALARM);
             }
         }
@@ -194,7 +193,7 @@ impl Rtc {
         if self.cmos[REG_B] & B_24H != 0 {
             return self.encode(h);
         }
-        let twelve = if h % 12 == 0 { 12 } else { h % 12 };
+        let twelve = if h.is_multiple_of(12) { 12 } else { h % 12 };
         self.encode(twelve) | if h >= 12 { 0x80 } else { 0 }
     }
 

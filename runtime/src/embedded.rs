@@ -350,7 +350,7 @@ fn sieve(b: &mut Builder<'_>) -> Result<(), IcedError> {
 }
 
 fn primes() -> u64 {
-    let is_prime = |n: u32| (2..).take_while(|d| d * d <= n).all(|d| n % d != 0);
+    let is_prime = |n: u32| (2..).take_while(|d| d * d <= n).all(|d| !n.is_multiple_of(d));
     (2..SIEVE_LIMIT).filter(|&n| is_prime(n)).count() as u64
 }
 

@@ -324,12 +324,14 @@ impl Vcpu {
         let single_step = self.cpu.s.rflags & flag::TF != 0;
         let shadow = self.cpu.s.shadow;
         let resume = self.cpu.s.rflags & flag::RF != 0;
-        if self.cpu.s.dr[7] & 0xff != 0 && !resume && shadow & SHADOW_MOV_SS == 0 {
-            if let Some(hit) = self.cpu.execute_breakpoint() {
-                self.cpu.counts.exceptions[usize::from(vector::DB)] += 1;
-                let e = Exception { vector: vector::DB, error: None, payload: hit };
-                return self.cpu.deliver(Event::Fault(e));
-            }
+        if self.cpu.s.dr[7] & 0xff != 0
+            && !resume
+            && shadow & SHADOW_MOV_SS == 0
+            && let Some(hit) = self.cpu.execute_breakpoint()
+        {
+            self.cpu.counts.exceptions[usize::from(vector::DB)] += 1;
+            let e = Exception { vector: vector::DB, error: None, payload: hit };
+            return self.cpu.deliver(Event::Fault(e));
         }
         let insn = match self.fetch_one() {
             Ok(insn) => insn,

@@ -623,7 +623,7 @@ impl<'a> JitEmit<'a> {
         self.side_exit_if(low);
     }
 
-    fn to_type(&mut self, v: Value, from: u64, to: u64) -> Value {
+    fn resize(&mut self, v: Value, from: u64, to: u64) -> Value {
         match from.cmp(&to) {
             std::cmp::Ordering::Equal => v,
             std::cmp::Ordering::Less => self.b.ins().uextend(int_type(to), v),
@@ -783,7 +783,7 @@ impl Emit for JitEmit<'_> {
     }
 
     fn zext<F: Width, T: Width>(&mut self, x: Value) -> Value {
-        self.to_type(x, F::BYTES, T::BYTES)
+        self.resize(x, F::BYTES, T::BYTES)
     }
 
     fn sext<F: Width, T: Width>(&mut self, x: Value) -> Value {
@@ -862,7 +862,7 @@ impl Emit for JitEmit<'_> {
     fn gpr<W: Width>(&mut self, r: u8) -> Value {
         let v = self.var(&self.gpr, r);
         let v = self.b.use_var(v);
-        self.to_type(v, 8, W::BYTES)
+        self.resize(v, 8, W::BYTES)
     }
 
     fn set_gpr<W: Width>(&mut self, r: u8, v: Value) {

@@ -68,9 +68,12 @@ pub struct JitCounts {
 struct Shared {
     queue: Mutex<Queue>,
     work: Condvar,
-    done: Mutex<Vec<(u64, Plan, Result<Compiled, String>)>>,
+    done: Mutex<Vec<Done>>,
     any_done: AtomicBool,
 }
+
+/// A job's number, its plan, and what came of it.
+type Done = (u64, Plan, Result<Compiled, String>);
 
 #[derive(Default)]
 struct Queue {

@@ -511,7 +511,7 @@ fn power_of_two_pieces(gpa: u64, len: usize) -> impl Iterator<Item = (u64, u8)> 
     let end = gpa + len as u64;
     std::iter::from_fn(move || {
         let left = end - at;
-        let n = [8u64, 4, 2, 1].into_iter().find(|&n| n <= left && at % n == 0)?;
+        let n = [8u64, 4, 2, 1].into_iter().find(|&n| n <= left && at.is_multiple_of(n))?;
         let piece = (at, n as u8);
         at += n;
         Some(piece)

@@ -74,7 +74,7 @@ fn advance<W: Width>(cpu: &mut Cpu, i: &Insn, r: u8, elements: u64) {
 
 /// Runs a string instruction: `elements(cpu, most)` does at least one and at most `most` elements and says how many,
 /// and whether the repetition goes on.
-fn repeat<W: Width>(
+fn repeat(
     cpu: &mut Cpu,
     i: &Insn,
     mut elements: impl FnMut(&mut Cpu, u64) -> Result<(u64, bool), Trap>,
@@ -115,7 +115,7 @@ fn run_length<W: Width>(cpu: &Cpu, i: &Insn, at: u64, room: u64, most: u64) -> u
 }
 
 fn movs<W: Width>(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    repeat::<W>(cpu, i, |cpu, most| {
+    repeat(cpu, i, |cpu, most| {
         let (si, di) = (index(cpu, i, gpr::RSI), index(cpu, i, gpr::RDI));
         let from = cpu.linearize(i.seg, si, W::BYTES, false)?;
         let to = cpu.linearize(seg::ES, di, W::BYTES, true)?;
@@ -166,7 +166,7 @@ fn bulk_move<W: Width>(
 }
 
 fn stos<W: Width>(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    repeat::<W>(cpu, i, |cpu, most| {
+    repeat(cpu, i, |cpu, most| {
         let di = index(cpu, i, gpr::RDI);
         let to = cpu.linearize(seg::ES, di, W::BYTES, true)?;
         let v = cpu.gpr::<W>(gpr::RAX);
@@ -203,7 +203,7 @@ unsafe fn fill<W: Width>(target: *mut u8, v: u64, n: usize) {
 }
 
 fn lods<W: Width>(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    repeat::<W>(cpu, i, |cpu, _| {
+    repeat(cpu, i, |cpu, _| {
         let si = index(cpu, i, gpr::RSI);
         let from = cpu.linearize(i.seg, si, W::BYTES, false)?;
         let v = cpu.load_linear::<W>(from)?;
@@ -223,7 +223,7 @@ fn goes_on(i: &Insn, equal: bool) -> bool {
 }
 
 fn scas<W: Width>(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    repeat::<W>(cpu, i, |cpu, _| {
+    repeat(cpu, i, |cpu, _| {
         let di = index(cpu, i, gpr::RDI);
         let at = cpu.linearize(seg::ES, di, W::BYTES, false)?;
         let b = cpu.load_linear::<W>(at)?;
@@ -235,7 +235,7 @@ fn scas<W: Width>(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
 }
 
 fn cmps<W: Width>(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    repeat::<W>(cpu, i, |cpu, _| {
+    repeat(cpu, i, |cpu, _| {
         let (si, di) = (index(cpu, i, gpr::RSI), index(cpu, i, gpr::RDI));
         let left = cpu.linearize(i.seg, si, W::BYTES, false)?;
         let a = cpu.load_linear::<W>(left)?;

@@ -194,7 +194,7 @@ impl Cpu {
             s.limit = 0xffff;
             s.attr = 0xf3;
         } else if r != seg::CS {
-            s.attr = s.attr | 0x93;
+            s.attr |= 0x93;
         }
         self.mode_changed();
     }

@@ -232,7 +232,7 @@ fn write(cpu: &mut Cpu, n: u32, v: u64) -> Written {
         id::MC_FIRST..=id::MC_LAST => {
             let k = (n - id::MC_FIRST) as usize;
             // Status registers can only be cleared; controls take all ones or zeros as they are.
-            if k % 4 != 0 && v != 0 {
+            if !k.is_multiple_of(4) && v != 0 {
                 return Written::Invalid;
             }
             m.mc_banks[k / 4][k % 4] = v;
