@@ -203,11 +203,15 @@ fn a_running_branch_is_retargeted_safely() {
         let (seen_one, seen_two) = std::thread::scope(|scope| {
             let runner = scope.spawn(|| {
                 let mut seen = (0_u64, 0_u64);
-                while !stop.load(Ordering::Relaxed) {
+                // At least once, however late this thread gets a core.
+                loop {
                     match call(&arena, unit.offset()) {
                         0x1111 => seen.0 += 1,
                         0x2222 => seen.1 += 1,
                         other => panic!("arrived at neither target: {other:#x}"),
+                    }
+                    if stop.load(Ordering::Relaxed) {
+                        break;
                     }
                 }
                 seen
