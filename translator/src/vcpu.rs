@@ -77,24 +77,30 @@ impl Vcpu {
     /// Runs guest code until something needs the machine's attention.
     pub fn run(&mut self) -> Exit {
         loop {
-            if self.cpu.kick.pending() != 0 {
-                if self.cpu.kick.take(Kick::STOP) != 0 {
-                    return Exit::Stopped;
-                }
-                self.cpu.kick.take(Kick::ATTENTION);
-                self.cpu.irq_maybe = true;
-            }
-            if (self.cpu.irq_maybe || self.cpu.s.halted) && self.take_interrupt().is_err() {
-                return Exit::Shutdown;
-            }
-            if self.cpu.s.halted {
-                return Exit::Halt;
-            }
-            let result = if self.must_step() { self.step() } else { self.run_block() };
-            if result.is_err() {
-                return Exit::Shutdown;
+            if let Some(exit) = self.turn() {
+                return exit;
             }
         }
+    }
+
+    /// Runs one block, region or event delivery; what ends [`Self::run`] if anything does.
+    #[inline(always)]
+    pub fn turn(&mut self) -> Option<Exit> {
+        if self.cpu.kick.pending() != 0 {
+            if self.cpu.kick.take(Kick::STOP) != 0 {
+                return Some(Exit::Stopped);
+            }
+            self.cpu.kick.take(Kick::ATTENTION);
+            self.cpu.irq_maybe = true;
+        }
+        if (self.cpu.irq_maybe || self.cpu.s.halted) && self.take_interrupt().is_err() {
+            return Some(Exit::Shutdown);
+        }
+        if self.cpu.s.halted {
+            return Some(Exit::Halt);
+        }
+        let result = if self.must_step() { self.step() } else { self.run_block() };
+        result.is_err().then_some(Exit::Shutdown)
     }
 
     /// Delivers an NMI or a maskable interrupt if one waits and may be taken now.
