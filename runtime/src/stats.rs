@@ -14,6 +14,26 @@ pub struct Stats {
     pub interpreted: u64,
     /// Guest instructions run as compiled code.
     pub compiled: u64,
+    /// Regions compiled and installed.
+    pub regions: u64,
+    /// Guest blocks in them.
+    pub region_blocks: u64,
+    /// Guest bytes in them.
+    pub region_guest_bytes: u64,
+    /// Host code bytes of them.
+    pub region_code_bytes: u64,
+    /// Time that the compile threads took, in nanoseconds.
+    pub compile_nanos: u64,
+    /// Regions evicted because code memory was full.
+    pub regions_evicted: u64,
+    /// Entries into compiled code from the dispatch loop.
+    pub entries: u64,
+    /// Exits of compiled code that left an instruction to the interpreter.
+    pub side_exits: u64,
+    /// Instructions of compiled code evaluated by helper.
+    pub helper_calls: u64,
+    /// Memory accesses of compiled code that missed the TLB's fast path.
+    pub slow_paths: u64,
     /// Blocks that the interpreter ran.
     pub blocks_run: u64,
     /// Blocks decoded.
@@ -49,6 +69,18 @@ impl Stats {
     pub(crate) fn add(&mut self, v: &Vcpu) {
         self.interpreted += v.counts.interpreted;
         self.compiled += v.cpu.jit.count;
+        if let Some(jit) = &v.jit {
+            self.regions += jit.counts.regions;
+            self.region_blocks += jit.counts.region_blocks;
+            self.region_guest_bytes += jit.counts.guest_bytes;
+            self.region_code_bytes += jit.counts.code_bytes;
+            self.compile_nanos += jit.counts.compile_nanos;
+            self.regions_evicted += jit.counts.evicted;
+        }
+        self.entries += v.counts.entries;
+        self.side_exits += v.counts.side_exits;
+        self.helper_calls += v.cpu.jit.helper_calls;
+        self.slow_paths += v.cpu.jit.slow_paths;
         self.blocks_run += v.counts.blocks_run;
         self.blocks_decoded += v.blocks.decoded;
         self.blocks_invalidated += v.blocks.invalidated;
@@ -88,6 +120,16 @@ impl fmt::Display for Stats {
         let rows = [
             ("guest instructions interpreted", self.interpreted),
             ("guest instructions compiled", self.compiled),
+            ("regions compiled", self.regions),
+            ("guest blocks in them", self.region_blocks),
+            ("guest bytes in them", self.region_guest_bytes),
+            ("host code bytes of them", self.region_code_bytes),
+            ("compile time in microseconds", self.compile_nanos / 1000),
+            ("regions evicted", self.regions_evicted),
+            ("entries into compiled code", self.entries),
+            ("exits to the interpreter", self.side_exits),
+            ("instructions by helper", self.helper_calls),
+            ("memory slow paths", self.slow_paths),
             ("blocks run by the interpreter", self.blocks_run),
             ("blocks decoded", self.blocks_decoded),
             ("blocks invalidated", self.blocks_invalidated),
