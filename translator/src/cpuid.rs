@@ -64,6 +64,7 @@ const FEATURES: &[Feature] = &[
     feature(1, 0, Edx, 16, V2, &[]), // PAT
     feature(1, 0, Edx, 17, V2, &[]), // PSE-36
     feature(1, 0, Edx, 19, V2, &[F::CLFSH]),
+    feature(1, 0, Edx, 23, V2, &[F::MMX]),
     feature(1, 0, Edx, 24, V2, &[F::FXSR]),
     feature(1, 0, Edx, 25, V2, &[F::SSE]),
     feature(1, 0, Edx, 26, V2, &[F::SSE2]),

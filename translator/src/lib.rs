@@ -20,6 +20,8 @@ pub mod semantics;
 pub mod simd;
 pub mod state;
 pub mod system;
+#[cfg(test)]
+pub mod testing;
 pub mod vcpu;
 pub mod width;
 pub mod x87;

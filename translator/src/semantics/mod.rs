@@ -5,11 +5,13 @@
 //! system instructions are plain functions on [`Cpu`], which compiled code calls with exact state.
 
 pub mod arithmetic;
+pub mod avx;
 pub mod bits;
 pub mod control;
 pub mod data;
 pub mod io;
 pub mod logic;
+pub mod mmx;
 pub mod muldiv;
 pub mod shift;
 pub mod sse;
@@ -134,7 +136,9 @@ pub fn lookup(form: &Form<'_>) -> &'static Sem {
         string::lookup,
         x87::lookup,
         xsave::lookup,
+        mmx::lookup,
         sse::lookup,
+        avx::lookup,
     ];
     GROUPS.iter().find_map(|f| f(form)).unwrap_or_else(undefined)
 }

@@ -53,11 +53,7 @@ struct Names {
 fn names() -> &'static Names {
     static NAMES: OnceLock<Names> = OnceLock::new();
     NAMES.get_or_init(|| {
-        let by_name: HashMap<String, Mnemonic> = Mnemonic::values().map(|m| (format!("{m:?}"), m)).collect();
-        fn table<T: std::fmt::Debug>(all: &[T], by_name: &HashMap<String, Mnemonic>) -> HashMap<Mnemonic, u16> {
-            all.iter().enumerate().filter_map(|(n, op)| Some((*by_name.get(&format!("{op:?}"))?, n as u16))).collect()
-        }
-        let mut binary = table(VecOp::ALL, &by_name);
+        let mut binary = numbers(VecOp::ALL, "");
         use Mnemonic::*;
         for (m, op) in [
             (Unpcklps, VecOp::Punpckldq),
@@ -67,12 +63,19 @@ fn names() -> &'static Names {
         ] {
             binary.insert(m, op as u16);
         }
-        let mut immediate = table(VecImmOp::ALL, &by_name);
+        let mut immediate = numbers(VecImmOp::ALL, "");
         for m in [Insertps, Pcmpestri, Pcmpestrm, Pcmpistri, Pcmpistrm] {
             immediate.remove(&m);
         }
-        Names { binary, immediate, unary: table(VecUnOp::ALL, &by_name) }
+        Names { binary, immediate, unary: numbers(VecUnOp::ALL, "") }
     })
+}
+
+/// The numbers of operations by the mnemonics that are called like them, behind `prefix`.
+pub(super) fn numbers<T: std::fmt::Debug>(all: &[T], prefix: &str) -> HashMap<Mnemonic, u16> {
+    let by_name: HashMap<String, Mnemonic> = Mnemonic::values().map(|m| (format!("{m:?}").to_lowercase(), m)).collect();
+    let named = |op: &T| by_name.get(&format!("{prefix}{op:?}").to_lowercase()).copied();
+    all.iter().enumerate().filter_map(|(n, op)| Some((named(op)?, n as u16))).collect()
 }
 
 fn binary_number(i: &Instruction) -> u16 {
@@ -88,16 +91,16 @@ fn unary_number(i: &Instruction) -> u16 {
 }
 
 /// Shifts by an immediate are operations of their own.
-fn shift_number(i: &Instruction) -> u16 {
+pub(super) fn shift_number(i: &Instruction) -> u16 {
     use Mnemonic::*;
     (match i.mnemonic() {
-        Psllw => VecImmOp::PsllwImm,
-        Pslld => VecImmOp::PslldImm,
-        Psllq => VecImmOp::PsllqImm,
-        Psrlw => VecImmOp::PsrlwImm,
-        Psrld => VecImmOp::PsrldImm,
-        Psrlq => VecImmOp::PsrlqImm,
-        Psraw => VecImmOp::PsrawImm,
+        Psllw | Vpsllw => VecImmOp::PsllwImm,
+        Pslld | Vpslld => VecImmOp::PslldImm,
+        Psllq | Vpsllq => VecImmOp::PsllqImm,
+        Psrlw | Vpsrlw => VecImmOp::PsrlwImm,
+        Psrld | Vpsrld => VecImmOp::PsrldImm,
+        Psrlq | Vpsrlq => VecImmOp::PsrlqImm,
+        Psraw | Vpsraw => VecImmOp::PsrawImm,
         _ => VecImmOp::PsradImm,
     }) as u16
 }
@@ -143,7 +146,9 @@ fn find(i: &Instruction) -> Option<&'static Sem> {
         m if names().unary.contains_key(&m) => interp!(unary; aux = unary_number),
         Pmovmskb | Movmskps | Movmskpd => interp!(move_mask; aux = mask_kind),
         Ptest => interp!(ptest),
-        Pcmpestri | Pcmpestrm | Pcmpistri | Pcmpistrm => interp!(string_compare; aux = string_kind),
+        Pcmpestri | Pcmpestri64 | Pcmpestrm | Pcmpestrm64 | Pcmpistri | Pcmpistrm => {
+            interp!(string_compare; aux = string_kind)
+        }
         Maskmovdqu => interp!(maskmovdqu),
         Ldmxcsr => interp!(ldmxcsr),
         Stmxcsr => interp!(stmxcsr),
@@ -200,7 +205,7 @@ fn move_unaligned<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
 
 /// The low `W` of operand `n`, which is a vector register, a general one, or memory, as 64 bits.
 #[inline(always)]
-fn low<E: Emit, W: Width>(e: &mut E, i: &Insn, n: usize) -> Result<E::V, E::Trap> {
+pub(super) fn low<E: Emit, W: Width>(e: &mut E, i: &Insn, n: usize) -> Result<E::V, E::Trap> {
     let v = match i.op[n] {
         Opnd::Xmm(r) => {
             let x = e.xmm(r);
@@ -306,12 +311,12 @@ fn duplicate(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
 }
 
 /// 0 AND, 1 OR, 2 XOR, 3 AND NOT.
-fn logic_kind(i: &Instruction) -> u16 {
+pub(super) fn logic_kind(i: &Instruction) -> u16 {
     use Mnemonic::*;
     match i.mnemonic() {
-        Pand | Andps | Andpd => 0,
-        Por | Orps | Orpd => 1,
-        Pxor | Xorps | Xorpd => 2,
+        Pand | Andps | Andpd | Vpand | Vandps | Vandpd => 0,
+        Por | Orps | Orpd | Vpor | Vorps | Vorpd => 1,
+        Pxor | Xorps | Xorpd | Vpxor | Vxorps | Vxorpd => 2,
         _ => 3,
     }
 }
@@ -319,7 +324,14 @@ fn logic_kind(i: &Instruction) -> u16 {
 fn logic<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
     let b = read_x(e, i, 1, true)?;
     let a = read_x(e, i, 0, true)?;
-    let half = |e: &mut E, a: E::V, b: E::V| match i.aux {
+    let x = combine(e, i.aux, a, b);
+    write_x(e, i, 0, x, false)
+}
+
+/// The operation that [`logic_kind`] numbers.
+#[inline(always)]
+pub(super) fn combine<E: Emit>(e: &mut E, kind: u16, a: E::X, b: E::X) -> E::X {
+    let half = |e: &mut E, a: E::V, b: E::V| match kind {
         0 => e.and::<W64>(a, b),
         1 => e.or::<W64>(a, b),
         2 => e.xor::<W64>(a, b),
@@ -332,8 +344,7 @@ fn logic<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
     let low = half(e, al, bl);
     let (ah, bh) = (e.x_high(a), e.x_high(b));
     let high = half(e, ah, bh);
-    let x = e.x_make(low, high);
-    write_x(e, i, 0, x, false)
+    e.x_make(low, high)
 }
 
 // ---- packed integers ----
@@ -381,11 +392,11 @@ fn unary(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     write_x(cpu, i, 0, simd::eval_unary(op, a), false)
 }
 
-fn ternary_number(i: &Instruction) -> u16 {
+pub(super) fn ternary_number(i: &Instruction) -> u16 {
     (match i.mnemonic() {
-        Mnemonic::Blendvps => VecTerOp::Blendvps,
-        Mnemonic::Blendvpd => VecTerOp::Blendvpd,
-        Mnemonic::Pblendvb => VecTerOp::Pblendvb,
+        Mnemonic::Blendvps | Mnemonic::Vblendvps => VecTerOp::Blendvps,
+        Mnemonic::Blendvpd | Mnemonic::Vblendvpd => VecTerOp::Blendvpd,
+        Mnemonic::Pblendvb | Mnemonic::Vpblendvb => VecTerOp::Pblendvb,
         _ => VecTerOp::Sha256rnds2,
     }) as u16
 }
@@ -406,12 +417,12 @@ fn insertps(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     write_x(cpu, i, 0, simd::eval_imm(VecImmOp::Insertps, a, b, imm), false)
 }
 
-fn element_bytes(i: &Instruction) -> u16 {
+pub(super) fn element_bytes(i: &Instruction) -> u16 {
     use Mnemonic::*;
     match i.mnemonic() {
-        Pinsrb | Pextrb => 1,
-        Pinsrw | Pextrw => 2,
-        Pinsrq | Pextrq => 8,
+        Pinsrb | Pextrb | Vpinsrb | Vpextrb => 1,
+        Pinsrw | Pextrw | Vpinsrw | Vpextrw => 2,
+        Pinsrq | Pextrq | Vpinsrq | Vpextrq => 8,
         _ => 4,
     }
 }
@@ -428,7 +439,7 @@ fn pinsr(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     write_x(cpu, i, 0, simd::imm::insert(a, v, u32::from(i.aux), i.imm as u8), false)
 }
 
-fn pextr(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
+pub(super) fn pextr(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     let a = read_x(cpu, i, 1, false)?;
     let v = simd::imm::extract(a, u32::from(i.aux), i.imm as u8);
     match (i.op[0], i.aux) {
@@ -472,28 +483,28 @@ fn ptest(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     Ok(())
 }
 
-fn bit(on: bool, f: u64) -> u64 {
+pub(super) fn bit(on: bool, f: u64) -> u64 {
     if on { f } else { 0 }
 }
 
-/// Bit 0: explicit lengths; bit 1: the result is a mask.
-fn string_kind(i: &Instruction) -> u16 {
+/// Bit 0: explicit lengths; bit 1: the result is a mask; bit 2: the lengths are quadwords.
+pub(super) fn string_kind(i: &Instruction) -> u16 {
+    use Mnemonic::*;
     match i.mnemonic() {
-        Mnemonic::Pcmpistri => 0,
-        Mnemonic::Pcmpestri => 1,
-        Mnemonic::Pcmpistrm => 2,
-        _ => 3,
+        Pcmpistri | Vpcmpistri => 0,
+        Pcmpestri | Vpcmpestri => 1,
+        Pcmpestri64 | Vpcmpestri64 => 5,
+        Pcmpistrm | Vpcmpistrm => 2,
+        Pcmpestrm | Vpcmpestrm => 3,
+        _ => 7,
     }
 }
 
-fn string_compare(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
+pub(super) fn string_compare(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     let b = read_x(cpu, i, 1, false)?;
     let a = read_x(cpu, i, 0, false)?;
     let imm = i.imm as u8;
-    let wide = matches!(
-        i.iced_code(),
-        iced_x86::Code::Pcmpestri64_xmm_xmmm128_imm8 | iced_x86::Code::Pcmpestrm64_xmm_xmmm128_imm8
-    );
+    let wide = i.aux & 4 != 0;
     let len = |cpu: &mut Cpu, r| {
         let v = cpu.gpr::<W64>(r);
         if wide { v as i64 } else { i64::from(v as i32) }
@@ -513,7 +524,7 @@ fn string_compare(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     Ok(())
 }
 
-fn maskmovdqu(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
+pub(super) fn maskmovdqu(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     let (Opnd::Xmm(a), Opnd::Xmm(m)) = (i.op[1], i.op[2]) else { return Err(cpu.ud()) };
     let at = cpu.gpr::<W64>(gpr::RDI);
     let at = cpu.cut_address(i, at);
@@ -529,7 +540,7 @@ fn maskmovdqu(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
 // ---- floating point ----
 
 /// Evaluates under the guest's MXCSR, recording exception flags; an unmasked exception raises #XM.
-fn with_fp<T>(cpu: &mut Cpu, f: impl FnOnce(&mut FpEnv) -> T) -> Result<T, Trap> {
+pub(super) fn with_fp<T>(cpu: &mut Cpu, f: impl FnOnce(&mut FpEnv) -> T) -> Result<T, Trap> {
     let mut env = FpEnv::new(cpu.s.mxcsr);
     if env.all_masked() {
         env.load();
@@ -547,7 +558,7 @@ fn with_fp<T>(cpu: &mut Cpu, f: impl FnOnce(&mut FpEnv) -> T) -> Result<T, Trap>
     }
 }
 
-fn ldmxcsr(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
+pub(super) fn ldmxcsr(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     let v = cpu.read::<W32>(i, 0)? as u32;
     if v & !super::xsave::MXCSR_MASK != 0 {
         return Err(cpu.gp(0));
@@ -556,13 +567,13 @@ fn ldmxcsr(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     Ok(())
 }
 
-fn stmxcsr(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
+pub(super) fn stmxcsr(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     let v = u64::from(cpu.s.mxcsr);
     cpu.write::<W32>(i, 0, v)
 }
 
 /// The format by the mnemonic's last letters: 0 PS, 1 PD, 2 SS, 3 SD.
-fn format(i: &Instruction) -> u16 {
+pub(super) fn format(i: &Instruction) -> u16 {
     let name = format!("{:?}", i.mnemonic());
     match &name[name.len() - 2..] {
         "ps" => 0,
@@ -572,7 +583,7 @@ fn format(i: &Instruction) -> u16 {
     }
 }
 
-fn fmt_of(n: u16) -> FpFmt {
+pub(super) fn fmt_of(n: u16) -> FpFmt {
     [FpFmt::Ps, FpFmt::Pd, FpFmt::Ss, FpFmt::Sd][usize::from(n & 3)]
 }
 
@@ -585,7 +596,7 @@ fn fmt_bytes(f: FpFmt) -> u32 {
 }
 
 /// The arithmetic operation of a mnemonic.
-fn arithmetic(m: Mnemonic) -> Option<FpOp> {
+pub(super) fn arithmetic(m: Mnemonic) -> Option<FpOp> {
     use Mnemonic::*;
     Some(match m {
         Addps | Addpd | Addss | Addsd => FpOp::Add,
@@ -641,12 +652,18 @@ fn round(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
 }
 
 /// Bit 0: double; bit 1: quiet.
-fn comi_kind(i: &Instruction) -> u16 {
+pub(super) fn comi_kind(i: &Instruction) -> u16 {
     use Mnemonic::*;
-    u16::from(matches!(i.mnemonic(), Comisd | Ucomisd)) | u16::from(matches!(i.mnemonic(), Ucomiss | Ucomisd)) << 1
+    let (double, quiet) = match i.mnemonic() {
+        Comisd | Vcomisd => (1, 0),
+        Ucomiss | Vucomiss => (0, 1),
+        Ucomisd | Vucomisd => (1, 1),
+        _ => (0, 0),
+    };
+    double | quiet << 1
 }
 
-fn comi(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
+pub(super) fn comi(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     let f = if i.aux & 1 != 0 { FpFmt::Sd } else { FpFmt::Ss };
     let b = partial(cpu, i, 1, fmt_bytes(f))?;
     let a = read_x(cpu, i, 0, true)?;
@@ -665,13 +682,18 @@ fn from_int(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
 }
 
 /// Bit 0: double; bit 1: truncate.
-fn to_int_kind(i: &Instruction) -> u16 {
+pub(super) fn to_int_kind(i: &Instruction) -> u16 {
     use Mnemonic::*;
-    u16::from(matches!(i.mnemonic(), Cvtsd2si | Cvttsd2si))
-        | u16::from(matches!(i.mnemonic(), Cvttss2si | Cvttsd2si)) << 1
+    let (double, truncate) = match i.mnemonic() {
+        Cvtsd2si | Vcvtsd2si => (1, 0),
+        Cvttss2si | Vcvttss2si => (0, 1),
+        Cvttsd2si | Vcvttsd2si => (1, 1),
+        _ => (0, 0),
+    };
+    double | truncate << 1
 }
 
-fn to_int(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
+pub(super) fn to_int(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     let f = if i.aux & 1 != 0 { FpFmt::Sd } else { FpFmt::Ss };
     let b = partial(cpu, i, 1, fmt_bytes(f))?;
     let Opnd::Gpr(r) = i.op[0] else { return Err(cpu.ud()) };
@@ -682,7 +704,7 @@ fn to_int(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
 }
 
 /// The conversion between vector formats of a mnemonic, and the bytes of its source in memory.
-fn conversion(m: Mnemonic) -> Option<(CvtOp, u32)> {
+pub(super) fn conversion(m: Mnemonic) -> Option<(CvtOp, u32)> {
     use Mnemonic::*;
     Some(match m {
         Cvtdq2ps => (CvtOp::Cvtdq2ps, 16),

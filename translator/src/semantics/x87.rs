@@ -132,3 +132,6 @@ fn x87(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

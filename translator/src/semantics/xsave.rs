@@ -91,6 +91,7 @@ fn fxsave(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
         return Err(cpu.raise(Exception::plain(vector::NM)));
     }
     let linear = area(cpu, i, 512, 16, true)?;
+    cpu.probe_write(linear, 512)?;
     // Bytes 464–511 are the software's and stay as they are.
     let mut block = [0; 512];
     cpu.load_bytes(linear, &mut block)?;
@@ -149,35 +150,39 @@ fn in_use(cpu: &Cpu) -> u64 {
     mask
 }
 
-/// How a save treats components in their initial state, and lays them out.
+/// The saving instructions: they treat components in their initial state, and lay the area out, differently.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Form3 {
+enum Variant {
     Plain,
     Optimised,
     Compact,
 }
 
 fn xsave(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    save(cpu, i, Form3::Plain)
+    save(cpu, i, Variant::Plain)
 }
 
 fn xsaveopt(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    save(cpu, i, Form3::Optimised)
+    save(cpu, i, Variant::Optimised)
 }
 
 fn xsavec(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    save(cpu, i, Form3::Compact)
+    save(cpu, i, Variant::Compact)
 }
 
-fn save(cpu: &mut Cpu, i: &Insn, form: Form3) -> Result<(), Trap> {
+fn save(cpu: &mut Cpu, i: &Insn, variant: Variant) -> Result<(), Trap> {
     let rfbm = requested(cpu)?;
     let size = if rfbm & AVX_STATE != 0 { AREA } else { AVX };
     let linear = area(cpu, i, size as u64, 64, true)?;
     cpu.probe_write(linear, size as u64)?;
     let mut block = [0; AREA];
     cpu.load_bytes(linear, &mut block[..size])?;
-    let used = in_use(cpu);
-    let write = if form == Form3::Plain { rfbm } else { rfbm & used };
+    let mut used = in_use(cpu);
+    // XSAVEC has no other place to say that MXCSR is not initial (SDM vol. 1 §13.10).
+    if variant == Variant::Compact && cpu.s.mxcsr != MXCSR_INIT {
+        used |= SSE_STATE;
+    }
+    let write = if variant == Variant::Plain { rfbm } else { rfbm & used };
     if write & X87_STATE != 0 {
         let mut legacy = [0; 512];
         legacy.copy_from_slice(&block[..512]);
@@ -186,7 +191,8 @@ fn save(cpu: &mut Cpu, i: &Insn, form: Form3) -> Result<(), Trap> {
         block[32..160].copy_from_slice(&legacy[32..160]);
     }
     // MXCSR belongs to the SSE and AVX components alike (SDM vol. 1 §13.7–13.10).
-    let with_mxcsr = if form == Form3::Compact { write & SSE_STATE != 0 } else { rfbm & (SSE_STATE | AVX_STATE) != 0 };
+    let with_mxcsr =
+        if variant == Variant::Compact { write & SSE_STATE != 0 } else { rfbm & (SSE_STATE | AVX_STATE) != 0 };
     if with_mxcsr {
         put_mxcsr(cpu, &mut block);
     }
@@ -200,7 +206,7 @@ fn save(cpu: &mut Cpu, i: &Insn, form: Form3) -> Result<(), Trap> {
         }
     }
     let old = take_u64(&block, HEADER);
-    let (bv, comp) = if form == Form3::Compact {
+    let (bv, comp) = if variant == Variant::Compact {
         (rfbm & used, rfbm | COMPACT)
     } else {
         (old & !rfbm | rfbm & used, take_u64(&block, HEADER + 8))
@@ -266,3 +272,6 @@ fn xrstor(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;
