@@ -105,18 +105,6 @@ impl BlockCache {
         &mut self.blocks[id as usize]
     }
 
-    /// Calls `f` for every block in use.
-    pub fn for_each(&mut self, f: impl FnMut(&mut Block)) {
-        self.blocks.iter_mut().filter(|b| b.live).for_each(f);
-    }
-
-    /// Calls `f` for every block that touches a page.
-    pub fn for_each_in(&mut self, page: u64, mut f: impl FnMut(&mut Block)) {
-        for &id in self.by_page.get(&page).into_iter().flatten() {
-            f(&mut self.blocks[id as usize]);
-        }
-    }
-
     /// Whether another block of `n` instructions would exceed the bound, so that [`Self::clear`] is due.
     pub fn is_full(&self, n: usize) -> bool {
         self.insns + n > MAX_CACHED_INSNS
