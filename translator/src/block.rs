@@ -144,13 +144,15 @@ impl BlockCache {
         (id, fresh)
     }
 
-    /// Drops the blocks that touch any of `granules` in a page and recomputes which granules hold code.
-    pub fn invalidate(&mut self, page: u64, granules: u64, ram: &GuestRam) {
+    /// Drops the blocks that touch any of `granules` in a page, recomputes which granules hold code, and returns the
+    /// blocks that it dropped.
+    pub fn invalidate(&mut self, page: u64, granules: u64, ram: &GuestRam) -> Vec<BlockId> {
         let Some(ids) = self.by_page.remove(&page) else {
             ram.set_code(page, 0);
-            return;
+            return Vec::new();
         };
         let mut kept = Vec::new();
+        let mut gone = Vec::new();
         let mut mask = 0;
         for id in ids {
             let block = &mut self.blocks[id as usize];
@@ -169,10 +171,12 @@ impl BlockCache {
                 list.retain(|&b| b != id);
             }
             self.free.push(id);
+            gone.push(id);
         }
         if !kept.is_empty() {
             self.by_page.insert(page, kept);
         }
         ram.set_code(page, mask);
+        gone
     }
 }

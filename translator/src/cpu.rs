@@ -67,6 +67,8 @@ pub struct Cpu {
     pub stop_block: bool,
     /// Whether an interrupt may wait: set by kicks and by every access to a device, cleared once none does.
     pub irq_maybe: bool,
+    /// Whether an NMI may wait; set and cleared likewise.
+    pub nmi_maybe: bool,
     /// Whether the jump cache must be emptied before its next use.
     pub flush_jump_cache: bool,
     /// Whether the access under way goes through SS, for #SS instead of #GP.
@@ -115,6 +117,7 @@ impl Cpu {
             ip_base: 0,
             stop_block: false,
             irq_maybe: false,
+            nmi_maybe: false,
             flush_jump_cache: false,
             through_ss: false,
             class: Class::Supervisor,
@@ -242,6 +245,7 @@ impl Cpu {
     #[inline]
     pub fn device_accessed(&mut self) {
         self.irq_maybe = true;
+        self.nmi_maybe = true;
         self.stop_block = true;
     }
 

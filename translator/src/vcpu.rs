@@ -92,6 +92,7 @@ impl Vcpu {
             }
             self.cpu.kick.take(Kick::ATTENTION);
             self.cpu.irq_maybe = true;
+            self.cpu.nmi_maybe = true;
         }
         if (self.cpu.irq_maybe || self.cpu.s.halted) && self.take_interrupt().is_err() {
             return Some(Exit::Shutdown);
@@ -109,10 +110,13 @@ impl Vcpu {
         if cpu.s.shadow != 0 {
             return Ok(());
         }
-        if !cpu.s.nmi_blocked && cpu.platform.take_nmi() {
-            cpu.s.halted = false;
-            cpu.s.nmi_blocked = true;
-            return cpu.deliver(Event::Nmi);
+        if cpu.nmi_maybe && !cpu.s.nmi_blocked {
+            if cpu.platform.take_nmi() {
+                cpu.s.halted = false;
+                cpu.s.nmi_blocked = true;
+                return cpu.deliver(Event::Nmi);
+            }
+            cpu.nmi_maybe = false;
         }
         if cpu.s.rflags & flag::IF == 0 {
             // Nothing else can wake the CPU; what waits is looked at again when IF is set.
@@ -472,7 +476,6 @@ impl Vcpu {
             if self.cpu.translate_code(next & !PAGE_MASK)? & !PAGE_MASK != page {
                 let first = gpa & !PAGE_MASK;
                 self.invalidate(first, crate::mem::granule_mask(gpa & PAGE_MASK, u64::from(len)));
-                self.flush_jump_cache();
                 return self.decode_block(gpa);
             }
             return Ok(id);
@@ -554,12 +557,14 @@ impl Vcpu {
         for (page, granules) in std::mem::take(&mut self.cpu.smc) {
             self.invalidate(page, granules);
         }
-        self.flush_jump_cache();
     }
 
     /// Drops blocks and regions that touch `granules` of a page.
     fn invalidate(&mut self, page: u64, granules: u64) {
-        self.blocks.invalidate(page, granules, &self.cpu.ram);
+        let gone = self.blocks.invalidate(page, granules, &self.cpu.ram);
+        if !gone.is_empty() {
+            self.jump.iter_mut().filter(|e| gone.contains(&e.block)).for_each(|e| *e = NO_ENTRY);
+        }
         if let Some(jit) = &mut self.jit {
             jit.invalidate(page, granules);
             jit.mark(Some(page), &self.cpu.ram);
