@@ -52,6 +52,7 @@ pub fn lookup(form: &Form<'_>) -> Option<&'static Sem> {
         Mnemonic::Cqo => both!(convert_double, W64),
         Mnemonic::Xlatb => both!(xlat),
         Mnemonic::Lahf => both!(lahf),
+        Mnemonic::Salc => both!(salc),
         Mnemonic::Sahf => both!(sahf),
         Mnemonic::Cmova
         | Mnemonic::Cmovae
@@ -299,6 +300,14 @@ fn lahf<E: Emit>(e: &mut E, _: &Insn) -> Result<(), E::Trap> {
     let af = e.bin_imm::<W8>(Bin::Shl, af, 4);
     let v = e.or::<W8>(v, af);
     e.set_gpr_high(RAX, v);
+    Ok(())
+}
+
+/// Undocumented, outside 64-bit mode: AL becomes a byte of carry flags.
+fn salc<E: Emit>(e: &mut E, _: &Insn) -> Result<(), E::Trap> {
+    let cf = e.cond(Cond::B);
+    let v = e.un::<W8>(Un::Neg, cf);
+    e.set_gpr::<W8>(RAX, v);
     Ok(())
 }
 
