@@ -73,6 +73,7 @@ const FEATURES: &[Feature] = &[
     feature(1, 0, Ecx, 1, V2, &[F::PCLMULQDQ]),
     feature(1, 0, Ecx, 3, V2, &[F::MONITOR]),
     feature(1, 0, Ecx, 9, V2, &[F::SSSE3]),
+    feature(1, 0, Ecx, 12, V3, &[F::FMA]),
     feature(1, 0, Ecx, 13, V2, &[F::CMPXCHG16B]),
     feature(1, 0, Ecx, 17, V2, &[]), // PCID
     feature(1, 0, Ecx, 19, V2, &[F::SSE4_1]),
@@ -83,12 +84,15 @@ const FEATURES: &[Feature] = &[
     feature(1, 0, Ecx, 24, V2, &[]), // TSC deadline
     feature(1, 0, Ecx, 25, V2, &[F::AES]),
     feature(1, 0, Ecx, 26, V3, &[F::XSAVE]),
+    feature(1, 0, Ecx, 28, V3, &[F::AVX]),
+    feature(1, 0, Ecx, 29, V3, &[F::F16C]),
     feature(1, 0, Ecx, 30, Max, &[F::RDRAND]),
     feature(1, 0, Ecx, 31, V2, &[]), // hypervisor
     // Leaf 7.
     feature(7, 0, Ebx, 0, V2, &[F::FSGSBASE]),
     feature(7, 0, Ebx, 1, V2, &[]), // TSC_ADJUST
     feature(7, 0, Ebx, 3, V3, &[F::BMI1]),
+    feature(7, 0, Ebx, 5, V3, &[F::AVX2]),
     feature(7, 0, Ebx, 7, V2, &[]), // SMEP
     feature(7, 0, Ebx, 8, V3, &[F::BMI2]),
     feature(7, 0, Ebx, 9, V2, &[]), // ERMS
@@ -135,9 +139,6 @@ const ALWAYS: &[CpuidFeature] = &[
     F::CPUID,
     F::MULTIBYTENOP,
     F::PAUSE,
-    F::CET_IBT,
-    F::CET_SS,
-    F::PREFETCHITI,
     F::RDPMC,
     F::FPU,
     F::SYSCALL,
@@ -338,7 +339,8 @@ mod tests {
             }
         }
         assert_eq!(v2.cpuid(0xd, 0, &s), [0; 4]);
-        assert_eq!(max.cpuid(0xd, 0, &s)[2], 576);
+        assert_eq!(max.cpuid(0xd, 0, &s), [7, 576, 832, 0]);
+        assert_eq!(max.cpuid(0xd, 2, &s), [256, 576, 0, 0]);
     }
 
     #[test]
@@ -347,7 +349,7 @@ mod tests {
         for (f, levels) in [
             (F::SSE4_2, [true, true, true]),
             (F::BMI2, [false, true, true]),
-            (F::AVX2, [false, false, false]),
+            (F::AVX2, [false, true, true]),
             (F::SHA, [false, false, true]),
             (F::AVX512F, [false, false, false]),
         ] {

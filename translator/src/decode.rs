@@ -1,6 +1,8 @@
 //! From guest bytes to predecoded instructions, by iced-x86.
 
-use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{
+    Code, CpuidFeature, Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register,
+};
 
 use crate::cpuid::CpuModel;
 use crate::insn::{Insn, Mode, NO_REG, Opnd, Rep};
@@ -18,12 +20,25 @@ pub struct NeedMoreBytes;
 /// have decode to one that raises the right exception.
 pub fn decode(bytes: &[u8], mode: Mode, model: &CpuModel) -> Result<Insn, NeedMoreBytes> {
     let bytes = &bytes[..bytes.len().min(MAX_LEN)];
-    let mut decoder = Decoder::with_ip(mode.bits(), bytes, 0, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(mode.bits(), bytes, 0, options(model));
     let instr = decoder.decode();
     if instr.is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes && bytes.len() < MAX_LEN {
         return Err(NeedMoreBytes);
     }
     Ok(predecode(&instr, bytes, mode, model, decoder.last_error() == DecoderError::NoMoreBytes))
+}
+
+/// What the bytes of newer instructions mean to a processor without them: hints are no operations (SDM vol. 2, NOP),
+/// and a prefix that an older instruction ignored does not make it another one.
+fn options(model: &CpuModel) -> u32 {
+    let mut options = DecoderOptions::FORCE_RESERVED_NOP | DecoderOptions::NO_WBNOINVD;
+    if !model.supports(CpuidFeature::BMI1) {
+        options |= DecoderOptions::NO_MPFX_0FBC;
+    }
+    if !model.supports(CpuidFeature::LZCNT) {
+        options |= DecoderOptions::NO_MPFX_0FBD;
+    }
+    options
 }
 
 fn predecode(instr: &Instruction, bytes: &[u8], mode: Mode, model: &CpuModel, too_long: bool) -> Insn {

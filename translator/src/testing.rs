@@ -3,6 +3,7 @@
 //! One window of linear addresses means the same to both: on the host it is mapped where the guest's page tables map
 //! it, so that addresses in registers are valid for either.
 
+pub(crate) mod forms;
 #[cfg(target_arch = "x86_64")]
 mod integer;
 

@@ -18,7 +18,8 @@ pub fn lookup(form: &Form<'_>) -> Option<&'static Sem> {
     Some(match i.mnemonic() {
         Mnemonic::Mov => sized!(form.bytes, mov),
         Mnemonic::Movzx => match (form.bytes, from) {
-            (2, _) => both!(movzx, W8, W16),
+            (2, 1) => both!(movzx, W8, W16),
+            (2, _) => both!(movzx, W16, W16),
             (4, 1) => both!(movzx, W8, W32),
             (4, _) => both!(movzx, W16, W32),
             (_, 1) => both!(movzx, W8, W64),
@@ -51,6 +52,7 @@ pub fn lookup(form: &Form<'_>) -> Option<&'static Sem> {
         Mnemonic::Cqo => both!(convert_double, W64),
         Mnemonic::Xlatb => both!(xlat),
         Mnemonic::Lahf => both!(lahf),
+        Mnemonic::Salc => both!(salc),
         Mnemonic::Sahf => both!(sahf),
         Mnemonic::Cmova
         | Mnemonic::Cmovae
@@ -178,33 +180,44 @@ fn xadd<E: Emit, W: Width>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
 fn cmpxchg<E: Emit, W: Width>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
     let new = e.read::<W>(i, 1)?;
     let expected = e.gpr::<W>(RAX);
-    // The destination is written in either case (SDM vol. 2), and RAX only if the comparison failed: for a 32-bit
-    // operand that also decides whether the upper half of RAX is cleared.
-    let (old, equal) = if i.op[0] == Opnd::Mem {
-        let ea = e.ea(i);
-        let old = e.load_rmw::<W>(i, i.seg, ea)?;
-        let equal = e.cmp::<W>(Cmp::Eq, expected, old);
-        let v = e.select::<W>(equal, new, old);
-        e.store::<W>(i, i.seg, ea, v)?;
-        (old, equal)
-    } else {
-        let old = e.read::<W>(i, 0)?;
-        let equal = e.cmp::<W>(Cmp::Eq, expected, old);
-        let v = e.select::<W>(equal, new, old);
-        e.write::<W>(i, 0, v)?;
-        (old, equal)
+    let (old, equal) = match i.op[0] {
+        // Memory is written in either case (SDM vol. 2).
+        Opnd::Mem => {
+            let ea = e.ea(i);
+            let old = e.load_rmw::<W>(i, i.seg, ea)?;
+            let equal = e.cmp::<W>(Cmp::Eq, expected, old);
+            let v = e.select::<W>(equal, new, old);
+            e.store::<W>(i, i.seg, ea, v)?;
+            (old, equal)
+        }
+        // A register is not: its upper half is cleared only if the exchange happens.
+        Opnd::Gpr(r) if W::BITS == 32 => {
+            let whole = e.gpr::<W64>(r);
+            let old = e.zext::<W64, W>(whole);
+            let equal = e.cmp::<W>(Cmp::Eq, expected, old);
+            let new = e.zext::<W, W64>(new);
+            let v = e.select::<W64>(equal, new, whole);
+            e.set_gpr::<W64>(r, v);
+            (old, equal)
+        }
+        _ => {
+            let old = e.read::<W>(i, 0)?;
+            let equal = e.cmp::<W>(Cmp::Eq, expected, old);
+            let v = e.select::<W>(equal, new, old);
+            e.write::<W>(i, 0, v)?;
+            (old, equal)
+        }
     };
-    let rax = e.gpr::<W64>(RAX);
-    let (all, wide) = if W::BITS >= 32 {
-        (e.zext::<W, W64>(old), rax)
-    } else {
-        let kept = e.bin_imm::<W64>(crate::emit::Bin::And, rax, !W::MASK);
-        let low = e.zext::<W, W64>(old);
-        (e.or::<W64>(kept, low), rax)
-    };
-    let v = e.select::<W64>(equal, wide, all);
-    // With a register destination of RAX itself the exchange has already happened.
-    if !matches!(i.op[0], Opnd::Gpr(RAX) | Opnd::GprHigh(RAX)) {
+    // The accumulator is written, all of RAX for a 32-bit operand, only if the comparison failed; never if it is the
+    // destination itself, which equals itself.
+    if i.op[0] != Opnd::Gpr(RAX) {
+        let rax = e.gpr::<W64>(RAX);
+        let mut failed = e.zext::<W, W64>(old);
+        if W::BITS < 32 {
+            let kept = e.bin_imm::<W64>(crate::emit::Bin::And, rax, !W::MASK);
+            failed = e.or::<W64>(kept, failed);
+        }
+        let v = e.select::<W64>(equal, rax, failed);
         e.set_gpr::<W64>(RAX, v);
     }
     let r = e.sub::<W>(expected, old);
@@ -287,6 +300,14 @@ fn lahf<E: Emit>(e: &mut E, _: &Insn) -> Result<(), E::Trap> {
     let af = e.bin_imm::<W8>(Bin::Shl, af, 4);
     let v = e.or::<W8>(v, af);
     e.set_gpr_high(RAX, v);
+    Ok(())
+}
+
+/// Undocumented, outside 64-bit mode: AL becomes a byte of carry flags.
+fn salc<E: Emit>(e: &mut E, _: &Insn) -> Result<(), E::Trap> {
+    let cf = e.cond(Cond::B);
+    let v = e.un::<W8>(Un::Neg, cf);
+    e.set_gpr::<W8>(RAX, v);
     Ok(())
 }
 

@@ -85,7 +85,7 @@ fn a_sequence() {
     g.read(DATA, &mut data);
     assert_eq!(data[..8], 2f64.sqrt().to_le_bytes());
     assert_eq!(data[8..12], 1u32.to_le_bytes());
-    assert_eq!(data[16..26], [0x85, 0x64, 0xde, 0xf9, 0x33, 0xf3, 0x04, 0xb5, 0xff, 0x3f]);
+    assert_eq!(data[16..26], [0x84, 0x64, 0xde, 0xf9, 0x33, 0xf3, 0x04, 0xb5, 0xff, 0x3f]);
     assert_eq!((g.cpu.s.x87.ftw, g.cpu.s.x87.top()), (0, 0));
     let unit = &g.cpu.s.x87;
     assert_eq!((unit.fop, unit.fip, unit.fcs, unit.fdp, unit.fds), (0x37b, INSN, 0, DATA + 16, 0));
