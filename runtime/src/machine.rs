@@ -301,9 +301,9 @@ fn build_vcpu(config: &MachineConfig, ram: &GuestRam, shared: &Arc<Shared>) -> R
     let state = match &config.boot {
         Boot::Embedded => {
             let image = embedded::image().map_err(|e| RuntimeError::Embedded(e.to_string()))?;
-            let at = GuestAddress(embedded::LOAD);
-            ram.mmap().write_slice(&image, at).map_err(|e| RuntimeError::Embedded(e.to_string()))?;
-            embedded_state()
+            let at = GuestAddress(image.load_gpa);
+            ram.mmap().write_slice(&image.bytes, at).map_err(|e| RuntimeError::Embedded(e.to_string()))?;
+            embedded_state(image.entry)
         }
         Boot::Linux { kernel, initrd, cmdline } => {
             initial_state(&boot::load(ram.mmap(), kernel, initrd.clone(), cmdline, rsdp)?.entry.registers())
@@ -352,11 +352,11 @@ fn initial_state(r: &Registers) -> CpuState {
 }
 
 /// The embedded guest's entry: 32-bit protected mode, flat segments, paging off.
-fn embedded_state() -> CpuState {
+fn embedded_state(entry: embedded::Entry32) -> CpuState {
     let flat = |attr| Segment { base: 0, limit: u32::MAX, attr, selector: 8 };
     let mut state = CpuState::reset();
     state.gpr = [0; 16];
-    state.rip = embedded::LOAD;
+    state.rip = u64::from(entry.eip);
     state.cr0 = cr::CR0_PE | cr::CR0_ET;
     state.seg = [Segment { selector: 16, ..flat(0xc093) }; 6];
     state.seg[usize::from(seg::CS)] = flat(0xc09b);

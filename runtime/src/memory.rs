@@ -9,10 +9,8 @@ use std::sync::Arc;
 use thiserror::Error;
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-/// Start of the PCI Express configuration window (256 buses of 1 MiB), and the most RAM there is below 4 GiB.
-pub const ECAM_BASE: u64 = 0xb000_0000;
-/// Length of the PCI Express configuration window.
-pub const ECAM_SIZE: u64 = 0x1000_0000;
+pub use diglot_devices::pci::{ECAM_BASE, ECAM_SIZE};
+
 /// First address of the window in which PCI devices get 32-bit memory BARs.
 pub const PCI_HOLE_BASE: u64 = ECAM_BASE + ECAM_SIZE;
 /// First address behind the 32-bit BAR window: the fixed devices (IOAPIC, HPET, local APIC) lie above.
