@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use diglot_runtime::memory::{MIN_RAM, parse_size};
-use diglot_runtime::{Backend, CpuModel};
+use diglot_runtime::{Backend, CpuModel, TraceFilter};
 
 /// The exit codes the user is promised.
 pub mod exit {
@@ -99,7 +99,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "MODEL", default_value = "max", value_parser = cpu_model)]
     pub cpu: CpuModel,
 
-    /// What executes guest code: auto, jit or interp
+    /// What executes guest code: auto, jit, interp or kvm
     #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = backend)]
     pub backend: Backend,
 
@@ -134,6 +134,24 @@ pub struct RunArgs {
     /// Repeat every run of compiled code interpreted, and stop at the first difference (slow)
     #[arg(long)]
     pub lockstep: bool,
+
+    /// Write each guest instruction that executes to standard error; FILTER: 0xADDRESS, 0xSTART-0xEND, user, kernel,
+    /// names of instructions, separated by commas. The guest is interpreted (slow)
+    #[arg(long, value_name = "FILTER", num_args = 0..=1, require_equals = true, default_missing_value = "",
+          value_parser = TraceFilter::parse, conflicts_with = "lockstep")]
+    pub trace: Option<TraceFilter>,
+
+    /// Write the trace to a file instead
+    #[arg(long, value_name = "PATH", requires = "trace")]
+    pub trace_file: Option<PathBuf>,
+
+    /// Write the registers before each traced instruction
+    #[arg(long, requires = "trace")]
+    pub trace_registers: bool,
+
+    /// Write /tmp/perf-PID.map, by which Linux perf names compiled guest code; it is yours to delete
+    #[arg(long)]
+    pub perf_map: bool,
 }
 
 /// Guests with a name.
@@ -182,6 +200,9 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Parsed {
 fn try_parse(args: impl IntoIterator<Item = OsString>) -> Result<RunArgs, clap::Error> {
     match Cli::try_parse_from(args)?.command {
         Some(Command::Run(run)) => {
+            if run.trace.is_some() && !matches!(run.backend, Backend::Auto | Backend::Interp) {
+                return Err(clap::Error::raw(ErrorKind::ArgumentConflict, "--trace needs --backend interp"));
+            }
             if run.append.is_some() && run.kernel.is_none() && run.guest.is_none() {
                 return Err(clap::Error::raw(ErrorKind::MissingRequiredArgument, "--append needs --kernel or debian"));
             }
@@ -230,8 +251,8 @@ fn backend(text: &str) -> Result<Backend, String> {
         "auto" => Ok(Backend::Auto),
         "jit" => Ok(Backend::Jit),
         "interp" => Ok(Backend::Interp),
-        "kvm" => Err("kvm is not available yet; choose auto, jit or interp".into()),
-        _ => Err("the engines are auto, jit and interp".into()),
+        "kvm" => Ok(Backend::Kvm),
+        _ => Err("the engines are auto, jit, interp and kvm".into()),
     }
 }
 
@@ -302,8 +323,13 @@ mod tests {
             ("run --code-cache 0", "at least 1M"),
             ("run --cpus 0", "0"),
             ("run --cpu pentium", "x86-64-v2"),
-            ("run --backend kvm", "not available yet"),
-            ("run --backend tcg", "auto, jit and interp"),
+            ("run --backend tcg", "auto, jit, interp and kvm"),
+            ("run --trace=frob", "frob"),
+            ("run --trace=0x2-0x1", "0x2-0x1"),
+            ("run --trace --backend jit", "--backend interp"),
+            ("run --trace --lockstep", "--lockstep"),
+            ("run --trace-file x", "--trace"),
+            ("run --trace-registers", "--trace"),
             ("run --serial tcp:1", "file:PATH"),
             ("run --serial file:", "file:PATH"),
             ("run --timeout 0", "above 0"),

@@ -1,7 +1,7 @@
 //! One run: the machine is built, connected to the host's console, signals and clock, and its end becomes an exit code.
 
 use std::fs::File;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, BufWriter, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use diglot_runtime::{
     Boot, Console, Controller, Initrd, Machine, MachineConfig, Outcome, RebootPolicy, RuntimeError, Stats, StopReason,
+    Trace,
 };
 use thiserror::Error;
 
@@ -31,6 +32,8 @@ enum RunError {
     Stats { path: PathBuf, source: io::Error },
     #[error("cannot write serial output to {place}: {source}")]
     Serial { place: String, source: io::Error },
+    #[error("cannot write the trace to {path}: {source}", path = .path.display())]
+    Trace { path: PathBuf, source: io::Error },
     #[error("cannot start a thread: {0}")]
     Thread(io::Error),
     #[error("ended by {} before the guest started", signals::name(*.0))]
@@ -117,6 +120,7 @@ fn try_run(args: &RunArgs) -> Result<(u8, Option<String>), RunError> {
         Some(path) => Some(StatsFile::create(path).map_err(|source| RunError::Stats { path: path.clone(), source })?),
         None => None,
     };
+    let trace = open_trace(args)?;
     let controller = Arc::new(OnceLock::new());
     let (output, place) = open_output(&args.serial, &controller)?;
     let plan = plan(args)?;
@@ -135,6 +139,8 @@ fn try_run(args: &RunArgs) -> Result<(u8, Option<String>), RunError> {
         reboot: plan.reboot,
         code_cache_bytes: args.code_cache,
         lockstep: args.lockstep,
+        trace,
+        perf_map: args.perf_map,
     };
     let machine = Machine::new(config, Console { output: Box::new(serial) })?;
     let handle = controller.get_or_init(|| machine.controller()).clone();
@@ -190,6 +196,19 @@ fn open_output(serial: &Serial, controller: &Arc<OnceLock<Controller>>) -> Resul
     };
     let output = Output::new(file.map_err(error)?, on_error).map_err(RunError::Thread)?;
     Ok((Some(output), place))
+}
+
+/// Opens the place for traced instructions.
+fn open_trace(args: &RunArgs) -> Result<Option<Trace>, RunError> {
+    let Some(filter) = args.trace.clone() else { return Ok(None) };
+    let output: Box<dyn Write + Send> = match &args.trace_file {
+        Some(path) => {
+            let file = File::create(path).map_err(|source| RunError::Trace { path: path.clone(), source })?;
+            Box::new(BufWriter::new(file))
+        }
+        None => Box::new(BufWriter::new(Stderr)),
+    };
+    Ok(Some(Trace::new(filter, args.trace_registers, output)))
 }
 
 fn plan(args: &RunArgs) -> Result<Plan, RunError> {
@@ -275,7 +294,7 @@ fn verdict(outcome: &Outcome, observed: &Observed, command: bool) -> (u8, Option
     match outcome {
         Outcome::TripleFault { detail } => crash(&format!("triple fault, {detail}")),
         Outcome::Reset => crash("it asked for a reset"),
-        Outcome::Difference(text) => (exit::FAILED, Some(format!("interpreter and compiler differ: {text}"))),
+        Outcome::Failed(why) => (exit::FAILED, Some(why.clone())),
         Outcome::Stopped(StopReason::Timeout) => (exit::TIMEOUT, Some("the time given by --timeout is over".into())),
         Outcome::Stopped(StopReason::Signal(libc::SIGPIPE)) => {
             (signals::exit_code(libc::SIGPIPE), Some("nobody reads the output any more; the guest was stopped".into()))

@@ -29,7 +29,7 @@ fn refused(args: &[&str], code: i32, part: &str) {
 
 #[test]
 fn wrong_usage_is_code_2() {
-    let cases: [(&[&str], &str); 14] = [
+    let cases: [(&[&str], &str); 15] = [
         (&["--frob"], "--frob"),
         (&["frob"], "frob"),
         (&["run", "--frob"], "--frob"),
@@ -39,7 +39,8 @@ fn wrong_usage_is_code_2() {
         (&["run", "--memory", "much"], "not understood"),
         (&["run", "--cpus", "0"], "--cpus"),
         (&["run", "--cpu", "i386"], "x86-64-v2"),
-        (&["run", "--backend", "kvm"], "not available yet"),
+        (&["run", "--backend", "tcg"], "auto, jit, interp and kvm"),
+        (&["run", "--trace=frob"], "frob"),
         (&["run", "--serial", "tcp:1"], "file:PATH"),
         (&["run", "--timeout", "0"], "above 0"),
         (&["run", "--initrd", "x"], "--kernel"),
@@ -79,6 +80,7 @@ fn a_kernel_that_cannot_be_booted_is_code_125() {
 fn what_cannot_be_written_is_told_before_the_guest_starts() {
     refused(&["run", "--stats-json", "/no/such/directory/stats.json"], 125, "/no/such/directory/stats.json");
     refused(&["run", "--serial", "file:/no/such/directory/log"], 125, "/no/such/directory/log");
+    refused(&["run", "--trace", "--trace-file", "/no/such/directory/trace"], 125, "/no/such/directory/trace");
     let directory = tempfile::tempdir().expect("directory");
     let stats = directory.path().join("stats.json");
     refused(
@@ -87,6 +89,11 @@ fn what_cannot_be_written_is_told_before_the_guest_starts() {
         "/no/such/kernel",
     );
     assert_eq!(files(directory.path()), Vec::<String>::new());
+}
+
+#[test]
+fn an_engine_that_is_not_built_is_code_125() {
+    refused(&["run", "--backend", "kvm"], 125, "the KVM engine is not built yet");
 }
 
 #[test]
