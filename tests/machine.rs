@@ -41,7 +41,9 @@ fn a_failed_check_of_the_embedded_guest_is_a_crash() {
 #[test]
 fn ends_of_a_guest_have_their_codes_on_every_engine() {
     type Code = fn(&mut CodeAssembler) -> Result<(), IcedError>;
-    let guests: [(&str, Code, &[&str], i32, &str, &str); 8] = [
+    /// Name, code, options, exit code, serial output, and what Diglot tells of the end.
+    type Guest<'a> = (&'a str, Code, &'a [&'a str], i32, &'a str, &'a str);
+    let guests: [Guest; 8] = [
         ("powers off", |a| say(a, "bye\n").and_then(|()| power_off(a)), &[], 0, "bye\n", ""),
         ("triple fault", |a| a.ud2(), &[], 255, "", "triple fault"),
         (

@@ -79,7 +79,7 @@ mod tests {
                      3000-9000 rw-p 00000000 00:00 0 [heap]\nRss: 16 kB\n\
                      9000-a000 rw-p 00000000 00:00 0\nRss: 8 kB\nVmFlags: rd wr\n";
         assert_eq!(guest_resident(smaps, &[0x1000..0x3000, 0x9000..0xa000]), 12 << 10);
-        assert_eq!(guest_resident(smaps, &[0x20_0000..0x30_0000]), 0);
+        assert_eq!(guest_resident(smaps, std::slice::from_ref(&(0x20_0000..0x30_0000))), 0);
     }
 
     #[test]
