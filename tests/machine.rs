@@ -125,3 +125,94 @@ fn random_bytes_as_code_end_in_a_code_of_the_guests() {
         });
     }
 }
+
+#[test]
+fn a_trace_holds_what_the_guest_executed() {
+    let directory = tempfile::tempdir().expect("directory");
+    let kernel = guest(directory.path(), "kernel", |a| {
+        let mut again = a.create_label();
+        a.mov(ecx, 3)?;
+        a.set_label(&mut again)?;
+        a.dec(ecx)?;
+        a.jne(again)?;
+        power_off(a)
+    });
+    let file = directory.path().join("trace");
+    let trace = |filter: &str, more: &[&str]| {
+        let filter = format!("--trace={filter}");
+        let args = [&["run", "--kernel", text(&kernel), &filter, "--trace-file", text(&file)], more].concat();
+        let (code, _, stderr) = output(&mut diglot(&args));
+        assert_eq!(code, Some(0), "{stderr}");
+        std::fs::read_to_string(&file).expect("the trace")
+    };
+    let all = trace("", &[]);
+    let lines: Vec<&str> = all.lines().collect();
+    assert_eq!(lines.len(), 1 + 3 * 2 + 3, "{all}");
+    assert_eq!(lines[0], "0 0x0000000000100000 b9 03 00 00 00                 mov ecx,3");
+    assert_eq!(trace("dec", &[]).lines().count(), 3);
+    assert_eq!(trace("0x100000-0x100006", &[]).lines().count(), 4);
+    assert_eq!(trace("user", &[]), "");
+    let registers = trace("dec", &["--trace-registers"]);
+    let counts: Vec<bool> = registers
+        .lines()
+        .step_by(2)
+        .zip(["3", "2", "1"])
+        .map(|(line, n)| line.contains(&format!("rcx={n:0>16}")))
+        .collect();
+    assert_eq!(counts, [true; 3], "{registers}");
+}
+
+/// The kernel's own counter of guest instructions would be a lie if engines disagreed about it.
+#[test]
+fn engines_agree_about_how_much_a_guest_did() {
+    let directory = tempfile::tempdir().expect("directory");
+    let kernel = guest(directory.path(), "kernel", |a| {
+        let mut again = a.create_label();
+        a.mov(ecx, 1_000_000)?;
+        a.set_label(&mut again)?;
+        a.dec(ecx)?;
+        a.jne(again)?;
+        say(a, "x")?;
+        power_off(a)
+    });
+    let stats = directory.path().join("stats.json");
+    on_every_engine(&["--kernel", text(&kernel), "--stats-json", text(&stats)], |engine, code, _, stderr| {
+        assert_eq!(code, Some(0), "{engine}: {stderr}");
+        let json: serde_json::Value =
+            serde_json::from_str(&std::fs::read_to_string(&stats).expect("statistics")).expect("JSON");
+        let count = |name: &str| json[name].as_u64().unwrap_or_else(|| panic!("{engine}: no {name} in {json}"));
+        // Up to the OUT that turns the machine off.
+        assert_eq!(count("interpreted") + count("compiled"), 1 + 2 * 1_000_000 + 3 + 3, "{engine}");
+        assert_eq!((count("port_writes"), count("port_reads"), count("halts")), (2, 0, 0), "{engine}");
+        assert!(count("resident_bytes") >= count("guest_resident_bytes") + count("beyond_guest_bytes"), "{engine}");
+        assert!(json["mips"].as_f64().is_some_and(|mips| mips > 0.0), "{engine}: {json}");
+    });
+}
+
+/// Code that Linux perf can name: every line has an address, a length and the guest's address.
+#[test]
+fn the_map_for_perf_names_guest_code() {
+    let directory = tempfile::tempdir().expect("directory");
+    let kernel = guest(directory.path(), "kernel", |a| {
+        let mut again = a.create_label();
+        a.mov(ecx, 100_000_000)?;
+        a.set_label(&mut again)?;
+        a.dec(ecx)?;
+        a.jne(again)?;
+        power_off(a)
+    });
+    let mut child = diglot(&["run", "--backend", "jit", "--perf-map", "--kernel", text(&kernel)])
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .expect("diglot starts");
+    let path = format!("/tmp/perf-{}.map", child.id());
+    assert_eq!(child.wait().expect("ends").code(), Some(0));
+    let map = std::fs::read_to_string(&path).expect("the map stays for perf to read");
+    std::fs::remove_file(&path).expect("it is ours");
+    assert!(map.lines().any(|line| line.ends_with("guest 0x100005 (physical 0x100005, 32 bit)")), "{map}");
+    for line in map.lines() {
+        let mut words = line.split(' ');
+        let number = |word: Option<&str>| u64::from_str_radix(word.unwrap_or_default(), 16).expect("hexadecimal");
+        assert!(number(words.next()) != 0 && number(words.next()) != 0, "{line}");
+    }
+}
