@@ -1,21 +1,13 @@
 //! The command line as a user meets it: every mistake gives one line, its exit code, and leaves nothing behind.
 
+mod support;
+
 use std::fs;
 use std::io::{Read, Write};
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::Stdio;
 
-fn diglot(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_diglot"));
-    command.args(args).stdin(Stdio::null()).env_remove("DIGLOT_LOG");
-    command
-}
-
-fn output(command: &mut Command) -> (Option<i32>, String, String) {
-    let Output { status, stdout, stderr } = command.output().expect("diglot starts");
-    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("text");
-    (status.code(), text(stdout), text(stderr))
-}
+use support::{diglot, guest, output, power_off, text, write};
 
 /// Runs diglot with arguments that are wrong, and checks its exit code and that its one line contains `part`.
 #[track_caller]
@@ -74,6 +66,28 @@ fn a_kernel_that_cannot_be_booted_is_code_125() {
     ] {
         refused(&["run", "--kernel", &kernel], 125, part);
     }
+}
+
+/// A file that ends in the middle of what its headers promise, and initial RAM disks that are none or too large.
+#[test]
+fn files_that_do_not_fit_are_code_125() {
+    let directory = tempfile::tempdir().expect("directory");
+    let kernel = guest(directory.path(), "kernel", power_off);
+    let whole = fs::read(&kernel).expect("the kernel");
+    for (len, part) in [(60, "truncated"), (170, "truncated"), (whole.len() - 1, "truncated")] {
+        let cut = write(directory.path(), "cut", &whole[..len]);
+        refused(&["run", "--kernel", text(&cut)], 125, part);
+    }
+    let large = write(directory.path(), "large", &vec![1; 4 << 20]);
+    let empty = write(directory.path(), "empty", b"");
+    for (initrd, part) in
+        [(text(&large), "does not fit"), (text(&empty), "is empty"), ("/no/such/initrd", "cannot open")]
+    {
+        refused(&["run", "--memory", "4M", "--kernel", text(&kernel), "--initrd", initrd], 125, part);
+    }
+    // Where it fits, it is taken.
+    let args = ["run", "--memory", "16M", "--kernel", text(&kernel), "--initrd", text(&large)];
+    assert_eq!(output(&mut diglot(&args)).0, Some(0));
 }
 
 #[test]
