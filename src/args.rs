@@ -75,6 +75,11 @@ pub struct RunArgs {
     #[arg(last = true, value_name = "CMD", requires = "guest", conflicts_with = "serial")]
     pub command: Vec<OsString>,
 
+    /// Debian release or backports that the debian guest comes from, such as trixie or bookworm-backports; by default
+    /// what the host's package sources say
+    #[arg(long, value_name = "NAME", requires = "guest", value_parser = suite)]
+    pub suite: Option<String>,
+
     /// Kernel to boot: a Linux bzImage or a PVH ELF file
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
@@ -265,6 +270,13 @@ fn serial(text: &str) -> Result<Serial, String> {
     }
 }
 
+/// Names the cache's directory too, so that nothing but a name will do.
+fn suite(text: &str) -> Result<String, String> {
+    let named = text.starts_with(|c: char| c.is_ascii_lowercase())
+        && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+    if named { Ok(text.into()) } else { Err("write a name such as trixie or bookworm-backports".into()) }
+}
+
 fn seconds(text: &str) -> Result<Duration, String> {
     let duration = text.parse::<f64>().ok().and_then(|s| Duration::try_from_secs_f64(s).ok());
     duration.filter(|d| !d.is_zero()).ok_or_else(|| "write a number of seconds above 0, such as 30 or 0.5".into())
@@ -324,6 +336,9 @@ mod tests {
             ("run --cpus 0", "0"),
             ("run --cpu pentium", "x86-64-v2"),
             ("run --backend tcg", "auto, jit, interp and kvm"),
+            ("run debian --suite ../x", "bookworm-backports"),
+            ("run debian --suite -x", "-x"),
+            ("run --suite trixie", "GUEST"),
             ("run --trace=frob", "frob"),
             ("run --trace=0x2-0x1", "0x2-0x1"),
             ("run --trace --backend jit", "--backend interp"),

@@ -228,7 +228,7 @@ fn plan(args: &RunArgs) -> Result<Plan, RunError> {
         return Ok(Plan { boot: Boot::Embedded, reboot, markers: None, input: false, end_of_file: false });
     };
 
-    let files = debian::files()?;
+    let files = debian::files(args.suite.as_deref())?;
     let boot = |session: &Session, own: &str| Boot::Linux {
         kernel: files.kernel.clone(),
         initrd: Some(Initrd::Bytes(debian::initramfs(&files.busybox, session))),
