@@ -80,6 +80,11 @@ pub struct RunArgs {
     #[arg(long, value_name = "NAME", requires = "guest", value_parser = suite)]
     pub suite: Option<String>,
 
+    /// Run nothing, but write the debian guest's kernel and initial RAM disk to DIR (vmlinuz, initrd), for use with
+    /// --kernel and --initrd or with another monitor
+    #[arg(long, value_name = "DIR", requires = "guest")]
+    pub export: Option<PathBuf>,
+
     /// Kernel to boot: a Linux bzImage or a PVH ELF file
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
@@ -339,6 +344,7 @@ mod tests {
             ("run debian --suite ../x", "bookworm-backports"),
             ("run debian --suite -x", "-x"),
             ("run --suite trixie", "GUEST"),
+            ("run --export x", "GUEST"),
             ("run --trace=frob", "frob"),
             ("run --trace=0x2-0x1", "0x2-0x1"),
             ("run --trace --backend jit", "--backend interp"),

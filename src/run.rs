@@ -1,9 +1,9 @@
 //! One run: the machine is built, connected to the host's console, signals and clock, and its end becomes an exit code.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, BufWriter, IsTerminal, Write};
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -34,6 +34,8 @@ enum RunError {
     Serial { place: String, source: io::Error },
     #[error("cannot write the trace to {path}: {source}", path = .path.display())]
     Trace { path: PathBuf, source: io::Error },
+    #[error("cannot export to {path}: {source}", path = .path.display())]
+    Export { path: PathBuf, source: io::Error },
     #[error("cannot start a thread: {0}")]
     Thread(io::Error),
     #[error("ended by {} before the guest started", signals::name(*.0))]
@@ -55,7 +57,11 @@ impl RunError {
 pub fn run(args: &RunArgs) -> u8 {
     // From here on a signal lets the run end by itself, so that no file is left behind.
     signals::on_stop(|_| ());
-    match try_run(args) {
+    let result = match &args.export {
+        Some(directory) => export(args, directory).map(|()| (exit::OK, None)),
+        None => try_run(args),
+    };
+    match result {
         Ok((code, message)) => {
             if let Some(message) = message {
                 say(&message);
@@ -178,6 +184,19 @@ fn try_run(args: &RunArgs) -> Result<(u8, Option<String>), RunError> {
     }
     let observed = lock(&observed);
     Ok(verdict(&outcome, &observed, plan.markers.is_some() && !args.command.is_empty()))
+}
+
+/// Writes what would be booted to a directory.
+fn export(args: &RunArgs, directory: &Path) -> Result<(), RunError> {
+    let Boot::Linux { kernel, initrd: Some(Initrd::Bytes(initrd)), .. } = plan(args)?.boot else { return Ok(()) };
+    let error = |path: &Path| {
+        let path = path.to_owned();
+        move |source| RunError::Export { path, source }
+    };
+    fs::create_dir_all(directory).map_err(error(directory))?;
+    let (to, initrd_to) = (directory.join("vmlinuz"), directory.join("initrd"));
+    fs::copy(kernel, &to).map_err(error(&to))?;
+    fs::write(&initrd_to, initrd).map_err(error(&initrd_to))
 }
 
 /// Opens the place for serial output, and names it.
