@@ -132,7 +132,7 @@ fn main() -> ExitCode {
     let rounds = arguments.iter().find_map(|a| a.parse().ok()).filter(|&n| n > 0).unwrap_or(ROUNDS);
     let directory = std::env::temp_dir().join(format!("diglot-bench-{}", std::process::id()));
     let exported = Command::new(DIGLOT)
-        .args(["run", "debian", "--serial", "null", "--export"])
+        .args(["run", "debian", "--export"])
         .arg(&directory)
         .stdin(Stdio::null())
         .status()

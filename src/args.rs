@@ -82,7 +82,7 @@ pub struct RunArgs {
 
     /// Run nothing, but write the debian guest's kernel and initial RAM disk to DIR (vmlinuz, initrd), for use with
     /// --kernel and --initrd or with another monitor
-    #[arg(long, value_name = "DIR", requires = "guest")]
+    #[arg(long, value_name = "DIR", requires = "guest", conflicts_with = "command")]
     pub export: Option<PathBuf>,
 
     /// Kernel to boot: a Linux bzImage or a PVH ELF file

@@ -253,7 +253,9 @@ fn plan(args: &RunArgs) -> Result<Plan, RunError> {
         initrd: Some(Initrd::Bytes(debian::initramfs(&files.busybox, session))),
         cmdline: cmdline(own),
     };
-    if args.command.is_empty() && (!input || io::stdin().is_terminal()) {
+    // Another monitor knows nothing of markers, so what is exported is the shell too.
+    let shell = !input || io::stdin().is_terminal() || args.export.is_some();
+    if args.command.is_empty() && shell {
         let terminal = std::env::var("TERM").unwrap_or_else(|_| "vt100".into());
         let session = Session::Shell { terminal: &terminal, size: terminal::size() };
         let boot = boot(&session, "console=ttyS0 quiet");

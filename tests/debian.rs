@@ -64,3 +64,22 @@ fn a_kernel_panic_is_a_crash() {
     assert_eq!(code, Some(255), "{stderr}");
     assert!(stderr.contains("the guest crashed: Kernel panic"), "{stderr}");
 }
+
+/// What is exported boots by --kernel and --initrd, to the shell.
+#[test]
+fn an_exported_guest_boots_as_any_other() {
+    if !apt() {
+        println!("skipped: no apt-get to fetch Debian's kernel with");
+        return;
+    }
+    let directory = tempfile::tempdir().expect("directory");
+    let exported = directory.path().join("new/guest");
+    let (code, stdout, stderr) = output(&mut diglot(&["run", "debian", "--export", text(&exported)]));
+    assert_eq!((code, stdout.as_str()), (Some(0), ""), "{stderr}");
+    let (kernel, initrd) = (exported.join("vmlinuz"), exported.join("initrd"));
+    let mut args = vec!["run", "--kernel", text(&kernel), "--initrd", text(&initrd), "--append", "console=ttyS0 quiet"];
+    args.extend(["--until", "'exit' powers off.", "--timeout", "600"]);
+    let (code, stdout, stderr) = output(&mut diglot(&args));
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(stdout.contains("Debian kernel 6."), "{stdout}");
+}

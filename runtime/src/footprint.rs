@@ -47,8 +47,8 @@ fn kib(text: &str, name: &str) -> Option<u64> {
     value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// Resident bytes of the mappings that lie inside `ranges`. (The kernel may have joined or split what was mapped, but
-/// guest RAM is mapped like nothing else of ours, shared or not, so it is never joined with that.)
+/// Resident bytes of the mappings that lie inside `ranges`. The kernel may split what was mapped, and joins what lies
+/// side by side and is alike, which guest RAM is not to anything (`memory.rs`).
 fn guest_resident(smaps: &str, ranges: &[Range<u64>]) -> u64 {
     let mut inside = false;
     let mut sum = 0;
@@ -71,6 +71,7 @@ fn mapping(line: &str) -> Option<Range<u64>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::GuestRam;
     use vm_memory::{Bytes, GuestAddress};
 
     #[test]
@@ -85,10 +86,11 @@ mod tests {
     #[test]
     fn touched_guest_ram_is_seen() {
         const MIB: usize = 1 << 20;
-        let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 * MIB)]).expect("64 MiB");
-        let before = Footprint::measure(&ram).expect("a Linux host");
+        let ram = GuestRam::new(64 * MIB as u64).expect("64 MiB");
+        let ram = ram.mmap();
+        let before = Footprint::measure(ram).expect("a Linux host");
         ram.write_slice(&vec![1; 8 * MIB], GuestAddress(0)).expect("inside");
-        let after = Footprint::measure(&ram).expect("a Linux host");
+        let after = Footprint::measure(ram).expect("a Linux host");
         assert!(after.guest_resident_bytes >= before.guest_resident_bytes + 8 * MIB as u64, "{before:?} {after:?}");
         assert!(after.guest_resident_bytes <= 64 * MIB as u64, "{after:?}");
         assert!(after.peak_resident_bytes >= after.resident_bytes);

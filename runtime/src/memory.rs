@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use thiserror::Error;
-use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
 
 pub use diglot_devices::pci::{ECAM_BASE, ECAM_SIZE};
 
@@ -103,6 +103,7 @@ impl GuestRam {
             .collect::<Result<Vec<_>, std::num::TryFromIntError>>()
             .map_err(|e| map_error(e.to_string()))?;
         let mmap = GuestMemoryMmap::from_ranges(&ranges).map_err(|e| map_error(e.to_string()))?;
+        mmap.iter().for_each(keep_apart);
         Ok(GuestRam { mmap: Arc::new(mmap), size: bytes })
     }
 
@@ -115,6 +116,15 @@ impl GuestRam {
     pub fn size(&self) -> u64 {
         self.size
     }
+}
+
+/// Keeps a region out of core dumps, where hundreds of megabytes of it would hide what is looked for. That also keeps
+/// the kernel from joining its mapping with a neighbour, so that what is resident of it can be told.
+fn keep_apart(region: &impl GuestMemoryRegion) {
+    let Ok(start) = region.get_host_address(MemoryRegionAddress(0)) else { return };
+    // SAFETY: the range is a whole mapping of ours, and the advice changes nothing of its content. A kernel that does
+    // not know it refuses, which is as good.
+    unsafe { libc::madvise(start.cast(), region.len() as usize, libc::MADV_DONTDUMP) };
 }
 
 /// First address behind the RAM that starts at 0; 0 when there is none.
