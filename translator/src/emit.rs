@@ -245,6 +245,15 @@ pub trait Emit: Sized {
     /// Loads `W` that the same instruction will store back: write permission is checked first, so that a fault is
     /// reported as a write, and a locked access is atomic with its [`Emit::store`].
     fn load_rmw<W: Width>(&mut self, i: &Insn, seg: u8, ea: Self::V) -> Result<Self::V, Self::Trap>;
+    /// Checks that `bytes` at `ea` of segment `i.seg` may be written, before the first of several stores.
+    #[inline(always)]
+    fn probe_write(&mut self, i: &Insn, ea: Self::V, bytes: u64) -> Result<(), Self::Trap> {
+        // Enough for an evaluator that leaves faults to the interpreter: the first store finds out about the rest.
+        let last = self.bin_imm::<W64>(Bin::Add, ea, bytes - 1);
+        let last = self.cut_address(i, last);
+        self.load_rmw::<W8>(i, i.seg, last)?;
+        Ok(())
+    }
     /// Loads 16 bytes; `aligned` raises #GP for a misaligned address.
     fn load_x(&mut self, i: &Insn, ea: Self::V, aligned: bool) -> Result<Self::X, Self::Trap>;
     /// Stores 16 bytes; `aligned` raises #GP for a misaligned address.

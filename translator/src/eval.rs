@@ -208,6 +208,12 @@ impl Emit for Cpu {
         self.load_linear_rmw::<W>(linear)
     }
 
+    fn probe_write(&mut self, i: &Insn, ea: u64, bytes: u64) -> Result<(), Trap> {
+        let linear = self.linearize(i.seg, ea, bytes, true)?;
+        self.through_ss = i.seg == seg::SS;
+        Cpu::probe_write(self, linear, bytes)
+    }
+
     #[inline(always)]
     fn load_x(&mut self, i: &Insn, ea: u64, aligned: bool) -> Result<u128, Trap> {
         let linear = if i.flat { ea } else { self.linearize(i.seg, ea, 16, false)? };

@@ -544,7 +544,8 @@ impl Vcpu {
         }
     }
 
-    fn flush_jump_cache(&mut self) {
+    /// Empties the jump cache.
+    pub(crate) fn flush_jump_cache(&mut self) {
         self.cpu.flush_jump_cache = false;
         self.jump.fill(NO_ENTRY);
     }

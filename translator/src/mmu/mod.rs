@@ -169,7 +169,8 @@ impl Cpu {
         self.translate(linear, access, class)?;
         let last = self.wrap_linear(linear.wrapping_add(len.max(1) - 1));
         if (linear ^ last) & !PAGE_MASK != 0 {
-            self.translate(last, access, class)?;
+            // A fault there has the address of the page's first byte.
+            self.translate(last & !PAGE_MASK, access, class)?;
         }
         Ok(())
     }

@@ -91,11 +91,13 @@ fn x87(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
             cpu.load_bytes(linear, &mut bytes[..usize::from(n)])?;
             cpu.s.x87.load(op, u128::from_le_bytes(bytes));
         }
-        Memory::Write(_) => {
+        Memory::Write(n) => {
+            // An unmasked exception may leave nothing to store, but the operand's faults come first.
+            let linear = operand(cpu, i, usize::from(n), true)?;
+            cpu.probe_write(linear, u64::from(n))?;
             let store = cpu.s.x87.store(op);
             let n = usize::from(store.size);
             if n != 0 {
-                let linear = operand(cpu, i, n, true)?;
                 cpu.store_bytes(linear, &store.value.to_le_bytes()[..n])?;
             }
             cpu.s.x87.commit(&store);

@@ -2,7 +2,7 @@
 
 use iced_x86::{Instruction, Mnemonic};
 
-use super::{read, write};
+use super::{is_wide, read, write};
 use crate::cpu::Cpu;
 use crate::emit::Emit;
 use crate::exception::Trap;
@@ -121,8 +121,9 @@ fn gather(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
             match load_element(cpu, i, data, base.wrapping_add(k << i.scale)) {
                 Ok(x) => set_element(&mut v, data, n, x),
                 Err(trap) => {
-                    write(cpu, i, v)?;
-                    set_mask(cpu, m, mask);
+                    // The upper halves of a 128-bit form are cleared once it completes.
+                    set_register(cpu, d, [v[0], if is_wide(i, 0) { v[1] } else { cpu.s.ymm_high(d) }]);
+                    set_register(cpu, m, [mask[0], if is_wide(i, 2) { mask[1] } else { cpu.s.ymm_high(m) }]);
                     return Err(trap);
                 }
             }
@@ -133,11 +134,11 @@ fn gather(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
         set_element(&mut v, data, n, 0);
     }
     write(cpu, i, v)?;
-    set_mask(cpu, m, [0; 2]);
+    set_register(cpu, m, [0; 2]);
     Ok(())
 }
 
-fn set_mask(cpu: &mut Cpu, r: u8, mask: Ymm) {
-    cpu.s.set_xmm(r, mask[0]);
-    cpu.s.set_ymm_high(r, mask[1]);
+fn set_register(cpu: &mut Cpu, r: u8, v: Ymm) {
+    cpu.s.set_xmm(r, v[0]);
+    cpu.s.set_ymm_high(r, v[1]);
 }

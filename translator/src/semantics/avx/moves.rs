@@ -6,7 +6,7 @@ use crate::emit::{Bin, Emit};
 use crate::insn::{Insn, Opnd};
 use crate::semantics::sse::{combine, logic_kind, low};
 use crate::semantics::{Sem, both};
-use crate::width::{W8, W32, W64, Width};
+use crate::width::{W32, W64, Width};
 
 /// The semantics of a move.
 pub(super) fn find(i: &Instruction) -> Option<&'static Sem> {
@@ -105,9 +105,8 @@ fn put<E: Emit>(e: &mut E, i: &Insn, (low, high): Lanes<E>, aligned: bool) -> Re
             if aligned {
                 ea = odd_unless_aligned(e, i, ea);
             } else {
-                // The last byte must be writable before the first is written; an aligned operand is in one page.
-                let last = above(e, i, ea, 31);
-                e.load_rmw::<W8>(i, i.seg, last)?;
+                // All must be writable before the first half is written; an aligned operand is in one page.
+                e.probe_write(i, ea, 32)?;
             }
             e.store_x(i, ea, low, aligned)?;
             let at = above(e, i, ea, 16);
