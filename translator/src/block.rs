@@ -105,18 +105,6 @@ impl BlockCache {
         &mut self.blocks[id as usize]
     }
 
-    /// Calls `f` for every block in use.
-    pub fn for_each(&mut self, f: impl FnMut(&mut Block)) {
-        self.blocks.iter_mut().filter(|b| b.live).for_each(f);
-    }
-
-    /// Calls `f` for every block that touches a page.
-    pub fn for_each_in(&mut self, page: u64, mut f: impl FnMut(&mut Block)) {
-        for &id in self.by_page.get(&page).into_iter().flatten() {
-            f(&mut self.blocks[id as usize]);
-        }
-    }
-
     /// Whether another block of `n` instructions would exceed the bound, so that [`Self::clear`] is due.
     pub fn is_full(&self, n: usize) -> bool {
         self.insns + n > MAX_CACHED_INSNS
@@ -156,13 +144,15 @@ impl BlockCache {
         (id, fresh)
     }
 
-    /// Drops the blocks that touch any of `granules` in a page and recomputes which granules hold code.
-    pub fn invalidate(&mut self, page: u64, granules: u64, ram: &GuestRam) {
+    /// Drops the blocks that touch any of `granules` in a page, recomputes which granules hold code, and returns the
+    /// blocks that it dropped.
+    pub fn invalidate(&mut self, page: u64, granules: u64, ram: &GuestRam) -> Vec<BlockId> {
         let Some(ids) = self.by_page.remove(&page) else {
             ram.set_code(page, 0);
-            return;
+            return Vec::new();
         };
         let mut kept = Vec::new();
+        let mut gone = Vec::new();
         let mut mask = 0;
         for id in ids {
             let block = &mut self.blocks[id as usize];
@@ -181,10 +171,12 @@ impl BlockCache {
                 list.retain(|&b| b != id);
             }
             self.free.push(id);
+            gone.push(id);
         }
         if !kept.is_empty() {
             self.by_page.insert(page, kept);
         }
         ram.set_code(page, mask);
+        gone
     }
 }

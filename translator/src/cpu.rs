@@ -67,6 +67,8 @@ pub struct Cpu {
     pub stop_block: bool,
     /// Whether an interrupt may wait: set by kicks and by every access to a device, cleared once none does.
     pub irq_maybe: bool,
+    /// Whether an NMI may wait; set and cleared likewise.
+    pub nmi_maybe: bool,
     /// Whether the jump cache must be emptied before its next use.
     pub flush_jump_cache: bool,
     /// Whether the access under way goes through SS, for #SS instead of #GP.
@@ -76,8 +78,9 @@ pub struct Cpu {
     /// The current decode mode.
     pub mode: Mode,
     /// Combined with linear addresses in jump-cache and code-TLB keys: mode, privilege and address space, in the bits
-    /// that a canonical address leaves redundant.
-    pub salt: u64,
+    /// that a canonical address leaves redundant. The second is for the upper half, which kernels map by global
+    /// pages: it is the same in every address space ([`crate::mmu::Mmu`] sees to what is mapped there otherwise).
+    pub salts: [u64; 2],
     /// The exception that the last [`Trap`] stands for.
     pub raised: Exception,
     /// Linear memory.
@@ -114,11 +117,12 @@ impl Cpu {
             ip_base: 0,
             stop_block: false,
             irq_maybe: false,
+            nmi_maybe: false,
             flush_jump_cache: false,
             through_ss: false,
             class: Class::Supervisor,
             mode: Mode(0),
-            salt: 0,
+            salts: [0; 2],
             raised: Exception::plain(vector::UD),
             mmu: Mmu::new(),
             ram,
@@ -182,10 +186,17 @@ impl Cpu {
         self.mode = Mode(mode);
         self.class = self.access_class();
         self.jit.tlb = self.mmu.tlb.table(self.class).entries.as_ptr() as u64;
-        // 15 bits: two salts never differ in all 16 redundant bits, so keys of distinct addresses stay distinct.
-        let user = u64::from(self.s.cpl == 3);
-        self.salt = (u64::from(mode) | user << 6 | u64::from(self.mmu.tlb.tag()) << 7) << 48;
+        // The 16 redundant bits of canonical addresses all equal bit 47, which keys keep: keys of distinct addresses
+        // or distinct salts stay distinct.
+        let here = u64::from(mode) | u64::from(self.s.cpl == 3) << 6;
+        self.salts = [(here | u64::from(self.mmu.tlb.tag()) << 7) << 48, (here | 1 << 15) << 48];
         self.stop_block = true;
+    }
+
+    /// The key of a linear address in the jump cache and the code TLB.
+    #[inline(always)]
+    pub fn code_key(&self, linear: u64) -> u64 {
+        linear ^ self.salts[(linear >> 63) as usize]
     }
 
     /// Records an exception; the returned token makes the instruction fail with it.
@@ -234,6 +245,7 @@ impl Cpu {
     #[inline]
     pub fn device_accessed(&mut self) {
         self.irq_maybe = true;
+        self.nmi_maybe = true;
         self.stop_block = true;
     }
 

@@ -9,6 +9,36 @@ use crate::insn::{Insn, Mode};
 use crate::state::seg;
 use crate::width::{W16, W32, W64, Width};
 
+/// A two-operand operation on numbers.
+#[inline(always)]
+pub fn bin<W: Width>(op: Bin, a: u64, b: u64) -> u64 {
+    let n = b as u32 & (W::BITS - 1);
+    W::zext(match op {
+        Bin::Add => a.wrapping_add(b),
+        Bin::Sub => a.wrapping_sub(b),
+        Bin::And => a & b,
+        Bin::Or => a | b,
+        Bin::Xor => a ^ b,
+        Bin::Mul => a.wrapping_mul(b),
+        Bin::Shl => a << n,
+        Bin::Shr => a >> n,
+        Bin::Sar => ((W::sext(a) as i64) >> n) as u64,
+        Bin::Rotl => rotate::<W>(a, n),
+        Bin::Rotr => rotate::<W>(a, (W::BITS - n) & (W::BITS - 1)),
+    })
+}
+
+/// A comparison of numbers.
+#[inline(always)]
+pub fn cmp<W: Width>(op: Cmp, a: u64, b: u64) -> bool {
+    match op {
+        Cmp::Eq => a == b,
+        Cmp::Ne => a != b,
+        Cmp::Ltu => a < b,
+        Cmp::Lts => (W::sext(a) as i64) < W::sext(b) as i64,
+    }
+}
+
 impl Emit for Cpu {
     type V = u64;
     type X = u128;
@@ -21,20 +51,7 @@ impl Emit for Cpu {
 
     #[inline(always)]
     fn bin<W: Width>(&mut self, op: Bin, a: u64, b: u64) -> u64 {
-        let n = b as u32 & (W::BITS - 1);
-        W::zext(match op {
-            Bin::Add => a.wrapping_add(b),
-            Bin::Sub => a.wrapping_sub(b),
-            Bin::And => a & b,
-            Bin::Or => a | b,
-            Bin::Xor => a ^ b,
-            Bin::Mul => a.wrapping_mul(b),
-            Bin::Shl => a << n,
-            Bin::Shr => a >> n,
-            Bin::Sar => ((W::sext(a) as i64) >> n) as u64,
-            Bin::Rotl => rotate::<W>(a, n),
-            Bin::Rotr => rotate::<W>(a, (W::BITS - n) & (W::BITS - 1)),
-        })
+        bin::<W>(op, a, b)
     }
 
     #[inline(always)]
@@ -51,12 +68,7 @@ impl Emit for Cpu {
 
     #[inline(always)]
     fn cmp<W: Width>(&mut self, op: Cmp, a: u64, b: u64) -> u64 {
-        u64::from(match op {
-            Cmp::Eq => a == b,
-            Cmp::Ne => a != b,
-            Cmp::Ltu => a < b,
-            Cmp::Lts => (W::sext(a) as i64) < W::sext(b) as i64,
-        })
+        u64::from(cmp::<W>(op, a, b))
     }
 
     #[inline(always)]

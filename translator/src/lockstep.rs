@@ -112,7 +112,7 @@ impl Vcpu {
             self.cpu.s = before;
             self.cpu.mode_changed();
             self.cpu.translate_code(self.cpu.s.rip)
-        } && let Some(plan) = crate::jit::region::Plan::grow(&self.blocks, gpa, self.cpu.mode)
+        } && let Some(plan) = crate::jit::region::Plan::grow(&self.blocks, gpa, self.cpu.mode, true)
         {
             for block in &plan.blocks {
                 let _ = writeln!(text, "block at page offset {:#x}, ends {:x?}:", block.off, block.end);

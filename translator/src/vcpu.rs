@@ -8,7 +8,7 @@ use crate::exception::{Exception, Trap, vector};
 use crate::insn::{Insn, Mode};
 use crate::jit::frame::reason;
 use crate::jit::region::Plan;
-use crate::jit::{Jit, THRESHOLD};
+use crate::jit::{Change, Jit, THRESHOLD};
 use crate::state::{Segment, flag, seg};
 
 /// Why [`Vcpu::run`] returned.
@@ -70,7 +70,7 @@ impl Vcpu {
     /// A vCPU around `cpu`.
     pub fn new(mut cpu: Cpu, jit: Option<Jit>) -> Vcpu {
         let jump = Box::new([NO_ENTRY; JUMP_ENTRIES]);
-        cpu.connect_jit(jump.as_ptr() as u64);
+        cpu.connect_jit(jump.as_ptr() as u64, jit.as_ref().map(Jit::thunks).unwrap_or_default());
         Vcpu { cpu, blocks: BlockCache::default(), jump, jit, difference: None, counts: RunCounts::default() }
     }
 
@@ -92,6 +92,7 @@ impl Vcpu {
             }
             self.cpu.kick.take(Kick::ATTENTION);
             self.cpu.irq_maybe = true;
+            self.cpu.nmi_maybe = true;
         }
         if (self.cpu.irq_maybe || self.cpu.s.halted) && self.take_interrupt().is_err() {
             return Some(Exit::Shutdown);
@@ -109,10 +110,13 @@ impl Vcpu {
         if cpu.s.shadow != 0 {
             return Ok(());
         }
-        if !cpu.s.nmi_blocked && cpu.platform.take_nmi() {
-            cpu.s.halted = false;
-            cpu.s.nmi_blocked = true;
-            return cpu.deliver(Event::Nmi);
+        if cpu.nmi_maybe && !cpu.s.nmi_blocked {
+            if cpu.platform.take_nmi() {
+                cpu.s.halted = false;
+                cpu.s.nmi_blocked = true;
+                return cpu.deliver(Event::Nmi);
+            }
+            cpu.nmi_maybe = false;
         }
         if cpu.s.rflags & flag::IF == 0 {
             // Nothing else can wake the CPU; what waits is looked at again when IF is set.
@@ -152,6 +156,12 @@ impl Vcpu {
             }
             let code = self.blocks.get(id).code;
             if code != 0 {
+                let linear = self.linear_rip();
+                let e = &mut self.jump[jump_index(linear)];
+                if e.code == jit.stub() && e.block == id && self.cpu.journal.is_none() {
+                    // The region is younger than the entry.
+                    e.code = code;
+                }
                 return self.run_compiled(code);
             }
         }
@@ -190,29 +200,41 @@ impl Vcpu {
     /// Takes compiled regions into use.
     #[cold]
     fn install_regions(&mut self) {
-        let Some(jit) = &mut self.jit else { return };
-        let (blocks, cpu) = (&mut self.blocks, &mut self.cpu);
-        jit.install(|(gpa, mode), code, granules| {
-            if let Some(id) = blocks.find(gpa, Mode(mode)) {
-                blocks.get_mut(id).code = code;
-            }
-            if cpu.ram.mark_code(gpa, granules) {
-                cpu.mmu.tlb.protect(gpa & !PAGE_MASK);
-            }
-        });
-        // Entries of these blocks, and of evicted ones, lead elsewhere now.
-        self.refresh_codes();
+        if let Some(jit) = &mut self.jit {
+            jit.install();
+        }
+        self.follow_regions();
     }
 
-    /// Sets every block's and jump-cache entry's code address from the code cache.
-    fn refresh_codes(&mut self) {
-        let Some(jit) = &self.jit else { return };
-        let stub = jit.stub;
-        self.blocks.for_each(|b| b.code = jit.find((b.gpa, b.mode.0)).unwrap_or(0));
-        for e in self.jump.iter_mut().filter(|e| e.key != NO_KEY) {
-            let code = self.blocks.get(e.block).code;
-            // In lock-step each region is compared by itself.
-            e.code = if code != 0 && self.cpu.journal.is_none() { code } else { stub };
+    /// Brings blocks, jump cache and code marks up to date with the regions that came and went.
+    fn follow_regions(&mut self) {
+        let Some(jit) = &mut self.jit else { return };
+        let mut freed = Vec::new();
+        for change in jit.changes.drain(..) {
+            match change {
+                Change::Code((gpa, mode), code) => {
+                    if let Some(id) = self.blocks.find(gpa, Mode(mode)) {
+                        self.blocks.get_mut(id).code = code;
+                    }
+                }
+                Change::Cool((gpa, mode)) => {
+                    if let Some(id) = self.blocks.find(gpa, Mode(mode)) {
+                        self.blocks.get_mut(id).heat = 0;
+                    }
+                }
+                Change::Freed(range) => freed.push(range),
+                Change::Mark(page, granules) => {
+                    if self.cpu.ram.mark_code(page, granules) {
+                        self.cpu.mmu.tlb.protect(page);
+                    }
+                }
+            }
+        }
+        if !freed.is_empty() {
+            let stub = jit.stub();
+            for e in self.jump.iter_mut().filter(|e| freed.iter().any(|range| range.contains(&e.code))) {
+                e.code = stub;
+            }
         }
     }
 
@@ -224,12 +246,17 @@ impl Vcpu {
         if !Jit::compiles(block.mode) || block.next_page.is_some() {
             return;
         }
-        let accepted = match Plan::grow(&self.blocks, block.gpa, block.mode) {
-            Some(plan) => jit.request(plan),
-            None => true,
-        };
-        if !accepted {
+        let Some(plan) = Plan::grow(&self.blocks, block.gpa, block.mode, jit.counted) else { return };
+        let keys: Vec<_> = plan.keys().collect();
+        if !jit.request(plan) {
             self.blocks.get_mut(id).heat = THRESHOLD / 2;
+            return;
+        }
+        // None of them asks again while this region is on its way.
+        for (gpa, mode) in keys {
+            if let Some(id) = self.blocks.find(gpa, Mode(mode)) {
+                self.blocks.get_mut(id).heat = THRESHOLD + 1;
+            }
         }
     }
 
@@ -237,7 +264,7 @@ impl Vcpu {
     fn interpret(&mut self, id: BlockId) -> Result<(), TripleFault> {
         self.counts.blocks_run += 1;
         let block = self.blocks.get_mut(id);
-        block.heat = block.heat.wrapping_add(1);
+        block.heat = block.heat.saturating_add(1);
         if block.heat == THRESHOLD && self.jit.is_some() {
             self.request_region(id);
         }
@@ -421,7 +448,7 @@ impl Vcpu {
     #[inline(always)]
     fn find_block(&mut self) -> Result<BlockId, Trap> {
         let linear = self.linear_rip();
-        let key = linear ^ self.cpu.salt;
+        let key = self.cpu.code_key(linear);
         let e = self.jump[jump_index(linear)];
         if e.key == key {
             return Ok(e.block);
@@ -449,14 +476,13 @@ impl Vcpu {
             if self.cpu.translate_code(next & !PAGE_MASK)? & !PAGE_MASK != page {
                 let first = gpa & !PAGE_MASK;
                 self.invalidate(first, crate::mem::granule_mask(gpa & PAGE_MASK, u64::from(len)));
-                self.flush_jump_cache();
                 return self.decode_block(gpa);
             }
             return Ok(id);
         }
-        let stub = self.jit.as_ref().map_or(0, |j| j.stub);
+        let stub = self.jit.as_ref().map_or(0, Jit::stub);
         let code = if block.code != 0 && self.cpu.journal.is_none() { block.code } else { stub };
-        self.jump[jump_index(linear)] = JumpEntry { key: linear ^ self.cpu.salt, code, block: id };
+        self.jump[jump_index(linear)] = JumpEntry { key: self.cpu.code_key(linear), code, block: id };
         Ok(id)
     }
 
@@ -531,17 +557,19 @@ impl Vcpu {
         for (page, granules) in std::mem::take(&mut self.cpu.smc) {
             self.invalidate(page, granules);
         }
-        self.flush_jump_cache();
     }
 
     /// Drops blocks and regions that touch `granules` of a page.
     fn invalidate(&mut self, page: u64, granules: u64) {
-        self.blocks.invalidate(page, granules, &self.cpu.ram);
+        let gone = self.blocks.invalidate(page, granules, &self.cpu.ram);
+        if !gone.is_empty() {
+            self.jump.iter_mut().filter(|e| gone.contains(&e.block)).for_each(|e| *e = NO_ENTRY);
+        }
         if let Some(jit) = &mut self.jit {
             jit.invalidate(page, granules);
             jit.mark(Some(page), &self.cpu.ram);
-            self.blocks.for_each_in(page, |b| b.code = jit.find((b.gpa, b.mode.0)).unwrap_or(0));
         }
+        self.follow_regions();
     }
 
     /// Empties the jump cache.

@@ -1,24 +1,46 @@
 //! From a planned region to host code: one Cranelift function each.
 
+use std::mem::offset_of;
 use std::sync::Arc;
 use std::time::Instant;
 
 use cranelift_codegen::Context;
+use cranelift_codegen::binemit::Reloc;
 use cranelift_codegen::control::ControlPlane;
 use cranelift_codegen::ir::types::I64;
-use cranelift_codegen::ir::{AbiParam, Function, InstBuilder, Signature, UserFuncName};
+use cranelift_codegen::ir::{
+    AbiParam, ExternalName, Function, InstBuilder, MemFlagsData, Signature, UserFuncName, Value,
+};
 use cranelift_codegen::isa::{CallConv, TargetIsa};
 use cranelift_codegen::settings::{self, Configurable};
+use cranelift_codegen::{FinalizedMachReloc, FinalizedRelocTarget};
 use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
 
-use crate::jit::emit::JitEmit;
+use crate::cpu::Cpu;
+use crate::insn::Insn;
+use crate::jit::emit::{Emitted, JitEmit, jump_by_cache, name};
 use crate::jit::host;
 use crate::jit::region::Plan;
 
-/// A compiled region.
+/// A direct branch out of a region.
+#[derive(Clone, Copy, Debug)]
+pub struct Branch {
+    /// Its site in the code ([`crate::code`]).
+    pub site: usize,
+    /// The page offset it leads to; `None` for wherever RIP says.
+    pub to: Option<u64>,
+}
+
+/// A compiled region. Its code is position independent but for its branches and the addresses of instructions.
 pub struct Compiled {
-    /// Position-independent host code.
+    /// Host code.
     pub code: Vec<u8>,
+    /// Direct branches out of it.
+    pub branches: Vec<Branch>,
+    /// Instructions that helpers evaluate.
+    pub insns: Vec<Insn>,
+    /// Where the code holds the address of one of `insns`, and of which: 8 bytes at this offset.
+    pub addresses: Vec<(usize, usize)>,
     /// Time that it took.
     pub nanos: u64,
 }
@@ -65,8 +87,8 @@ impl Compiler {
     }
 
     /// Helpers: the CPU and three words.
-    fn helper_signature(&self) -> Signature {
-        let mut s = Signature::new(CallConv::SystemV);
+    fn helper_signature(&self, convention: CallConv) -> Signature {
+        let mut s = Signature::new(convention);
         s.params.extend([AbiParam::new(I64); 4]);
         s
     }
@@ -75,18 +97,53 @@ impl Compiler {
     pub fn compile(&mut self, plan: &Plan) -> Result<Compiled, String> {
         let start = Instant::now();
         let signature = self.region_signature();
-        let helper = self.helper_signature();
+        let helper = self.helper_signature(CallConv::PreserveAll);
         self.context.func = Function::with_name_signature(UserFuncName::default(), signature.clone());
         let mut b = FunctionBuilder::new(&mut self.context.func, &mut self.builder);
         let helper = b.import_signature(helper);
         let tail = b.import_signature(signature);
-        let b = JitEmit::new(b, plan, helper, tail).emit();
+        let (b, Emitted { links, insns }) = JitEmit::new(b, plan, helper, tail).emit();
         b.finalize(self.isa.frontend_config());
-        let code = self.finish()?;
+        let (code, relocations) = self.finish()?;
         if plan.blocks.len() > LARGE {
             self.context = Context::new();
         }
-        Ok(Compiled { code, nanos: start.elapsed().as_nanos() as u64 })
+        let mut compiled = Compiled { code, branches: Vec::new(), insns, addresses: Vec::new(), nanos: 0 };
+        for Relocation { offset, kind, namespace, index } in relocations {
+            match (namespace, kind) {
+                (name::LINK, Reloc::X86CallPCRel4 | Reloc::Arm64Call) => {
+                    compiled.branches.push(Branch { site: offset, to: links.get(index).copied() });
+                }
+                (name::LOOKUP, Reloc::X86CallPCRel4 | Reloc::Arm64Call) => {
+                    compiled.branches.push(Branch { site: offset, to: None });
+                }
+                (name::INSN, Reloc::Abs8) if index < compiled.insns.len() => compiled.addresses.push((offset, index)),
+                other => return Err(format!("relocation {other:?} at {offset}")),
+            }
+        }
+        compiled.nanos = start.elapsed().as_nanos() as u64;
+        Ok(compiled)
+    }
+
+    /// Compiles a function of one block, whose parameters `body` gets; it refers to nothing outside.
+    fn stub_function(
+        &mut self,
+        signature: Signature,
+        body: impl FnOnce(&mut FunctionBuilder<'_>, &[Value]),
+    ) -> Result<Vec<u8>, String> {
+        self.context.func = Function::with_name_signature(UserFuncName::default(), signature);
+        let mut b = FunctionBuilder::new(&mut self.context.func, &mut self.builder);
+        let block = b.create_block();
+        b.append_block_params_for_function_params(block);
+        b.switch_to_block(block);
+        let params = b.block_params(block).to_vec();
+        body(&mut b, &params);
+        b.seal_all_blocks();
+        b.finalize(self.isa.frontend_config());
+        match self.finish()? {
+            (code, relocations) if relocations.is_empty() => Ok(code),
+            (_, relocations) => Err(format!("{relocations:?}")),
+        }
     }
 
     /// `extern "C" fn(cpu, code)`: calls compiled code.
@@ -94,42 +151,71 @@ impl Compiler {
         let mut signature = Signature::new(CallConv::SystemV);
         signature.params.extend([AbiParam::new(I64); 2]);
         let region = self.region_signature();
-        self.context.func = Function::with_name_signature(UserFuncName::default(), signature);
-        let mut b = FunctionBuilder::new(&mut self.context.func, &mut self.builder);
-        let block = b.create_block();
-        b.append_block_params_for_function_params(block);
-        b.switch_to_block(block);
-        let (cpu, code) = (b.block_params(block)[0], b.block_params(block)[1]);
-        let region = b.import_signature(region);
-        b.ins().call_indirect(region, code, &[cpu]);
-        b.ins().return_(&[]);
-        b.seal_all_blocks();
-        b.finalize(self.isa.frontend_config());
-        self.finish()
+        self.stub_function(signature, |b, params| {
+            let region = b.import_signature(region);
+            b.ins().call_indirect(region, params[1], &[params[0]]);
+            b.ins().return_(&[]);
+        })
     }
 
     /// A region that returns at once.
     pub fn stub(&mut self) -> Result<Vec<u8>, String> {
-        self.context.func = Function::with_name_signature(UserFuncName::default(), self.region_signature());
-        let mut b = FunctionBuilder::new(&mut self.context.func, &mut self.builder);
-        let block = b.create_block();
-        b.append_block_params_for_function_params(block);
-        b.switch_to_block(block);
-        b.ins().return_(&[]);
-        b.seal_all_blocks();
-        b.finalize(self.isa.frontend_config());
-        self.finish()
+        self.stub_function(self.region_signature(), |b, _| {
+            b.ins().return_(&[]);
+        })
     }
 
-    fn finish(&mut self) -> Result<Vec<u8>, String> {
+    /// A region that goes where the jump cache says for RIP.
+    pub fn lookup(&mut self) -> Result<Vec<u8>, String> {
+        let signature = self.region_signature();
+        self.stub_function(signature.clone(), |b, params| {
+            let tail = b.import_signature(signature);
+            let rip = b.ins().load(I64, MemFlagsData::trusted(), params[0], offset_of!(Cpu, s.rip) as i32);
+            jump_by_cache(b, params[0], rip, tail);
+        })
+    }
+
+    /// Calls helper number `helper` and preserves every register but flags.
+    pub fn thunk(&mut self, helper: usize) -> Result<Vec<u8>, String> {
+        let callee = self.helper_signature(CallConv::SystemV);
+        self.stub_function(self.helper_signature(CallConv::PreserveAll), |b, params| {
+            let callee = b.import_signature(callee);
+            let at = offset_of!(Cpu, jit.helpers) + 8 * helper;
+            let f = b.ins().load(I64, MemFlagsData::trusted(), params[0], at as i32);
+            b.ins().call_indirect(callee, f, params);
+            b.ins().return_(&[]);
+        })
+    }
+
+    fn finish(&mut self) -> Result<(Vec<u8>, Vec<Relocation>), String> {
         let result = self.context.compile(&*self.isa, &mut ControlPlane::default());
         let code = match result {
-            // Code that refers to anything by a relocation would not be position independent.
-            Ok(c) if c.buffer.relocs().is_empty() => Ok(c.code_buffer().to_vec()),
-            Ok(c) => Err(format!("needs a library call: {:?}", c.buffer.relocs().first())),
+            Ok(c) => {
+                let code = c.code_buffer().to_vec();
+                let relocations = c.buffer.relocs().to_vec();
+                let names = relocations.iter().map(|r| relocation(&self.context.func, r));
+                names.collect::<Result<Vec<_>, _>>().map(|relocations| (code, relocations))
+            }
             Err(e) => Err(format!("{:?}", e.inner)),
         };
         self.context.clear();
         code
     }
+}
+
+/// A relocation whose target is one of our own names ([`name`]).
+#[derive(Debug)]
+struct Relocation {
+    offset: usize,
+    kind: Reloc,
+    namespace: u32,
+    index: usize,
+}
+
+fn relocation(f: &Function, r: &FinalizedMachReloc) -> Result<Relocation, String> {
+    let FinalizedRelocTarget::ExternalName(ExternalName::User(name)) = &r.target else {
+        return Err(format!("needs a library call: {r:?}"));
+    };
+    let name = &f.params.user_named_funcs()[*name];
+    Ok(Relocation { offset: r.offset as usize, kind: r.kind, namespace: name.namespace, index: name.index as usize })
 }

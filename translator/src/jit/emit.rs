@@ -10,17 +10,22 @@ use std::mem::offset_of;
 use cranelift_codegen::ir::condcodes::IntCC;
 use cranelift_codegen::ir::immediates::Offset32;
 use cranelift_codegen::ir::types::{I8, I8X16, I16, I32, I64, I64X2};
-use cranelift_codegen::ir::{Block, BlockArg, InstBuilder, MemFlagsData, SigRef, Type, Value};
+use cranelift_codegen::ir::{
+    Block, BlockArg, ExtFuncData, ExternalName, GlobalValueData, InstBuilder, InstructionData, MemFlagsData, Opcode,
+    SigRef, Type, UserExternalName, Value,
+};
 use cranelift_frontend::{FunctionBuilder, Variable};
 
 use crate::addr::PAGE_MASK;
 use crate::cpu::Cpu;
 use crate::emit::{Bin, Cmp, Cond, Emit, Flags, Un};
+use crate::eval;
 use crate::flags;
 use crate::insn::{Insn, Mode};
 use crate::jit::Unsupported;
 use crate::jit::frame::{lazy, reason};
-use crate::jit::region::Plan;
+use crate::jit::region::{End, Plan, RegionBlock};
+use crate::jit::usage::Regs;
 use crate::mmu::tlb::{TLB_ENTRIES, TlbEntry};
 use crate::state::seg;
 use crate::vcpu::{JUMP_ENTRIES, JumpEntry};
@@ -41,6 +46,25 @@ pub enum Helper {
     Fold,
 }
 
+/// What relocations of a region refer to: namespaces of its external names.
+pub mod name {
+    /// A direct branch out of the region to its page offset number `index` ([`super::Emitted::links`]).
+    pub const LINK: u32 = 0;
+    /// Code that finds the way from RIP by the jump cache.
+    pub const LOOKUP: u32 = 1;
+    /// The address of instruction number `index` of [`super::Emitted::insns`].
+    pub const INSN: u32 = 2;
+}
+
+/// What the code of a region refers to outside itself.
+#[derive(Default)]
+pub struct Emitted {
+    /// Page offsets that direct branches lead to.
+    pub links: Vec<u64>,
+    /// Instructions that helpers evaluate.
+    pub insns: Vec<Insn>,
+}
+
 /// What is known of the flags at a point of the emission.
 #[derive(Clone)]
 enum FlagVal {
@@ -52,14 +76,6 @@ enum FlagVal {
     Op(Flags<Value>, u64),
     /// Some were set by an operation, the others as before.
     Partial(Flags<Value>, u64, Box<FlagVal>),
-}
-
-/// Registers and flags that the CPU state does not have yet.
-#[derive(Clone, Copy, Default)]
-struct Dirty {
-    gpr: u16,
-    x: u16,
-    y: u16,
 }
 
 /// Emits one region.
@@ -75,15 +91,16 @@ pub struct JitEmit<'a> {
     y: [Option<Variable>; 16],
     /// Instruction pointer of the page's first byte.
     page_ip: Value,
-    /// Instructions completed since the region was entered, up to the current block.
-    count: Variable,
+    /// Instructions completed since the region was entered, up to the current block, if they are counted.
+    count: Option<Variable>,
     /// Cranelift blocks of the plan's blocks.
     blocks: Vec<Block>,
     /// Exit for "interpret the instruction at this offset": (offset, count).
     side_exit: Block,
     helper_sig: SigRef,
     tail_sig: SigRef,
-    dirty: Dirty,
+    /// Registers that the CPU state does not have yet.
+    dirty: Regs,
     flags: FlagVal,
     flags_dirty: bool,
     /// Page offset of the instruction being emitted, and how many of the block precede it.
@@ -97,6 +114,7 @@ pub struct JitEmit<'a> {
     rmw_host: Option<Value>,
     /// Whether the block has its terminator.
     ended: bool,
+    emitted: Emitted,
 }
 
 fn ty<W: Width>() -> Type {
@@ -134,40 +152,27 @@ macro_rules! at {
 }
 
 impl<'a> JitEmit<'a> {
-    /// Starts the function: loads the registers that the region uses and declares its blocks.
+    /// Starts the function: declares variables for the registers that the region uses, and its blocks.
     pub fn new(mut b: FunctionBuilder<'a>, plan: &'a Plan, helper_sig: SigRef, tail_sig: SigRef) -> JitEmit<'a> {
-        let entry = b.create_block();
-        b.append_block_params_for_function_params(entry);
-        b.switch_to_block(entry);
-        let cpu = b.block_params(entry)[0];
-        let used = plan.blocks.iter().fold((0u16, 0u16, 0u16), |u, block| {
-            let k = &block.usage;
-            (u.0 | k.gpr_read | k.gpr_written, u.1 | k.x_read | k.x_written, u.2 | k.y_read | k.y_written)
-        });
+        let start = b.create_block();
+        b.append_block_params_for_function_params(start);
+        b.switch_to_block(start);
+        let cpu = b.block_params(start)[0];
         let rip = b.ins().load(I64, aligned(), cpu, at!(s.rip));
         let page_ip = b.ins().band_imm_s(rip, !(PAGE_MASK as i64));
         let tlb = b.ins().load(I64, aligned(), cpu, at!(jit.tlb));
-        let count = b.declare_var(I64);
-        let zero = b.ins().iconst(I64, 0);
-        b.def_var(count, zero);
-        let mut variables = |mask: u16, t: Type, at: &dyn Fn(usize) -> i32| {
-            let mut vars = [None; 16];
-            for r in (0..16).filter(|r| mask >> r & 1 != 0) {
-                let v = b.declare_var(t);
-                let value = b.ins().load(t, plain(), cpu, at(r));
-                b.def_var(v, value);
-                vars[r] = Some(v);
-            }
-            vars
-        };
-        let gpr = variables(used.0, I64, &gpr_at);
-        let x = variables(used.1, I8X16, &x_at);
-        let y = variables(used.2, I8X16, &|r| x_at(r) + 16);
+        let count = plan.counted.then(|| b.declare_var(I64));
+        let used = plan.blocks.iter().fold(Regs::default(), |u, block| u.or(block.usage.used));
+        let mut variables =
+            |mask: u16, t: Type| std::array::from_fn(|r| (mask >> r & 1 != 0).then(|| b.declare_var(t)));
+        let (gpr, x, y) = (variables(used.gpr, I64), variables(used.x, I8X16), variables(used.y, I8X16));
         let blocks: Vec<Block> = plan.blocks.iter().map(|_| b.create_block()).collect();
         let side_exit = b.create_block();
         b.set_cold_block(side_exit);
         b.append_block_param(side_exit, I64);
-        b.append_block_param(side_exit, I64);
+        if plan.counted {
+            b.append_block_param(side_exit, I64);
+        }
         let mut e = JitEmit {
             b,
             plan,
@@ -182,7 +187,7 @@ impl<'a> JitEmit<'a> {
             side_exit,
             helper_sig,
             tail_sig,
-            dirty: Dirty::default(),
+            dirty: Regs::default(),
             flags: FlagVal::Memory,
             flags_dirty: false,
             off: plan.blocks[0].off,
@@ -191,15 +196,54 @@ impl<'a> JitEmit<'a> {
             flags_live_out: true,
             rmw_host: None,
             ended: false,
+            emitted: Emitted::default(),
         };
-        e.poll(plan.blocks[0].off as i64);
-        let first = e.blocks[0];
-        e.b.ins().jump(first, &[]);
+        let off = e.b.ins().band_imm_u(rip, PAGE_MASK as i64);
+        e.enter(off);
         e
     }
 
+    /// Leads to the entry that RIP's page offset names, and emits the entries.
+    fn enter(&mut self, off: Value) {
+        let dirty_in = dirty_on_entry(self.plan);
+        let live_in = live_on_entry(self.plan, &dirty_in);
+        let plan = self.plan;
+        let mut entries: Vec<(u64, usize, Block)> =
+            (0..).zip(&plan.blocks).filter(|(_, b)| b.entry).map(|(k, b)| (b.off, k, self.b.create_block())).collect();
+        entries.sort_by_key(|e| e.0);
+        self.choose(off, &entries);
+        for (off, k, entry) in entries {
+            self.b.switch_to_block(entry);
+            if let Some(count) = self.count {
+                let zero = self.b.ins().iconst(I64, 0);
+                self.b.def_var(count, zero);
+            }
+            self.load_registers(live_in[k]);
+            self.poll(off as i64);
+            let target = self.blocks[k];
+            self.b.ins().jump(target, &[]);
+        }
+    }
+
+    /// Branches to one of `entries`, which are sorted, by binary search.
+    fn choose(&mut self, off: Value, entries: &[(u64, usize, Block)]) {
+        let (low, high) = entries.split_at(entries.len() / 2);
+        let [(first, ..), ..] = *high else { return };
+        if low.is_empty() {
+            self.b.ins().jump(high[0].2, &[]);
+            return;
+        }
+        let (below, from) = (self.b.create_block(), self.b.create_block());
+        let is_below = self.b.ins().icmp_imm_u(IntCC::UnsignedLessThan, off, first as i64);
+        self.b.ins().brif(is_below, below, &[], from, &[]);
+        self.b.switch_to_block(below);
+        self.choose(off, low);
+        self.b.switch_to_block(from);
+        self.choose(off, high);
+    }
+
     /// Emits the whole region.
-    pub fn emit(mut self) -> FunctionBuilder<'a> {
+    pub fn emit(mut self) -> (FunctionBuilder<'a>, Emitted) {
         let plan = self.plan;
         let dirty_in = dirty_on_entry(plan);
         let live_in = flags_live_on_entry(plan);
@@ -211,8 +255,7 @@ impl<'a> JitEmit<'a> {
             self.flags = FlagVal::Memory;
             self.flags_dirty = false;
             self.ended = false;
-            self.flags_live_out = block.successors().count() == 0
-                || block.successors().any(|s| plan.find(s).is_none_or(|s| live_in[s] || s <= k));
+            self.flags_live_out = flags_live_behind(plan, &live_in, k, block);
             for (n, i) in block.insns.iter().enumerate() {
                 self.off = u64::from(i.off);
                 self.done = n as i64;
@@ -226,7 +269,7 @@ impl<'a> JitEmit<'a> {
         }
         self.finish_side_exit();
         self.b.seal_all_blocks();
-        self.b
+        (self.b, self.emitted)
     }
 
     fn instruction(&mut self, i: &Insn) {
@@ -249,7 +292,11 @@ impl<'a> JitEmit<'a> {
     fn helper_instruction(&mut self, i: &Insn) {
         self.write_through();
         self.store_flags();
-        let insn = self.b.ins().iconst(I64, std::ptr::from_ref(i) as i64);
+        let name = self.external(name::INSN, self.emitted.insns.len());
+        self.emitted.insns.push(*i);
+        let symbol = GlobalValueData::Symbol { name, offset: 0.into(), colocated: false, tls: false };
+        let symbol = self.b.create_global_value(symbol);
+        let insn = self.b.ins().symbol_value(I64, symbol);
         let page_ip = self.page_ip;
         self.call(Helper::Evaluate, insn, page_ip, None);
         let status = self.b.ins().load(I64, aligned(), self.cpu, at!(jit.exit_reason));
@@ -273,46 +320,58 @@ impl<'a> JitEmit<'a> {
             self.b.ins().return_(&[]);
             return;
         }
-        self.reload();
+        self.load_registers(Regs::ALL);
         self.flags = FlagVal::Memory;
         self.flags_dirty = false;
-        // The helper has counted the instruction already.
-        let count = self.b.use_var(self.count);
-        let count = self.b.ins().iadd_imm_s(count, -1);
-        self.b.def_var(self.count, count);
+        if let Some(var) = self.count {
+            // The helper has counted the instruction already.
+            let count = self.b.use_var(var);
+            let count = self.b.ins().iadd_imm_s(count, -1);
+            self.b.def_var(var, count);
+        }
     }
 
-    fn reload(&mut self) {
+    fn external(&mut self, namespace: u32, index: usize) -> ExternalName {
+        let name = UserExternalName::new(namespace, index as u32);
+        ExternalName::user(self.b.func.declare_imported_user_function(name))
+    }
+
+    /// Gives the variables of the registers in `set` the values that the CPU state has.
+    fn load_registers(&mut self, set: Regs) {
+        let cpu = self.cpu;
+        let mut load = |v: Option<Variable>, mask: u16, r: usize, t: Type, offset: i32| {
+            if let Some(v) = v.filter(|_| mask >> r & 1 != 0) {
+                let value = self.b.ins().load(t, plain(), cpu, offset);
+                self.b.def_var(v, value);
+            }
+        };
         for r in 0..16 {
-            if let Some(v) = self.gpr[r] {
-                let value = self.b.ins().load(I64, aligned(), self.cpu, gpr_at(r));
-                self.b.def_var(v, value);
-            }
-            if let Some(v) = self.x[r] {
-                let value = self.b.ins().load(I8X16, plain(), self.cpu, x_at(r));
-                self.b.def_var(v, value);
-            }
-            if let Some(v) = self.y[r] {
-                let value = self.b.ins().load(I8X16, plain(), self.cpu, x_at(r) + 16);
-                self.b.def_var(v, value);
-            }
+            load(self.gpr[r], set.gpr, r, I64, gpr_at(r));
+            load(self.x[r], set.x, r, I8X16, x_at(r));
+            load(self.y[r], set.y, r, I8X16, x_at(r) + 16);
         }
     }
 
     fn call(&mut self, helper: Helper, a: Value, b: Value, c: Option<Value>) {
-        let at = at!(jit.helpers) + 8 * helper as i32;
+        let at = at!(jit.thunks) + 8 * helper as i32;
         let f = self.b.ins().load(I64, aligned(), self.cpu, at);
         let c = c.unwrap_or(b);
         let cpu = self.cpu;
         self.b.ins().call_indirect(self.helper_sig, f, &[cpu, a, b, c]);
     }
 
-    /// Adds the instructions completed so far to the CPU's count.
+    /// Adds the instructions completed so far, and `extra`, to the CPU's count.
     fn add_count(&mut self, extra: i64) {
-        let count = self.b.use_var(self.count);
+        if let Some(var) = self.count {
+            let count = self.b.use_var(var);
+            let count = self.b.ins().iadd_imm_s(count, extra);
+            self.store_count(count);
+        }
+    }
+
+    fn store_count(&mut self, count: Value) {
         let total = self.b.ins().load(I64, aligned(), self.cpu, at!(jit.count));
         let total = self.b.ins().iadd(total, count);
-        let total = self.b.ins().iadd_imm_s(total, extra);
         self.b.ins().store(aligned(), total, self.cpu, at!(jit.count));
     }
 
@@ -337,7 +396,7 @@ impl<'a> JitEmit<'a> {
     /// Stores every dirty register on the hot path.
     fn write_through(&mut self) {
         self.store_dirty();
-        self.dirty = Dirty::default();
+        self.dirty = Regs::default();
     }
 
     /// Stores the flags if the CPU state does not have them.
@@ -434,23 +493,24 @@ impl<'a> JitEmit<'a> {
         if self.flags_dirty && !matches!(self.flags, FlagVal::Memory) {
             self.store_flags_copy();
         }
-        let off = self.b.ins().iconst(I64, self.off as i64);
-        let count = self.b.use_var(self.count);
-        let count = self.b.ins().iadd_imm_s(count, self.done - 1);
+        let mut arguments = vec![BlockArg::Value(self.b.ins().iconst(I64, self.off as i64))];
+        if let Some(var) = self.count {
+            let count = self.b.use_var(var);
+            arguments.push(BlockArg::Value(self.b.ins().iadd_imm_s(count, self.done - 1)));
+        }
         let side_exit = self.side_exit;
-        self.b.ins().jump(side_exit, &[BlockArg::Value(off), BlockArg::Value(count)]);
+        self.b.ins().jump(side_exit, &arguments);
     }
 
     fn finish_side_exit(&mut self) {
         let block = self.side_exit;
         self.b.switch_to_block(block);
-        let params = self.b.block_params(block);
-        let (off, count) = (params[0], params[1]);
+        let off = self.b.block_params(block)[0];
         let rip = self.ip_value(off);
         self.b.ins().store(aligned(), rip, self.cpu, at!(s.rip));
-        let total = self.b.ins().load(I64, aligned(), self.cpu, at!(jit.count));
-        let total = self.b.ins().iadd(total, count);
-        self.b.ins().store(aligned(), total, self.cpu, at!(jit.count));
+        if let Some(&count) = self.b.block_params(block).get(1) {
+            self.store_count(count);
+        }
         let why = self.b.ins().iconst(I64, reason::INTERPRET as i64);
         self.b.ins().store(aligned(), why, self.cpu, at!(jit.exit_reason));
         self.b.ins().return_(&[]);
@@ -485,24 +545,50 @@ impl<'a> JitEmit<'a> {
 
     /// Counts the current block's instructions, once per way out of it.
     fn count_block(&mut self) {
-        let count = self.b.use_var(self.count);
-        let count = self.b.ins().iadd_imm_s(count, self.done);
-        self.b.def_var(self.count, count);
+        if let Some(var) = self.count {
+            let count = self.b.use_var(var);
+            let count = self.b.ins().iadd_imm_s(count, self.done);
+            self.b.def_var(var, count);
+        }
     }
 
     /// Ends the current Cranelift block by going on at page offset `off`: in the region if it has a block there,
-    /// else through the jump cache. Flags are stored; `count` is up to date.
+    /// else by a direct branch. Flags are stored; `count` is up to date.
     fn edge(&mut self, off: i64) {
         if let Some(k) = self.plan.find(off) {
-            if k <= self.current {
-                self.poll(off);
-            }
-            let target = self.blocks[k];
-            self.b.ins().jump(target, &[]);
-        } else {
-            let rip = self.ip_at(off);
-            self.exit_to(rip);
+            return self.go_to_block(k);
         }
+        let rip = self.ip_at(off);
+        self.leave_to(rip);
+        let name = if (0..=PAGE_MASK as i64).contains(&off) {
+            let links = &mut self.emitted.links;
+            let index = links.iter().position(|&l| l == off as u64).unwrap_or_else(|| {
+                links.push(off as u64);
+                links.len() - 1
+            });
+            self.external(name::LINK, index)
+        } else {
+            self.external(name::LOOKUP, 0)
+        };
+        let target = ExtFuncData { name, signature: self.tail_sig, colocated: true, patchable: false };
+        let target = self.b.import_function(target);
+        let cpu = self.cpu;
+        self.b.ins().return_call(target, &[cpu]);
+    }
+
+    fn go_to_block(&mut self, k: usize) {
+        if k <= self.current {
+            self.poll(self.plan.blocks[k].off as i64);
+        }
+        let target = self.blocks[k];
+        self.b.ins().jump(target, &[]);
+    }
+
+    /// Stores what leaving the region for `rip` needs in the CPU state.
+    fn leave_to(&mut self, rip: Value) {
+        self.store_dirty();
+        self.b.ins().store(aligned(), rip, self.cpu, at!(s.rip));
+        self.add_count(0);
     }
 
     /// Goes on at a page offset unconditionally.
@@ -515,30 +601,20 @@ impl<'a> JitEmit<'a> {
         self.ended = true;
     }
 
-    /// Leaves the region for `rip` by the jump cache.
+    /// Leaves the region for a computed `rip` by the jump cache, unless a call in the region returns there.
     fn exit_to(&mut self, rip: Value) {
-        self.store_dirty();
-        self.b.ins().store(aligned(), rip, self.cpu, at!(s.rip));
-        self.add_count(0);
-        let salt = self.b.ins().load(I64, aligned(), self.cpu, at!(salt));
-        let key = self.b.ins().bxor(rip, salt);
-        let page = self.b.ins().ushr_imm_u(rip, 12);
-        let index = self.b.ins().bxor(rip, page);
-        let index = self.b.ins().band_imm_u(index, JUMP_ENTRIES as i64 - 1);
-        let index = self.b.ins().ishl_imm_u(index, i64::from(size_of::<JumpEntry>().trailing_zeros()));
-        let jump = self.b.ins().load(I64, aligned(), self.cpu, at!(jit.jump));
-        let entry = self.b.ins().iadd(jump, index);
-        let found = self.b.ins().load(I64, aligned(), entry, offset_of!(JumpEntry, key) as i32);
-        let hit = self.b.ins().icmp(IntCC::Equal, found, key);
-        let (go, out) = (self.b.create_block(), self.b.create_block());
-        self.b.set_cold_block(out);
-        self.b.ins().brif(hit, go, &[], out, &[]);
-        self.b.switch_to_block(go);
-        let code = self.b.ins().load(I64, aligned(), entry, offset_of!(JumpEntry, code) as i32);
-        let cpu = self.cpu;
-        self.b.ins().return_call_indirect(self.tail_sig, code, &[cpu]);
-        self.b.switch_to_block(out);
-        self.b.ins().return_(&[]);
+        let plan = self.plan;
+        for k in plan.blocks[self.current].guards.iter().filter_map(|&off| plan.find(off as i64)) {
+            let here = self.ip_at(plan.blocks[k].off as i64);
+            let hit = self.b.ins().icmp(IntCC::Equal, rip, here);
+            let (stay, go_on) = (self.b.create_block(), self.b.create_block());
+            self.b.ins().brif(hit, stay, &[], go_on, &[]);
+            self.b.switch_to_block(stay);
+            self.go_to_block(k);
+            self.b.switch_to_block(go_on);
+        }
+        self.leave_to(rip);
+        jump_by_cache(&mut self.b, self.cpu, rip, self.tail_sig);
     }
 
     // ---- memory ----
@@ -631,9 +707,30 @@ impl<'a> JitEmit<'a> {
         }
     }
 
+    /// The number that a value is known to be.
+    fn constant(&self, v: Value) -> Option<u64> {
+        let dfg = &self.b.func.dfg;
+        match dfg.insts[dfg.value_def(v).inst()?] {
+            InstructionData::UnaryImm { opcode: Opcode::Iconst, imm } => Some(imm.bits() as u64),
+            _ => None,
+        }
+    }
+
+    /// `x + k` as another value plus a constant, where `x` is such a sum itself.
+    fn reassociate(&self, x: Value, k: i64) -> (Value, i64) {
+        let dfg = &self.b.func.dfg;
+        let sum = dfg.value_def(x).inst().map(|i| dfg.insts[i]);
+        if let Some(InstructionData::Binary { opcode: Opcode::Iadd, args: [base, more] }) = sum
+            && let Some(more) = self.constant(more)
+        {
+            return (base, k.wrapping_add(more as i64));
+        }
+        (x, k)
+    }
+
     fn var(&self, vars: &[Option<Variable>; 16], r: u8) -> Variable {
         // Usage has seen every register that the semantics touch.
-        vars[usize::from(r & 15)].unwrap_or(self.count)
+        vars[usize::from(r & 15)].unwrap_or(Variable::from_u32(0))
     }
 
     /// Bitcasts a vector to another lane type.
@@ -643,23 +740,44 @@ impl<'a> JitEmit<'a> {
     }
 }
 
+/// Emits the way from `rip`, which the CPU state has, to the code that the jump cache knows for it; back to the
+/// dispatch loop if it knows none.
+pub fn jump_by_cache(b: &mut FunctionBuilder<'_>, cpu: Value, rip: Value, tail_sig: SigRef) {
+    let half = b.ins().ushr_imm_u(rip, 63);
+    let half = b.ins().ishl_imm_u(half, 3);
+    let half = b.ins().iadd(cpu, half);
+    let salt = b.ins().load(I64, aligned(), half, at!(salts));
+    let key = b.ins().bxor(rip, salt);
+    let page = b.ins().ushr_imm_u(rip, 12);
+    let index = b.ins().bxor(rip, page);
+    let index = b.ins().band_imm_u(index, JUMP_ENTRIES as i64 - 1);
+    let index = b.ins().ishl_imm_u(index, i64::from(size_of::<JumpEntry>().trailing_zeros()));
+    let jump = b.ins().load(I64, aligned(), cpu, at!(jit.jump));
+    let entry = b.ins().iadd(jump, index);
+    let found = b.ins().load(I64, aligned(), entry, offset_of!(JumpEntry, key) as i32);
+    let hit = b.ins().icmp(IntCC::Equal, found, key);
+    let (go, out) = (b.create_block(), b.create_block());
+    b.set_cold_block(out);
+    b.ins().brif(hit, go, &[], out, &[]);
+    b.switch_to_block(go);
+    let code = b.ins().load(I64, aligned(), entry, offset_of!(JumpEntry, code) as i32);
+    b.ins().return_call_indirect(tail_sig, code, &[cpu]);
+    b.switch_to_block(out);
+    b.ins().return_(&[]);
+}
+
 /// The registers that may be dirty on entry to each block: written on some path since the last write-through.
-fn dirty_on_entry(plan: &Plan) -> Vec<Dirty> {
-    let mut entry = vec![Dirty::default(); plan.blocks.len()];
+fn dirty_on_entry(plan: &Plan) -> Vec<Regs> {
+    let mut entry = vec![Regs::default(); plan.blocks.len()];
     loop {
         let mut changed = false;
         for (k, block) in plan.blocks.iter().enumerate() {
             let u = &block.usage;
-            let mut out = Dirty { gpr: u.gpr_dirty, x: u.x_dirty, y: u.y_dirty };
-            if !u.flushes {
-                let d = entry[k];
-                out = Dirty { gpr: out.gpr | d.gpr, x: out.x | d.x, y: out.y | d.y };
-            }
+            let out = if u.flushes { u.dirty } else { u.dirty.or(entry[k]) };
             for s in block.successors().filter_map(|s| plan.find(s)) {
-                let d = &mut entry[s];
-                let new = Dirty { gpr: d.gpr | out.gpr, x: d.x | out.x, y: d.y | out.y };
-                changed |= (new.gpr, new.x, new.y) != (d.gpr, d.x, d.y);
-                *d = new;
+                let new = entry[s].or(out);
+                changed |= new != entry[s];
+                entry[s] = new;
             }
         }
         if !changed {
@@ -668,17 +786,37 @@ fn dirty_on_entry(plan: &Plan) -> Vec<Dirty> {
     }
 }
 
+/// The registers whose values are needed on entry to each block. What may be dirty is stored somewhere behind, so it
+/// is needed too, on paths that did not write it as well.
+fn live_on_entry(plan: &Plan, dirty: &[Regs]) -> Vec<Regs> {
+    let mut live = dirty.to_vec();
+    loop {
+        let mut changed = false;
+        for (k, block) in plan.blocks.iter().enumerate().rev() {
+            let behind = block.successors().filter_map(|s| plan.find(s)).fold(Regs::default(), |l, s| l.or(live[s]));
+            let new = live[k].or(block.usage.read).or(behind.without(block.usage.written));
+            changed |= new != live[k];
+            live[k] = new;
+        }
+        if !changed {
+            return live;
+        }
+    }
+}
+
+/// Whether flags matter behind block `k`, given where they do on entry. A back edge polls for interrupts, which push
+/// the flags; an indirect branch may lead anywhere.
+fn flags_live_behind(plan: &Plan, live: &[bool], k: usize, block: &RegionBlock) -> bool {
+    block.end == End::Exit || block.successors().any(|s| plan.find(s).is_none_or(|s| live[s] || s <= k))
+}
+
 /// Whether the flags on entry to each block matter.
 fn flags_live_on_entry(plan: &Plan) -> Vec<bool> {
     let mut live = vec![false; plan.blocks.len()];
     loop {
         let mut changed = false;
         for (k, block) in plan.blocks.iter().enumerate().rev() {
-            let out = block.end == crate::jit::region::End::Exit
-                || block.successors().any(|s| {
-                    // A back edge polls for interrupts, which push the flags.
-                    plan.find(s).is_none_or(|s| live[s] || s <= k)
-                });
+            let out = flags_live_behind(plan, &live, k, block);
             let now = block.usage.flags_needed || (!block.usage.flags_killed && out);
             changed |= now != live[k];
             live[k] = now;
@@ -699,6 +837,9 @@ impl Emit for JitEmit<'_> {
     }
 
     fn bin<W: Width>(&mut self, op: Bin, x: Value, y: Value) -> Value {
+        if let Some(k) = self.constant(y) {
+            return self.bin_imm::<W>(op, x, k);
+        }
         let b = self.b.ins();
         match op {
             Bin::Add => b.iadd(x, y),
@@ -716,11 +857,20 @@ impl Emit for JitEmit<'_> {
     }
 
     fn bin_imm<W: Width>(&mut self, op: Bin, x: Value, k: u64) -> Value {
+        if let Some(a) = self.constant(x) {
+            return self.imm::<W>(eval::bin::<W>(op, a, W::zext(k)));
+        }
         let k = W::sext(k) as i64;
+        if k == 0 && !matches!(op, Bin::And | Bin::Mul) {
+            return x;
+        }
+        let (x, k) = match op {
+            Bin::Add | Bin::Sub => self.reassociate(x, if op == Bin::Add { k } else { k.wrapping_neg() }),
+            _ => (x, k),
+        };
         let b = self.b.ins();
         match op {
-            Bin::Add => b.iadd_imm_s(x, k),
-            Bin::Sub => b.iadd_imm_s(x, k.wrapping_neg()),
+            Bin::Add | Bin::Sub => b.iadd_imm_s(x, k),
             Bin::And => b.band_imm_s(x, k),
             Bin::Or => b.bor_imm_s(x, k),
             Bin::Xor => b.bxor_imm_s(x, k),
@@ -729,7 +879,11 @@ impl Emit for JitEmit<'_> {
             Bin::Sar => b.sshr_imm_u(x, k),
             Bin::Mul | Bin::Rotl | Bin::Rotr => {
                 let k = self.imm::<W>(k as u64);
-                self.bin::<W>(op, x, k)
+                match op {
+                    Bin::Mul => self.b.ins().imul(x, k),
+                    Bin::Rotl => self.b.ins().rotl(x, k),
+                    _ => self.b.ins().rotr(x, k),
+                }
             }
         }
     }
@@ -775,14 +929,23 @@ impl Emit for JitEmit<'_> {
             Cmp::Ltu => IntCC::UnsignedLessThan,
             Cmp::Lts => IntCC::SignedLessThan,
         };
+        if let (Some(x), Some(y)) = (self.constant(x), self.constant(y)) {
+            return self.imm::<W8>(eval::cmp::<W>(op, x, y).into());
+        }
         self.b.ins().icmp(cc, x, y)
     }
 
     fn select<W: Width>(&mut self, c: Value, x: Value, y: Value) -> Value {
+        if let Some(c) = self.constant(c) {
+            return if c != 0 { x } else { y };
+        }
         self.b.ins().select(c, x, y)
     }
 
     fn zext<F: Width, T: Width>(&mut self, x: Value) -> Value {
+        if let Some(k) = self.constant(x) {
+            return self.imm::<T>(k);
+        }
         self.resize(x, F::BYTES, T::BYTES)
     }
 

@@ -35,6 +35,9 @@ pub mod lazy {
     }
 }
 
+/// How many helpers there are ([`crate::jit::emit::Helper`]).
+pub const HELPERS: usize = 5;
+
 /// State shared with compiled code.
 #[repr(C)]
 #[derive(Debug, Default)]
@@ -61,8 +64,10 @@ pub struct JitFrame {
     pub lazy_b: u64,
     /// Deferred flags: result.
     pub lazy_r: u64,
-    /// Addresses of the helpers, so that compiled code is position independent.
-    pub helpers: [u64; 5],
+    /// Addresses of the helpers.
+    pub helpers: [u64; HELPERS],
+    /// Addresses of code that calls the helpers and preserves every register, which is what compiled code calls.
+    pub thunks: [u64; HELPERS],
     /// Slow paths taken, for statistics.
     pub slow_paths: u64,
     /// Instructions evaluated by helper, for statistics.

@@ -4,12 +4,13 @@
 use crate::addr::{PAGE_MASK, PAGE_SIZE};
 use crate::cpu::Cpu;
 use crate::insn::Insn;
-use crate::jit::frame::reason;
+use crate::jit::frame::{HELPERS, reason};
 
 impl Cpu {
     /// Points compiled code to the helpers and to what does not move.
-    pub fn connect_jit(&mut self, jump: u64) {
+    pub fn connect_jit(&mut self, jump: u64, thunks: [u64; HELPERS]) {
         self.jit.jump = jump;
+        self.jit.thunks = thunks;
         self.jit.kick = self.kick.as_ptr() as u64;
         self.jit.helpers = [
             load as *const () as u64,

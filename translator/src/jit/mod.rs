@@ -11,7 +11,9 @@ pub mod host;
 pub mod region;
 pub mod usage;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
+use std::hash::BuildHasherDefault;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -20,11 +22,13 @@ use dashmap::DashMap;
 use parking_lot::{Condvar, Mutex};
 
 use crate::addr::PAGE_MASK;
-use crate::code::{ArenaError, CodeArena, Slot};
+use crate::block::{AddressHasher, AddressMap};
+use crate::code::{ArenaError, CodeArena, HostIsa, Slot, add_link_cells, elide_frame};
 use crate::cpu::Cpu;
-use crate::insn::Mode;
+use crate::insn::{Insn, Mode};
 use crate::mem::GuestRam;
-use compile::{Compiled, Compiler};
+use compile::{Branch, Compiled, Compiler};
+use frame::HELPERS;
 use region::Plan;
 
 /// The compiler has no form of an instruction; the interpreter's evaluation is called instead.
@@ -36,17 +40,47 @@ pub const THRESHOLD: u32 = 400;
 /// Regions that may wait for a worker.
 const QUEUE: usize = 256;
 
-/// Where a region is: physical address of its entry and mode.
+/// Where guest code is: physical address and mode.
 pub type Key = (u64, u8);
 
+type RegionId = u64;
+
 /// A compiled region in the arena.
-pub struct Region {
+struct Region {
     slot: Slot,
-    /// Address of its code in the executable view.
-    pub code: u64,
+    page: u64,
     granules: u64,
-    /// Instructions that helpers evaluate are pointed to by the code.
-    _plan: Plan,
+    /// Where it may be entered, as far as no later region has taken its place there.
+    entries: Vec<Key>,
+    /// Its blocks.
+    blocks: Vec<Key>,
+    /// Its direct branches to other regions: what they lead to, and their sites in the arena.
+    branches: Vec<(Key, usize)>,
+    /// Instructions that helpers evaluate: the code has their addresses.
+    _insns: Box<[Insn]>,
+}
+
+/// The way into a region.
+#[derive(Clone, Copy)]
+struct Entry {
+    region: RegionId,
+    /// Address of its code in the executable view, for calls and computed jumps.
+    code: u64,
+    /// Offset in the arena that direct branches of other regions lead to.
+    tail: usize,
+}
+
+/// What the vCPU has to bring up to date after regions came or went.
+#[derive(Debug)]
+pub enum Change {
+    /// The block at the key has this code now; 0 for none.
+    Code(Key, u64),
+    /// The block at the key may become hot again.
+    Cool(Key),
+    /// No code is at these addresses any more.
+    Freed(Range<u64>),
+    /// These granules of the page hold translated code.
+    Mark(u64, u64),
 }
 
 /// What the compiler did, for statistics.
@@ -88,6 +122,13 @@ struct Pending {
     cancelled: bool,
 }
 
+/// A piece of code made once at the start.
+struct Stub {
+    _slot: Slot,
+    code: u64,
+    tail: usize,
+}
+
 /// Why there is no compiler.
 #[derive(Debug, thiserror::Error)]
 pub enum JitError {
@@ -105,17 +146,25 @@ pub enum JitError {
 /// The compiler and the code cache.
 pub struct Jit {
     arena: CodeArena,
-    regions: DashMap<Key, Region>,
-    by_page: HashMap<u64, Vec<Key>>,
+    entries: DashMap<Key, Entry, BuildHasherDefault<AddressHasher>>,
+    regions: AddressMap<RegionId, Region>,
+    by_page: AddressMap<u64, Vec<RegionId>>,
+    /// Sites of direct branches to a key, whether it has code now or not.
+    incoming: AddressMap<Key, Vec<usize>>,
     /// Regions by age, for eviction.
-    order: VecDeque<Key>,
-    pending: HashMap<u64, Pending>,
-    next_id: u64,
+    order: VecDeque<RegionId>,
+    pending: AddressMap<RegionId, Pending>,
+    next_id: RegionId,
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
-    enter: u64,
-    /// Code that returns to the dispatch loop at once: where jump-cache entries without a region lead.
-    pub stub: u64,
+    enter: Stub,
+    stub: Stub,
+    lookup: Stub,
+    thunks: Vec<Stub>,
+    /// What the vCPU has not been told yet.
+    pub changes: Vec<Change>,
+    /// Whether regions count the guest instructions they complete.
+    pub counted: bool,
     /// Statistics.
     pub counts: JitCounts,
 }
@@ -125,14 +174,18 @@ impl Jit {
     pub fn new(bytes: usize, workers: usize) -> Result<Jit, JitError> {
         let arena = CodeArena::new(bytes)?;
         let mut compiler = Compiler::new().map_err(JitError::Host)?;
-        let install = |code: &[u8]| -> Result<u64, JitError> {
+        let install = |code: Result<Vec<u8>, String>| -> Result<Stub, JitError> {
+            let code = code.map_err(JitError::Host)?;
             let mut slot = arena.alloc(code.len()).ok_or_else(|| JitError::Host("code memory is too small".into()))?;
-            arena.write(&mut slot, code)?;
+            arena.write(&mut slot, &code)?;
             arena.publish(&slot);
-            Ok(arena.exec_ptr(slot.offset()) as u64)
+            let tail = slot.offset() + elide_frame(&mut code.clone(), &[]).unwrap_or(0);
+            Ok(Stub { code: arena.exec_ptr(slot.offset()) as u64, tail, _slot: slot })
         };
-        let enter = install(&compiler.trampoline().map_err(JitError::Host)?)?;
-        let stub = install(&compiler.stub().map_err(JitError::Host)?)?;
+        let enter = install(compiler.trampoline())?;
+        let stub = install(compiler.stub())?;
+        let lookup = install(compiler.lookup())?;
+        let thunks = (0..HELPERS).map(|n| install(compiler.thunk(n))).collect::<Result<_, _>>()?;
         let shared = Arc::new(Shared {
             queue: Mutex::default(),
             work: Condvar::new(),
@@ -141,15 +194,21 @@ impl Jit {
         });
         let mut jit = Jit {
             arena,
-            regions: DashMap::new(),
-            by_page: HashMap::new(),
+            entries: DashMap::default(),
+            regions: AddressMap::default(),
+            by_page: AddressMap::default(),
+            incoming: AddressMap::default(),
             order: VecDeque::new(),
-            pending: HashMap::new(),
+            pending: AddressMap::default(),
             next_id: 0,
             shared,
             workers: Vec::new(),
             enter,
             stub,
+            lookup,
+            thunks,
+            changes: Vec::new(),
+            counted: true,
             counts: JitCounts::default(),
         };
         for _ in 0..workers.max(1) {
@@ -158,6 +217,16 @@ impl Jit {
             jit.workers.push(worker.map_err(JitError::Thread)?);
         }
         Ok(jit)
+    }
+
+    /// Code that returns to the dispatch loop at once: where jump-cache entries without a region lead.
+    pub fn stub(&self) -> u64 {
+        self.stub.code
+    }
+
+    /// Addresses of the code through which regions call helpers.
+    pub fn thunks(&self) -> [u64; HELPERS] {
+        std::array::from_fn(|n| self.thunks[n].code)
     }
 
     /// Whether code of this mode can be compiled.
@@ -194,34 +263,48 @@ impl Jit {
         }
     }
 
-    /// Installs what the workers have finished; calls `ready` with each region's key, code address and granules.
-    pub fn install(&mut self, mut ready: impl FnMut(Key, u64, u64)) {
+    /// Installs what the workers have finished; [`Self::changes`] says what that changed. No vCPU may be in compiled
+    /// code.
+    pub fn install(&mut self) {
         self.shared.any_done.store(false, Ordering::Relaxed);
         let done = std::mem::take(&mut *self.shared.done.lock());
         for (id, plan, result) in done {
             let cancelled = self.pending.remove(&id).is_none_or(|p| p.cancelled);
             match result {
-                _ if cancelled => self.counts.dropped += 1,
+                _ if cancelled => {
+                    self.counts.dropped += 1;
+                    self.changes.extend(plan.keys().map(Change::Cool));
+                }
                 Err(why) => {
                     tracing::warn!("region at {:#x} not compiled: {why}", plan.gpa);
                     self.counts.failed += 1;
                 }
                 Ok(compiled) => {
-                    let key = (plan.gpa, plan.mode.0);
-                    let granules = plan.granules;
-                    if let Some(code) = self.place(plan, &compiled) {
-                        ready(key, code, granules);
+                    if self.place(id, &plan, compiled).is_none() {
+                        tracing::warn!("region at {:#x} could not be linked", plan.gpa);
+                        self.counts.failed += 1;
                     }
                 }
             }
         }
     }
 
-    fn place(&mut self, plan: Plan, compiled: &Compiled) -> Option<u64> {
-        let key = (plan.gpa, plan.mode.0);
-        self.remove(key);
+    /// Puts a region into the arena and links it with the others.
+    fn place(&mut self, id: RegionId, plan: &Plan, compiled: Compiled) -> Option<()> {
+        let Compiled { mut code, branches, insns, addresses, nanos } = compiled;
+        let insns = insns.into_boxed_slice();
+        for (at, n) in addresses {
+            let address = std::ptr::from_ref(insns.get(n)?) as u64;
+            code.get_mut(at..at + 8)?.copy_from_slice(&address.to_le_bytes());
+        }
+        let sites: Vec<usize> = branches.iter().map(|b| b.site).collect();
+        let skip = match self.arena.isa() {
+            HostIsa::X86_64 => elide_frame(&mut code, &sites)?,
+            HostIsa::Aarch64 => 0,
+        };
+        let sites = add_link_cells(self.arena.isa(), &mut code, &sites)?;
         let mut slot = loop {
-            match self.arena.alloc(compiled.code.len()) {
+            match self.arena.alloc(code.len()) {
                 Some(slot) => break slot,
                 None => {
                     // Oldest first; what is still hot is compiled again.
@@ -231,32 +314,103 @@ impl Jit {
                 }
             }
         };
-        self.arena.write(&mut slot, &compiled.code).ok()?;
-        self.arena.publish(&slot);
-        let code = self.arena.exec_ptr(slot.offset()) as u64;
+        self.arena.write(&mut slot, &code).ok()?;
+        let start = slot.offset();
+        let page = plan.gpa & !PAGE_MASK;
+        let mut region = Region {
+            slot,
+            page,
+            granules: plan.granules,
+            entries: plan.entries().map(|off| (page | off, plan.mode.0)).collect(),
+            blocks: plan.keys().collect(),
+            branches: Vec::new(),
+            _insns: insns,
+        };
+        for (Branch { to, .. }, site) in branches.into_iter().zip(sites) {
+            let site = start + site;
+            let mut target = self.lookup.tail;
+            if let Some(off) = to {
+                let key = (page | off, plan.mode.0);
+                target = self.entries.get(&key).map_or(target, |e| e.tail);
+                self.incoming.entry(key).or_default().push(site);
+                region.branches.push((key, site));
+            }
+            self.arena.patch_branch(site, target);
+        }
+        self.arena.publish(&region.slot);
+        self.count(plan, code.len(), nanos);
+        let entry = Entry { region: id, code: self.arena.exec_ptr(start) as u64, tail: start + skip };
+        self.changes.extend(region.blocks.iter().copied().map(Change::Cool));
+        self.changes.push(Change::Mark(page, plan.granules));
+        self.by_page.entry(page).or_default().push(id);
+        self.order.push_back(id);
+        let entries = region.entries.clone();
+        self.regions.insert(id, region);
+        for key in entries {
+            self.link(key, Some(entry));
+        }
+        Some(())
+    }
+
+    fn count(&mut self, plan: &Plan, bytes: usize, nanos: u64) {
         self.counts.regions += 1;
         self.counts.region_blocks += plan.blocks.len() as u64;
         self.counts.guest_bytes += plan.guest_bytes();
-        self.counts.code_bytes += compiled.code.len() as u64;
-        self.counts.compile_nanos += compiled.nanos;
-        self.by_page.entry(plan.gpa & !PAGE_MASK).or_default().push(key);
-        self.order.push_back(key);
-        self.regions.insert(key, Region { slot, code, granules: plan.granules, _plan: plan });
-        Some(code)
+        self.counts.code_bytes += bytes as u64;
+        self.counts.compile_nanos += nanos;
     }
 
-    /// The code of a region, if it is compiled.
-    pub fn find(&self, key: Key) -> Option<u64> {
-        self.regions.get(&key).map(|r| r.code)
-    }
-
-    fn remove(&mut self, key: Key) {
-        let Some((_, region)) = self.regions.remove(&key) else { return };
-        self.arena.free(region.slot);
-        self.order.retain(|&k| k != key);
-        if let Some(list) = self.by_page.get_mut(&(key.0 & !PAGE_MASK)) {
-            list.retain(|&k| k != key);
+    /// Makes `entry` what runs at a key, for the dispatch loop and for the direct branches that lead there. A region
+    /// that thereby loses its last entry goes.
+    fn link(&mut self, key: Key, entry: Option<Entry>) {
+        let old = match entry {
+            Some(entry) => self.entries.insert(key, entry),
+            None => self.entries.remove(&key).map(|(_, e)| e),
+        };
+        self.changes.push(Change::Code(key, entry.map_or(0, |e| e.code)));
+        let target = entry.map_or(self.lookup.tail, |e| e.tail);
+        for &site in self.incoming.get(&key).into_iter().flatten() {
+            self.arena.patch_branch(site, target);
         }
+        if let Some(old) = old.filter(|_| entry.is_some())
+            && let Some(region) = self.regions.get_mut(&old.region)
+        {
+            region.entries.retain(|&k| k != key);
+            if region.entries.is_empty() {
+                self.remove(old.region);
+            }
+        }
+    }
+
+    /// The code of the region that may be entered at a key, if there is one.
+    pub fn find(&self, key: Key) -> Option<u64> {
+        self.entries.get(&key).map(|e| e.code)
+    }
+
+    fn remove(&mut self, id: RegionId) {
+        let Some(region) = self.regions.remove(&id) else { return };
+        for key in region.entries {
+            self.link(key, None);
+        }
+        for (key, site) in region.branches {
+            if let Some(sites) = self.incoming.get_mut(&key) {
+                sites.retain(|&s| s != site);
+                if sites.is_empty() {
+                    self.incoming.remove(&key);
+                }
+            }
+        }
+        self.changes.extend(region.blocks.into_iter().map(Change::Cool));
+        self.order.retain(|&r| r != id);
+        if let Some(list) = self.by_page.get_mut(&region.page) {
+            list.retain(|&r| r != id);
+            if list.is_empty() {
+                self.by_page.remove(&region.page);
+            }
+        }
+        let start = self.arena.exec_ptr(region.slot.offset()) as u64;
+        self.changes.push(Change::Freed(start..start + region.slot.len() as u64));
+        self.arena.free(region.slot);
     }
 
     /// Drops the regions, compiled or queued, that touch `granules` of a page. No vCPU may be in compiled code.
@@ -264,12 +418,12 @@ impl Jit {
         for p in self.pending.values_mut().filter(|p| p.page == page && p.granules & granules != 0) {
             p.cancelled = true;
         }
-        let Some(keys) = self.by_page.get(&page).cloned() else { return };
-        for key in keys {
-            if self.regions.get(&key).is_some_and(|r| r.granules & granules != 0) {
-                self.remove(key);
-                self.counts.invalidated += 1;
-            }
+        let here = self.by_page.get(&page).into_iter().flatten();
+        let gone: Vec<RegionId> =
+            here.copied().filter(|id| self.regions.get(id).is_some_and(|r| r.granules & granules != 0)).collect();
+        for id in gone {
+            self.remove(id);
+            self.counts.invalidated += 1;
         }
     }
 
@@ -277,8 +431,8 @@ impl Jit {
     pub fn mark(&self, page: Option<u64>, ram: &GuestRam) {
         let pages: Vec<u64> = page.map_or_else(|| self.by_page.keys().copied().collect(), |p| vec![p]);
         for page in pages {
-            for key in self.by_page.get(&page).into_iter().flatten() {
-                if let Some(r) = self.regions.get(key) {
+            for id in self.by_page.get(&page).into_iter().flatten() {
+                if let Some(r) = self.regions.get(id) {
                     ram.mark_code(page, r.granules);
                 }
             }
@@ -291,7 +445,7 @@ impl Jit {
         // SAFETY: `enter` is the trampoline that this compiler built and published, with this signature; `code` is
         // the entry of a live region or the stub. Both only touch the CPU state behind the pointer, guest RAM through
         // soft-TLB entries, and the helpers.
-        let enter: extern "C" fn(*mut Cpu, u64) = unsafe { std::mem::transmute(self.enter as usize) };
+        let enter: extern "C" fn(*mut Cpu, u64) = unsafe { std::mem::transmute(self.enter.code as usize) };
         enter(cpu, code);
     }
 }

@@ -11,6 +11,9 @@ pub const MAX_BLOCKS: usize = 40;
 /// The most instructions in a region.
 pub const MAX_INSNS: usize = 400;
 
+/// The most places that a return is compared with before it takes the jump cache.
+const MAX_GUARDS: usize = 3;
+
 /// How control leaves a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
@@ -34,6 +37,12 @@ pub struct RegionBlock {
     pub end: End,
     /// What its instructions do.
     pub usage: Usage,
+    /// Page offset that a call at the end returns to.
+    pub returns_to: Option<u64>,
+    /// Page offsets in the region that a return at the end is expected to lead to.
+    pub guards: Vec<u64>,
+    /// Whether the region may be entered here.
+    pub entry: bool,
 }
 
 impl RegionBlock {
@@ -50,7 +59,7 @@ impl RegionBlock {
             End::Branch(taken, next) => (Some(taken), Some(next as i64)),
             End::Exit => (None, None),
         };
-        a.into_iter().chain(b)
+        a.into_iter().chain(b).chain(self.guards.iter().map(|&off| off as i64))
     }
 }
 
@@ -64,6 +73,8 @@ pub struct Plan {
     pub blocks: Vec<RegionBlock>,
     /// Granules of the page that the region's bytes lie in.
     pub granules: u64,
+    /// Whether the code shall count the guest instructions it completes.
+    pub counted: bool,
 }
 
 impl Plan {
@@ -77,13 +88,38 @@ impl Plan {
         self.blocks.iter().map(|b| b.end_off() - b.off).sum()
     }
 
-    /// Grows a region from the block at `gpa` along direct edges to blocks of the same page that have run too.
-    pub fn grow(cache: &BlockCache, gpa: u64, mode: Mode) -> Option<Plan> {
+    /// Page offsets that calls of functions in the region return to, if the region has them.
+    fn expected_returns(&self) -> Vec<u64> {
+        let inside = |off: u64| self.find(off as i64).is_some();
+        let calls = self.blocks.iter().filter(|b| b.successors().any(|s| self.find(s).is_some()));
+        calls.filter_map(|b| b.returns_to).filter(|&off| inside(off)).take(MAX_GUARDS).collect()
+    }
+
+    /// Page offsets of blocks that loops come back to: where code that the region lacks is likely to join it again.
+    fn loop_heads(&self) -> Vec<u64> {
+        let back = |(k, b): (usize, &RegionBlock)| b.successors().filter_map(move |s| self.find(s)).find(|&s| s <= k);
+        self.blocks.iter().enumerate().filter_map(back).map(|k| self.blocks[k].off).collect()
+    }
+
+    /// Where its blocks are.
+    pub fn keys(&self) -> impl Iterator<Item = (u64, u8)> {
+        self.blocks.iter().map(|b| (self.gpa & !PAGE_MASK | b.off, self.mode.0))
+    }
+
+    /// Page offsets of the blocks that the region may be entered at.
+    pub fn entries(&self) -> impl Iterator<Item = u64> {
+        self.blocks.iter().filter(|b| b.entry).map(|b| b.off)
+    }
+
+    /// Grows a region from the block at `gpa` along direct edges to blocks of the same page that have run too, up to
+    /// where other regions begin. Behind a call the region goes on, with an entry for the return.
+    pub fn grow(cache: &BlockCache, gpa: u64, mode: Mode, counted: bool) -> Option<Plan> {
         let page = gpa & !PAGE_MASK;
         let seed = cache.get(cache.find(gpa, mode)?);
         let warm = seed.heat / 16;
-        let mut plan = Plan { gpa, mode, blocks: Vec::new(), granules: 0 };
+        let mut plan = Plan { gpa, mode, blocks: Vec::new(), granules: 0, counted };
         let mut insns = 0;
+        let mut returns = Vec::new();
         let mut queue = std::collections::VecDeque::from([(gpa & PAGE_MASK) as i64]);
         while let Some(off) = queue.pop_front() {
             if plan.blocks.len() >= MAX_BLOCKS || insns >= MAX_INSNS {
@@ -94,14 +130,27 @@ impl Plan {
             }
             let Some(id) = cache.find(page | off as u64, mode) else { continue };
             let block = cache.get(id);
-            if block.next_page.is_some() || (block.heat < warm && !plan.blocks.is_empty()) {
+            let first = plan.blocks.is_empty();
+            if block.next_page.is_some() || (!first && (block.heat < warm || block.code != 0)) {
                 continue;
             }
             let block = region_block(block);
             plan.granules |= granule_mask(block.off, block.end_off() - block.off);
             insns += block.insns.len();
             queue.extend(block.successors());
+            if let Some(next) = block.returns_to {
+                queue.push_back(next as i64);
+                returns.push(next);
+            }
             plan.blocks.push(block);
+        }
+        let guards = plan.expected_returns();
+        let loops = plan.loop_heads();
+        for (k, block) in plan.blocks.iter_mut().enumerate() {
+            block.entry = k == 0 || returns.contains(&block.off) || loops.contains(&block.off);
+            if block.insns.last().is_some_and(is_return) {
+                block.guards.clone_from(&guards);
+            }
         }
         (!plan.blocks.is_empty()).then_some(plan)
     }
@@ -115,7 +164,8 @@ fn region_block(block: &Block) -> RegionBlock {
         use_of(i, &mut usage);
     }
     let end = insns.last().map_or(End::Exit, |last| end_of(last, block.mode));
-    RegionBlock { off: start, insns, end, usage }
+    let returns_to = insns.last().filter(|last| is_call(last)).map(Insn::next_off);
+    RegionBlock { off: start, insns, end, usage, returns_to, guards: Vec::new(), entry: false }
 }
 
 /// Adds what one instruction does; one that only helpers can evaluate reads and writes everything.
@@ -125,9 +175,7 @@ pub fn use_of(i: &Insn, usage: &mut Usage) {
         return;
     }
     *usage = before;
-    usage.flush();
-    usage.gpr_read = u16::MAX;
-    usage.flags_killed = true;
+    usage.by_helper();
 }
 
 fn end_of(last: &Insn, mode: Mode) -> End {
@@ -144,6 +192,15 @@ fn end_of(last: &Insn, mode: Mode) -> End {
         FlowControl::Next if !last.sem.ends => End::Fall(next),
         _ => End::Exit,
     }
+}
+
+fn is_call(i: &Insn) -> bool {
+    use iced_x86::FlowControl;
+    matches!(i.iced_code().flow_control(), FlowControl::Call | FlowControl::IndirectCall)
+}
+
+fn is_return(i: &Insn) -> bool {
+    i.iced_code().mnemonic() == iced_x86::Mnemonic::Ret && i.sem.jit.is_some()
 }
 
 fn is_near(k: iced_x86::OpCodeOperandKind) -> bool {

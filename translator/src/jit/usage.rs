@@ -6,27 +6,55 @@ use crate::insn::Insn;
 use crate::jit::Unsupported;
 use crate::width::Width;
 
+/// A set of registers, one bit each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Regs {
+    /// General-purpose registers.
+    pub gpr: u16,
+    /// XMM registers: the low 128 bits of vector registers.
+    pub x: u16,
+    /// Bits 255:128 of vector registers.
+    pub y: u16,
+}
+
+impl Regs {
+    /// Every register.
+    pub const ALL: Regs = Regs { gpr: u16::MAX, x: u16::MAX, y: u16::MAX };
+
+    /// The registers in either set.
+    pub fn or(self, other: Regs) -> Regs {
+        Regs { gpr: self.gpr | other.gpr, x: self.x | other.x, y: self.y | other.y }
+    }
+
+    /// The registers of this set that the other does not have.
+    pub fn without(self, other: Regs) -> Regs {
+        Regs { gpr: self.gpr & !other.gpr, x: self.x & !other.x, y: self.y & !other.y }
+    }
+
+    fn gpr(r: u8) -> Regs {
+        Regs { gpr: 1 << (r & 15), ..Regs::default() }
+    }
+
+    fn x(r: u8) -> Regs {
+        Regs { x: 1 << (r & 15), ..Regs::default() }
+    }
+
+    fn y(r: u8) -> Regs {
+        Regs { y: 1 << (r & 15), ..Regs::default() }
+    }
+}
+
 /// What a run of instructions does to registers and flags.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// General-purpose registers read or partly written.
-    pub gpr_read: u16,
-    /// General-purpose registers written.
-    pub gpr_written: u16,
-    /// XMM registers (low 128 bits) read.
-    pub x_read: u16,
-    /// XMM registers written.
-    pub x_written: u16,
-    /// Upper YMM halves read.
-    pub y_read: u16,
-    /// Upper YMM halves written.
-    pub y_written: u16,
+    /// Registers read or partly written before they are written in full.
+    pub read: Regs,
+    /// Registers that get a new value.
+    pub written: Regs,
+    /// Registers that compiled code needs a variable for.
+    pub used: Regs,
     /// Registers written since the last point where state is written through.
-    pub gpr_dirty: u16,
-    /// XMM registers written since then.
-    pub x_dirty: u16,
-    /// Upper YMM halves written since then.
-    pub y_dirty: u16,
+    pub dirty: Regs,
     /// Whether state is written through anywhere.
     pub flushes: bool,
     /// Whether the flags on entry matter: read, or visible at a possible fault, before all are overwritten.
@@ -44,7 +72,26 @@ impl Usage {
     pub fn flush(&mut self) {
         self.flushes = true;
         self.need_flags();
-        (self.gpr_dirty, self.x_dirty, self.y_dirty) = (0, 0, 0);
+        self.dirty = Regs::default();
+    }
+
+    /// An instruction that only a helper can evaluate: it works on the CPU state, so that every register is fresh
+    /// behind it and none is needed in a variable before.
+    pub fn by_helper(&mut self) {
+        self.flush();
+        self.written = Regs::ALL;
+        self.flags_killed = true;
+    }
+
+    fn note_read(&mut self, r: Regs) {
+        self.used = self.used.or(r);
+        self.read = self.read.or(r.without(self.written));
+    }
+
+    fn note_write(&mut self, r: Regs) {
+        self.used = self.used.or(r);
+        self.written = self.written.or(r);
+        self.dirty = self.dirty.or(r);
     }
 }
 
@@ -68,39 +115,33 @@ impl Emit for Usage {
         Ok(((), ()))
     }
     fn gpr<W: Width>(&mut self, r: u8) {
-        self.gpr_read |= 1 << (r & 15);
+        self.note_read(Regs::gpr(r));
     }
     fn set_gpr<W: Width>(&mut self, r: u8, _: ()) {
-        let bit = 1 << (r & 15);
         if W::BITS < 32 {
-            self.gpr_read |= bit;
+            self.note_read(Regs::gpr(r));
         }
-        self.gpr_written |= bit;
-        self.gpr_dirty |= bit;
+        self.note_write(Regs::gpr(r));
     }
     fn gpr_high(&mut self, r: u8) {
-        self.gpr_read |= 1 << (r & 3);
+        self.note_read(Regs::gpr(r & 3));
     }
     fn set_gpr_high(&mut self, r: u8, _: ()) {
-        let bit = 1 << (r & 3);
-        self.gpr_read |= bit;
-        self.gpr_written |= bit;
-        self.gpr_dirty |= bit;
+        self.note_read(Regs::gpr(r & 3));
+        self.note_write(Regs::gpr(r & 3));
     }
     fn seg_base(&mut self, _: u8) {}
     fn xmm(&mut self, r: u8) {
-        self.x_read |= 1 << (r & 15);
+        self.note_read(Regs::x(r));
     }
     fn set_xmm(&mut self, r: u8, _: ()) {
-        self.x_written |= 1 << (r & 15);
-        self.x_dirty |= 1 << (r & 15);
+        self.note_write(Regs::x(r));
     }
     fn ymm_high(&mut self, r: u8) {
-        self.y_read |= 1 << (r & 15);
+        self.note_read(Regs::y(r));
     }
     fn set_ymm_high(&mut self, r: u8, _: ()) {
-        self.y_written |= 1 << (r & 15);
-        self.y_dirty |= 1 << (r & 15);
+        self.note_write(Regs::y(r));
     }
     fn x_imm(&mut self, _: u128) {}
     fn x_low(&mut self, _: ()) {}

@@ -21,7 +21,7 @@ const CODE_ENTRIES: usize = 256;
 /// One translation for instruction fetch.
 #[derive(Clone, Copy)]
 struct CodeEntry {
-    /// Page address combined with the address-space salt ([`Cpu::salt`]).
+    /// Page address combined with the address-space salt ([`Cpu::code_key`]).
     key: u64,
     gpa_page: u64,
 }
@@ -36,6 +36,9 @@ pub struct Mmu {
     /// One bit per hash of a linear page that an instruction was fetched from since the jump cache was last emptied:
     /// INVLPG of any other page leaves the jump cache alone.
     fetched: [u64; 16],
+    /// Whether instructions were fetched in the upper half through a translation that is not global: what is keyed by
+    /// such an address holds in this address space only.
+    private_upper: bool,
     /// Counters for statistics.
     pub counts: MmuCounts,
 }
@@ -59,6 +62,7 @@ impl Mmu {
             code: Box::new([CodeEntry { key: EMPTY, gpa_page: 0 }; CODE_ENTRIES]),
             pdpte: [0; 4],
             fetched: [0; 16],
+            private_upper: false,
             counts: MmuCounts::default(),
         }
     }
@@ -394,7 +398,7 @@ impl Cpu {
     /// The physical address of an instruction byte, or the fault that fetching it raises.
     #[inline]
     pub fn translate_code(&mut self, linear: u64) -> Result<u64, Trap> {
-        let key = (linear & !PAGE_MASK) ^ self.salt;
+        let key = self.code_key(linear & !PAGE_MASK);
         let e = self.mmu.code[(linear >> 12) as usize & (CODE_ENTRIES - 1)];
         if e.key == key {
             return Ok(e.gpa_page | linear & PAGE_MASK);
@@ -413,7 +417,8 @@ impl Cpu {
         let (word, bit) = Mmu::fetched_bit(linear);
         self.mmu.fetched[word] |= bit;
         self.mmu.code[(linear >> 12) as usize & (CODE_ENTRIES - 1)] =
-            CodeEntry { key: (linear & !PAGE_MASK) ^ self.salt, gpa_page: w.gpa & !PAGE_MASK };
+            CodeEntry { key: self.code_key(linear & !PAGE_MASK), gpa_page: w.gpa & !PAGE_MASK };
+        self.mmu.private_upper |= linear >> 63 != 0 && !w.global;
         Ok(w.gpa)
     }
 
@@ -421,6 +426,7 @@ impl Cpu {
     pub(crate) fn flush_code_translations(&mut self) {
         self.mmu.code.fill(CodeEntry { key: EMPTY, gpa_page: 0 });
         self.mmu.fetched = [0; 16];
+        self.mmu.private_upper = false;
         self.flush_jump_cache = true;
         self.stop_block = true;
     }
@@ -465,7 +471,7 @@ impl Cpu {
     }
 
     fn after_tag_change(&mut self, flush: JumpFlush) {
-        if flush == JumpFlush::All {
+        if flush == JumpFlush::All || self.mmu.private_upper {
             self.flush_code_translations();
         }
         self.mode_changed();
