@@ -114,8 +114,13 @@ impl Engine {
         for state in warm {
             self.run(state);
         }
-        let entry = self.gpa();
-        self.vcpu.blocks.for_each_in(self.page, |b| b.heat = THRESHOLD - u32::from(b.gpa == entry));
+        let (entry, mode) = (self.gpa(), self.vcpu.cpu.mode);
+        for at in entry..entry + self.len {
+            if let Some(id) = self.vcpu.blocks.find(at, mode) {
+                // The entry asks for a region the next time it is interpreted, and the others belong to it.
+                self.vcpu.blocks.get_mut(id).heat = if at == entry { THRESHOLD - 1 } else { THRESHOLD / 2 };
+            }
+        }
         let (entries, deadline) = (self.vcpu.counts.entries, Instant::now() + Duration::from_secs(60));
         loop {
             self.run(&warm[0]);
