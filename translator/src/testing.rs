@@ -14,6 +14,8 @@ pub(crate) mod forms;
 mod integer;
 #[cfg(target_arch = "x86_64")]
 mod native;
+#[cfg(target_arch = "x86_64")]
+mod sequences;
 
 use std::sync::Arc;
 

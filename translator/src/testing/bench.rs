@@ -9,6 +9,20 @@ use super::engine::Engine;
 use super::native::Native;
 use crate::state::flag;
 
+/// A state to run code from, and the flags that are undefined behind it, or where it faults.
+pub(crate) struct Case {
+    pub before: Machine,
+    pub undefined: u64,
+    pub undefined_at_fault: u64,
+}
+
+impl Case {
+    /// Of a single instruction: one that faults changes no flags.
+    pub(crate) fn single(before: Machine, undefined: u64) -> Case {
+        Case { before, undefined, undefined_at_fault: 0 }
+    }
+}
+
 /// The three of them.
 pub(crate) struct Bench {
     host: Native,
@@ -22,24 +36,28 @@ impl Bench {
         Some(Bench { host: Native::take()?, interpreter: Engine::new(false), compiler: Engine::new(true) })
     }
 
-    /// Runs code from each state, with the flags that are undefined after it. The processor says what is right, but
-    /// the engines must agree in everything. Describes the first difference.
-    pub(crate) fn check(&mut self, code: &[u8], states: &[(Machine, u64)]) -> Result<(), String> {
-        if states.is_empty() {
-            return Ok(());
+    /// Runs code from each state. The processor says what is right, but the engines must agree in what is undefined,
+    /// too. Says how many completed without a fault, or describes the first difference.
+    pub(crate) fn check(&mut self, code: &[u8], cases: &[Case]) -> Result<usize, String> {
+        if cases.is_empty() {
+            return Ok(0);
         }
-        let warm: Vec<Machine> = states.iter().take(3).map(|(m, _)| m.clone()).collect();
+        let mut completed = 0;
+        let warm: Vec<Machine> = cases.iter().take(3).map(|c| c.before.clone()).collect();
         self.host.load(code);
         self.interpreter.load(code, &[]);
         self.compiler.load(code, &warm);
-        for (before, undefined) in states {
-            let expected = normal(self.host.run(before), *undefined);
+        for Case { before, undefined, undefined_at_fault } in cases {
+            let expected = self.host.run(before);
+            completed += usize::from(expected.fault.is_none());
+            let undefined = if expected.fault.is_some() { *undefined_at_fault } else { *undefined };
+            let expected = normal(expected, undefined);
             let interpreted = self.interpreter.run(before);
             let compiled = self.compiler.run(before);
             compare(before, "interpreted", "compiled", &normal(interpreted.clone(), 0), &normal(compiled, 0))?;
-            compare(before, "processor", "interpreted", &expected, &normal(interpreted, *undefined))?;
+            compare(before, "processor", "interpreted", &expected, &normal(interpreted, undefined))?;
         }
-        Ok(())
+        Ok(completed)
     }
 }
 

@@ -3,7 +3,7 @@
 
 use iced_x86::{Code, CpuidFeature, EncodingKind, FlowControl, Instruction, Mnemonic, OpCodeOperandKind, OpKind};
 
-use super::bench::{Bench, host_has};
+use super::bench::{Bench, Case, host_has};
 use super::forms::{self, Choice};
 use super::integer::undefined;
 use super::{ABSENT, DATA, DATA_LEN, Fpu, Machine, READ_ONLY, Random};
@@ -211,15 +211,15 @@ fn as_the_processor_does() {
             skipped.insert(format!("{f:?}"));
             return;
         }
-        let states: Vec<_> = (0..16)
+        let cases: Vec<_> = (0..16)
             .filter_map(|_| {
                 let m = state(r, i);
                 let undefined = undefined(i, m.gpr[1])?;
-                Some((m, undefined))
+                Some(Case::single(m, undefined))
             })
             .collect();
         compared += 1;
-        if let Err(e) = bench.check(bytes, &states) {
+        if let Err(e) = bench.check(bytes, &cases) {
             failures.push(format!("{:?}: {i} ({bytes:02x?})\n{e}", i.code()));
         }
     });

@@ -3,7 +3,7 @@
 
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, Register, RflagsBits};
 
-use super::bench::{Bench, host_has};
+use super::bench::{Bench, Case, host_has};
 use super::{DATA, DATA_LEN, INSN, Machine, Random, TAKEN};
 use crate::state::flag;
 
@@ -230,7 +230,7 @@ enum Place {
 
 /// A form of operands: register numbers, the second one or a memory operand.
 #[derive(Clone, Copy)]
-struct Operands {
+pub(super) struct Operands {
     reg: u8,
     rm: u8,
     place: Option<Place>,
@@ -485,7 +485,7 @@ fn short_address(i: &Instruction) -> bool {
 }
 
 /// Calls `f` with every form of every row.
-fn each(r: &mut Random, mut f: impl FnMut(&mut Random, &str, Operands, &[u8], &Instruction)) {
+pub(super) fn each(r: &mut Random, mut f: impl FnMut(&mut Random, &str, Operands, &[u8], &Instruction)) {
     let rows = generated();
     let rows = TABLE.iter().copied().chain(rows.iter().map(|(row, sizes)| (row.as_str(), *sizes)));
     for (row, sizes) in rows {
@@ -518,15 +518,15 @@ fn as_the_processor_does() {
             skipped.insert(format!("{f:?}"));
             return;
         }
-        let states: Vec<_> = (0..24)
+        let cases: Vec<_> = (0..24)
             .filter_map(|_| {
                 let before = before(r, i, form);
                 let undefined = undefined(i, before.gpr[1])?;
-                Some((before, undefined))
+                Some(Case::single(before, undefined))
             })
             .collect();
-        compared += states.len();
-        if let Err(e) = bench.check(code, &states) {
+        compared += cases.len();
+        if let Err(e) = bench.check(code, &cases) {
             failures.push(format!("{row}: {i} ({code:02x?})\n{e}"));
         }
     });
