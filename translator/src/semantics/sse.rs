@@ -631,7 +631,7 @@ fn arith(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
 fn dot(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     let b = read_x(cpu, i, 1, true)?;
     let a = read_x(cpu, i, 0, true)?;
-    let r = with_fp(cpu, |env| fp::dot(env, fmt_of(i.aux), a, b, i.imm as u8))?;
+    let [r] = with_fp(cpu, |env| fp::dot(env, fmt_of(i.aux), [a], [b], i.imm as u8))?;
     write_x(cpu, i, 0, r, false)
 }
 

@@ -52,7 +52,9 @@ fn comparable(code: Code) -> bool {
     // A bit offset from a register reaches any address; integer.rs bounds it.
     let bit_string = matches!(code.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc)
         && !o.op_kinds().contains(&imm8);
-    !excepted && !segment && !bit_string
+    // Intel's processors read 16 bits, AMD's 32; integer.rs has it where both can be read.
+    let narrow = code == Code::Movsxd_r16_rm16;
+    !excepted && !segment && !bit_string && !narrow
 }
 
 /// A quadword of anything: numbers that floating point finds ordinary or special, edges, random bits.
@@ -211,7 +213,7 @@ fn as_the_processor_does() {
             skipped.insert(format!("{f:?}"));
             return;
         }
-        let cases: Vec<_> = (0..16)
+        let cases: Vec<_> = (0..32)
             .filter_map(|_| {
                 let m = state(r, i);
                 let undefined = undefined(i, m.gpr[1])?;

@@ -3,7 +3,7 @@
 //! are written back late, and faults in the middle of compiled code.
 
 use iced_x86::{
-    CpuidFeature, Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, Register,
+    Code, CpuidFeature, Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, Register,
     RflagsBits,
 };
 
@@ -52,7 +52,13 @@ fn part(code: &[u8], i: &Instruction, info: &mut InstructionInfoFactory) -> Opti
     }
     // RIP-relative operands and others that lead astray somewhere else; a stack pointer that others need; state that
     // processors treat in their own ways.
-    if i.is_ip_rel_memory_operand() || matches!(i.mnemonic(), Xlatb | Leave | Enter | Pushf | Pushfq | Lahf | Cpuid) {
+    if i.is_ip_rel_memory_operand()
+        || matches!(i.mnemonic(), Xlatb | Maskmovdqu | Vmaskmovdqu | Leave | Enter | Pushf | Pushfq | Lahf | Cpuid)
+    {
+        return None;
+    }
+    // AMD's processors read 32 bits of memory.
+    if i.code() == Code::Movsxd_r16_rm16 {
         return None;
     }
     if i.memory_displ_size() == 8 || matches!(i.mnemonic(), Bt | Bts | Btr | Btc) && i.memory_size().size() != 0 {

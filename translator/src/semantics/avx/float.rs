@@ -81,7 +81,14 @@ fn round(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
 
 fn dot(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     let (a, b) = sources(cpu, i)?;
-    let r = each(cpu, is_wide(i, 0), |env, n| fp::dot(env, fmt_of(i.aux), a[n], b[n], i.imm as u8))?;
+    let (f, imm, wide) = (fmt_of(i.aux), i.imm as u8, is_wide(i, 0));
+    let r = with_fp(cpu, |env| {
+        if wide {
+            return fp::dot(env, f, a, b, imm);
+        }
+        let [r] = fp::dot(env, f, [a[0]], [b[0]], imm);
+        [r, 0]
+    })?;
     write(cpu, i, r)
 }
 

@@ -507,7 +507,7 @@ pub(super) fn convert(env: &mut FpEnv, from: Format, to: Format, a: u64, mode: M
 /// denormals for zeros and flushes tiny results.
 pub(super) fn reciprocal(a: u64) -> u64 {
     let f = SINGLE;
-    let x = unpack(&FpEnv { mxcsr: DAZ }, f, a);
+    let x = unpack(&FpEnv::new(DAZ), f, a);
     match x.class {
         Class::Zero => f.signed(x.neg, f.infinity()),
         Class::Infinity => f.signed(x.neg, 0),
@@ -519,7 +519,7 @@ pub(super) fn reciprocal(a: u64) -> u64 {
 /// 1/√a truncated to 13 bits: within the bound of 1.5·2⁻¹² that RSQRTPS promises; otherwise as [`reciprocal`].
 pub(super) fn reciprocal_sqrt(a: u64) -> u64 {
     let f = SINGLE;
-    let x = unpack(&FpEnv { mxcsr: DAZ }, f, a);
+    let x = unpack(&FpEnv::new(DAZ), f, a);
     match x.class {
         Class::Zero => f.signed(x.neg, f.infinity()),
         Class::Quiet | Class::Signaling => a | f.quiet(),
@@ -541,5 +541,5 @@ fn approximate(neg: bool, exp: i32, sig: u128) -> u64 {
     if exp + 127 < 1 - SINGLE.bias() {
         return SINGLE.signed(neg, 0);
     }
-    round_pack(&mut FpEnv { mxcsr: MASKS }, SINGLE, Mode::Zero, neg, exp, sig)
+    round_pack(&mut FpEnv::new(MASKS), SINGLE, Mode::Zero, neg, exp, sig)
 }
