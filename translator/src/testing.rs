@@ -16,6 +16,8 @@ mod integer;
 mod native;
 #[cfg(target_arch = "x86_64")]
 mod sequences;
+#[cfg(target_arch = "x86_64")]
+mod undefined;
 
 use std::sync::Arc;
 
