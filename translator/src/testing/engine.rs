@@ -75,7 +75,7 @@ impl Engine {
         s.seg = [Segment { base: 0, limit: u32::MAX, attr: 0xc0f3, selector: USER_DATA }; 6];
         s.seg[usize::from(seg::CS)] = Segment { attr: 0xa0fb, selector: USER_CODE, ..s.seg[0] };
         s.cpl = 3;
-        s.cr0 |= cr::CR0_WP | cr::CR0_NE | cr::CR0_MP;
+        s.cr0 |= cr::CR0_WP | cr::CR0_AM | cr::CR0_NE | cr::CR0_MP;
         s.cr4 |= cr::CR4_OSXSAVE | cr::CR4_FSGSBASE;
         s.xcr0 = 7;
         s.rip = INSN;

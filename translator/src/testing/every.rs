@@ -141,6 +141,9 @@ pub(super) fn state(r: &mut Random, i: &Instruction) -> Machine {
         (gpr[0], gpr[1], gpr[2]) = (r.below(18), r.below(70), r.below(18));
     }
     let mut m = Machine::new(gpr, r.u64() & flag::STATUS | 0x202, data);
+    if r.below(6) == 0 {
+        m.flags |= flag::AC;
+    }
     m.ymm = std::array::from_fn(|_| std::array::from_fn(|_| word(r)));
     if r.below(2) == 0 {
         m.ymm[3] = [r.below(70), 0, 0, 0];

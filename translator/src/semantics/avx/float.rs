@@ -139,6 +139,7 @@ fn to_half(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
         let ea = cpu.ea(i);
         let bytes = u64::from(i.mem_bytes);
         let linear = cpu.linearize(i.seg, ea, bytes, true)?;
+        cpu.check_alignment(linear, bytes)?;
         cpu.probe_write(linear, bytes)?;
         Some(linear)
     } else {

@@ -9,6 +9,7 @@ use crate::exception::Trap;
 use crate::insn::{Insn, NO_REG, Opnd};
 use crate::semantics::{Sem, interp, sse};
 use crate::simd::wide::Ymm;
+use crate::state::seg;
 use crate::width::{W32, W64};
 
 /// The semantics of a gather, masked move or MXCSR access.
@@ -55,7 +56,9 @@ fn is_set(mask: Ymm, bytes: usize, n: usize) -> bool {
 
 fn load_element(cpu: &mut Cpu, i: &Insn, bytes: usize, ea: u64) -> Result<u64, Trap> {
     let ea = cpu.cut_address(i, ea);
-    if bytes == 4 { cpu.load::<W32>(i, i.seg, ea) } else { cpu.load::<W64>(i, i.seg, ea) }
+    let linear = cpu.linearize(i.seg, ea, bytes as u64, false)?;
+    cpu.through_ss = i.seg == seg::SS;
+    if bytes == 4 { cpu.load_element::<W32>(linear) } else { cpu.load_element::<W64>(linear) }
 }
 
 /// VMASKMOVPS and its kin: elements whose mask is clear are neither accessed nor able to fault.
@@ -84,7 +87,7 @@ fn masked_move(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     for n in chosen {
         let linear = address(cpu, n)?;
         let x = element(v, bytes, n);
-        if bytes == 4 { cpu.store_linear::<W32>(linear, x)? } else { cpu.store_linear::<W64>(linear, x)? }
+        if bytes == 4 { cpu.store_element::<W32>(linear, x)? } else { cpu.store_element::<W64>(linear, x)? }
     }
     Ok(())
 }
