@@ -5,6 +5,8 @@
 //! [`Emit::trap_if`], …) before it changes architectural state: both evaluators rely on that for precise faults.
 
 use crate::insn::{Insn, Opnd};
+use crate::simd::fp::{CvtOp, FmaKind, FpFmt, FpOp};
+use crate::simd::{VecImmOp, VecOp, VecTerOp, VecUnOp};
 use crate::width::{W8, W32, W64, Width};
 
 /// Two-operand integer operations. Shift and rotate counts are taken modulo the width.
@@ -126,6 +128,14 @@ pub enum Flags<V> {
         /// Zero flag, 0 or 1.
         zf: V,
     },
+    /// A comparison of floating-point numbers, none of which is a NaN: CF = less, ZF = equal, the rest clear; 0/1
+    /// bytes (W8).
+    Ordered {
+        /// Whether the first is less.
+        less: V,
+        /// Whether they are equal.
+        equal: V,
+    },
     /// The lazy words themselves ([`crate::state::CpuState`]), 64-bit.
     Raw {
         /// `cc_z`.
@@ -159,6 +169,58 @@ pub enum Cond {
     Le,
     G,
 }
+
+/// An operation on 128-bit lanes that neither faults nor touches flags ([`crate::simd`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LaneOp {
+    /// Of the first operand.
+    One(VecUnOp),
+    /// Of the first two operands.
+    Two(VecOp),
+    /// Of the first two operands and an immediate.
+    Immediate(VecImmOp, u8),
+    /// Of three operands.
+    Three(VecTerOp),
+}
+
+/// A floating-point operation on 128-bit lanes, under MXCSR ([`crate::simd::fp`], where operands are named).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FpCall {
+    /// Arithmetic on `a` and `b`.
+    Arith(FpOp, FpFmt),
+    /// A comparison of `a` and `b` by a predicate.
+    Compare(FpFmt, u8),
+    /// Rounding of `b` to integral values.
+    Round(FpFmt, u8),
+    /// Dot product of `a` and `b`.
+    Dot(FpFmt, u8),
+    /// Fused multiply-add of `a`, `b` and `c`; a scalar one keeps the rest of `dst`.
+    Fused(FmaKind, FpFmt),
+    /// Conversion of `b`.
+    Convert(CvtOp),
+    /// VCVTPS2PH of `b`.
+    ToHalf(u8),
+}
+
+/// The operands of one lane of a floating-point operation.
+#[allow(missing_docs)]
+#[derive(Clone, Copy, Debug)]
+pub struct FpArgs<X> {
+    pub a: X,
+    pub b: X,
+    pub c: X,
+    pub dst: X,
+}
+
+impl<X: Copy> FpArgs<X> {
+    /// Operands of an operation on two.
+    pub fn two(a: X, b: X) -> FpArgs<X> {
+        FpArgs { a, b, c: b, dst: a }
+    }
+}
+
+/// A low lane, and the high one where there is one.
+pub type LowHigh<X> = (X, Option<X>);
 
 /// An evaluator of instruction semantics.
 ///
@@ -227,6 +289,28 @@ pub trait Emit: Sized {
     /// A vector from its 64-bit halves.
     fn x_make(&mut self, low: Self::V, high: Self::V) -> Self::X;
 
+    /// A lane operation.
+    fn lane(&mut self, op: LaneOp, a: Self::X, b: Self::X, c: Self::X) -> Result<Self::X, Self::Trap>;
+    /// The sign bits of the lane's elements of `bytes` bytes each, lowest first (64-bit value).
+    fn signs(&mut self, x: Self::X, bytes: u8) -> Self::V;
+
+    // ---- floating point ----
+
+    /// A floating-point operation on the low lane, and on the high one where it is given. Exceptions are recorded in
+    /// MXCSR; an unmasked one raises #XM.
+    fn fp(
+        &mut self,
+        op: FpCall,
+        low: FpArgs<Self::X>,
+        high: Option<FpArgs<Self::X>>,
+    ) -> Result<LowHigh<Self::X>, Self::Trap>;
+    /// Compares the low elements of `a` and `b` and sets the flags as (U)COMISS and (U)COMISD do.
+    fn fp_comi(&mut self, fmt: FpFmt, quiet: bool, a: Self::X, b: Self::X) -> Result<(), Self::Trap>;
+    /// An integer of 64 bits if `wide`, else 32, as the low element; the rest of `a` is kept.
+    fn fp_from_int(&mut self, fmt: FpFmt, wide: bool, a: Self::X, v: Self::V) -> Result<Self::X, Self::Trap>;
+    /// The low element of `b` as an integer of 64 bits if `wide`, else 32 zero-extended.
+    fn fp_to_int(&mut self, fmt: FpFmt, wide: bool, truncate: bool, b: Self::X) -> Result<Self::V, Self::Trap>;
+
     // ---- flags ----
 
     /// Records what the instruction did to the flags.
@@ -245,15 +329,18 @@ pub trait Emit: Sized {
     /// Loads `W` that the same instruction will store back: write permission is checked first, so that a fault is
     /// reported as a write, and a locked access is atomic with its [`Emit::store`].
     fn load_rmw<W: Width>(&mut self, i: &Insn, seg: u8, ea: Self::V) -> Result<Self::V, Self::Trap>;
-    /// Checks that `bytes` at `ea` of segment `i.seg` may be written, before the first of several stores.
+    /// Checks that `W` may be stored, without storing: before the stores of an instruction that has several.
+    fn check_store<W: Width>(&mut self, i: &Insn, ea: Self::V) -> Result<(), Self::Trap>;
+    /// Checks that `bytes` at `ea` of segment `i.seg` may be stored, before the first of several stores.
     #[inline(always)]
     fn probe_write(&mut self, i: &Insn, ea: Self::V, bytes: u64) -> Result<(), Self::Trap> {
         // Enough for an evaluator that leaves faults to the interpreter: the first store finds out about the rest.
         let last = self.bin_imm::<W64>(Bin::Add, ea, bytes - 1);
         let last = self.cut_address(i, last);
-        self.load_rmw::<W8>(i, i.seg, last)?;
-        Ok(())
+        self.check_store::<W8>(i, last)
     }
+    /// Loads `W` into the low end of a vector, zeros above.
+    fn load_x_low<W: Width>(&mut self, i: &Insn, ea: Self::V) -> Result<Self::X, Self::Trap>;
     /// Loads 16 bytes; `aligned` raises #GP for a misaligned address.
     fn load_x(&mut self, i: &Insn, ea: Self::V, aligned: bool) -> Result<Self::X, Self::Trap>;
     /// Stores 16 bytes; `aligned` raises #GP for a misaligned address.

@@ -2,11 +2,13 @@
 
 use crate::addr::is_canonical;
 use crate::cpu::Cpu;
-use crate::emit::{Bin, Cmp, Cond, Emit, Flags, Un};
+use crate::emit::{Bin, Cmp, Cond, Emit, Flags, FpArgs, FpCall, LaneOp, Un};
 use crate::exception::{Exception, Trap, vector};
 use crate::flags;
 use crate::insn::{Insn, Mode};
-use crate::state::seg;
+use crate::simd;
+use crate::simd::fp::{self, FpEnv, FpFmt};
+use crate::state::{cr, flag, seg};
 use crate::width::{W16, W32, W64, Width};
 
 /// A two-operand operation on numbers.
@@ -36,6 +38,43 @@ pub fn cmp<W: Width>(op: Cmp, a: u64, b: u64) -> bool {
         Cmp::Ne => a != b,
         Cmp::Ltu => a < b,
         Cmp::Lts => (W::sext(a) as i64) < W::sext(b) as i64,
+    }
+}
+
+/// A floating-point operation on one lane of numbers.
+fn fp_lane(env: &mut FpEnv, op: FpCall, FpArgs { a, b, c, dst }: FpArgs<u128>) -> u128 {
+    match op {
+        FpCall::Arith(op, fmt) => fp::fp(env, op, fmt, a, b),
+        FpCall::Compare(fmt, predicate) => fp::compare(env, fmt, a, b, predicate),
+        FpCall::Round(fmt, imm) => fp::round(env, fmt, a, b, imm),
+        FpCall::Dot(fmt, imm) => {
+            let [r] = fp::dot(env, fmt, [a], [b], imm);
+            r
+        }
+        FpCall::Fused(kind, fmt) => fp::fma(env, kind, fmt, dst, a, b, c),
+        FpCall::Convert(op) => fp::convert(env, op, a, b),
+        FpCall::ToHalf(imm) => fp::to_half(env, b, imm),
+    }
+}
+
+impl Cpu {
+    /// Evaluates under the guest's MXCSR, recording exception flags; an unmasked exception raises #XM.
+    pub(crate) fn with_fp<T>(&mut self, f: impl FnOnce(&mut FpEnv) -> T) -> Result<T, Trap> {
+        let mut env = FpEnv::new(self.s.mxcsr);
+        if env.all_masked() {
+            env.load();
+            let v = f(&mut env);
+            env.unload();
+            self.s.mxcsr = env.mxcsr;
+            return Ok(v);
+        }
+        let v = env.trapping(f);
+        self.s.mxcsr = env.mxcsr;
+        match v {
+            Some(v) => Ok(v),
+            None if self.s.cr4 & cr::CR4_OSXMMEXCPT != 0 => Err(self.raise(Exception::plain(vector::XM))),
+            None => Err(self.ud()),
+        }
     }
 }
 
@@ -181,6 +220,49 @@ impl Emit for Cpu {
         u128::from(low) | u128::from(high) << 64
     }
 
+    fn lane(&mut self, op: LaneOp, a: u128, b: u128, c: u128) -> Result<u128, Trap> {
+        Ok(match op {
+            LaneOp::One(op) => simd::eval_unary(op, a),
+            LaneOp::Two(op) => simd::eval(op, a, b),
+            LaneOp::Immediate(op, imm) => simd::eval_imm(op, a, b, imm),
+            LaneOp::Three(op) => simd::eval_ternary(op, a, b, c),
+        })
+    }
+
+    fn signs(&mut self, x: u128, bytes: u8) -> u64 {
+        u64::from(match bytes {
+            1 => simd::flags::pmovmskb(x),
+            4 => simd::flags::movmskps(x),
+            _ => simd::flags::movmskpd(x),
+        })
+    }
+
+    fn fp(&mut self, op: FpCall, low: FpArgs<u128>, high: Option<FpArgs<u128>>) -> Result<(u128, Option<u128>), Trap> {
+        self.with_fp(|env| match (op, high) {
+            // Its steps end in both lanes before the next begin.
+            (FpCall::Dot(fmt, imm), Some(high)) => {
+                let [low, high] = fp::dot(env, fmt, [low.a, high.a], [low.b, high.b], imm);
+                (low, Some(high))
+            }
+            _ => (fp_lane(env, op, low), high.map(|args| fp_lane(env, op, args))),
+        })
+    }
+
+    fn fp_comi(&mut self, fmt: FpFmt, quiet: bool, a: u128, b: u128) -> Result<(), Trap> {
+        let r = self.with_fp(|env| fp::comi(env, fmt, quiet, a, b))?;
+        let bit = |on: bool, f: u64| if on { f } else { 0 };
+        self.s.set_status(bit(r.zf, flag::ZF) | bit(r.pf, flag::PF) | bit(r.cf, flag::CF));
+        Ok(())
+    }
+
+    fn fp_from_int(&mut self, fmt: FpFmt, wide: bool, a: u128, v: u64) -> Result<u128, Trap> {
+        self.with_fp(|env| fp::from_int(env, fmt, wide, a, v))
+    }
+
+    fn fp_to_int(&mut self, fmt: FpFmt, wide: bool, truncate: bool, b: u128) -> Result<u64, Trap> {
+        self.with_fp(|env| fp::to_int(env, fmt, wide, truncate, b))
+    }
+
     #[inline(always)]
     fn set_flags<W: Width>(&mut self, f: Flags<u64>) {
         let (z, sp, co) = flags::materialise::<Self, W>(self, f);
@@ -220,11 +302,21 @@ impl Emit for Cpu {
         self.load_linear_rmw::<W>(linear)
     }
 
+    fn check_store<W: Width>(&mut self, i: &Insn, ea: u64) -> Result<(), Trap> {
+        let linear = self.linearize(i.seg, ea, W::BYTES, true)?;
+        Cpu::probe_write(self, linear, W::BYTES)
+    }
+
     fn probe_write(&mut self, i: &Insn, ea: u64, bytes: u64) -> Result<(), Trap> {
         let linear = self.linearize(i.seg, ea, bytes, true)?;
         self.through_ss = i.seg == seg::SS;
         self.check_alignment(linear, bytes.min(16))?;
         Cpu::probe_write(self, linear, bytes)
+    }
+
+    #[inline(always)]
+    fn load_x_low<W: Width>(&mut self, i: &Insn, ea: u64) -> Result<u128, Trap> {
+        Ok(self.load::<W>(i, i.seg, ea)?.into())
     }
 
     #[inline(always)]

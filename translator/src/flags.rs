@@ -59,6 +59,14 @@ pub fn materialise<E: Emit, W: Width>(e: &mut E, f: Flags<E::V>) -> (E::V, E::V,
             let z = e.bin_imm::<W8>(Bin::Xor, zf, 1);
             (e.zext::<W8, W64>(z), sp, co)
         }
+        Flags::Ordered { less, equal } => {
+            let z = e.bin_imm::<W8>(Bin::Xor, equal, 1);
+            let z = e.zext::<W8, W64>(z);
+            let odd = e.imm::<W64>(1);
+            let zero = e.imm::<W8>(0);
+            let co = carry_overflow(e, less, zero);
+            (z, odd, co)
+        }
         Flags::Raw { z, sp, co } => (z, sp, co),
     }
 }
@@ -204,6 +212,10 @@ pub fn fused<E: Emit, W: Width>(e: &mut E, f: &Flags<E::V>, c: Cond) -> Option<E
             | Flags::Result { r, .. },
             Cond::E,
         ) => e.is_zero::<W>(r),
+        (Flags::Ordered { less, .. }, Cond::B) => less,
+        (Flags::Ordered { equal, .. }, Cond::E) => equal,
+        (Flags::Ordered { less, equal }, Cond::Be) => e.or::<W8>(less, equal),
+        (Flags::Ordered { .. }, Cond::P) => e.imm::<W8>(0),
         (Flags::Result { cf, .. } | Flags::CfOf { cf, .. } | Flags::Cf { cf }, Cond::B) => cf,
         (Flags::Result { of, .. } | Flags::CfOf { of, .. }, Cond::O) => of,
         _ => return None,

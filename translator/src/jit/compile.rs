@@ -58,6 +58,9 @@ pub struct Compiler {
 impl Compiler {
     /// A compiler for this host.
     pub fn new() -> Result<Compiler, String> {
+        if let Some(missing) = host::lacks() {
+            return Err(format!("it has no {missing}"));
+        }
         let mut flags = settings::builder();
         let settings = [
             ("opt_level", "none"),

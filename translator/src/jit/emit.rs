@@ -18,7 +18,7 @@ use cranelift_frontend::{FunctionBuilder, Variable};
 
 use crate::addr::PAGE_MASK;
 use crate::cpu::Cpu;
-use crate::emit::{Bin, Cmp, Cond, Emit, Flags, Un};
+use crate::emit::{Bin, Cmp, Cond, Emit, Flags, FpArgs, FpCall, LaneOp, Un};
 use crate::eval;
 use crate::flags;
 use crate::insn::{Insn, Mode};
@@ -27,6 +27,7 @@ use crate::jit::frame::{lazy, reason};
 use crate::jit::region::{End, Plan, RegionBlock};
 use crate::jit::usage::Regs;
 use crate::mmu::tlb::{TLB_ENTRIES, TlbEntry};
+use crate::simd::fp::FpFmt;
 use crate::state::seg;
 use crate::vcpu::{JUMP_ENTRIES, JumpEntry};
 use crate::width::{W8, W16, W32, W64, Width};
@@ -44,6 +45,8 @@ pub enum Helper {
     Evaluate,
     /// Fold deferred flags into their words.
     Fold,
+    /// Make the guest's MXCSR the host's.
+    LoadFp,
 }
 
 /// What relocations of a region refer to: namespaces of its external names.
@@ -114,6 +117,8 @@ pub struct JitEmit<'a> {
     rmw_host: Option<Value>,
     /// Whether the block has its terminator.
     ended: bool,
+    /// Whether the host's MXCSR is the guest's at this point.
+    pub(super) fp_ready: bool,
     emitted: Emitted,
 }
 
@@ -196,6 +201,7 @@ impl<'a> JitEmit<'a> {
             flags_live_out: true,
             rmw_host: None,
             ended: false,
+            fp_ready: false,
             emitted: Emitted::default(),
         };
         let off = e.b.ins().band_imm_u(rip, PAGE_MASK as i64);
@@ -255,6 +261,7 @@ impl<'a> JitEmit<'a> {
             self.flags = FlagVal::Memory;
             self.flags_dirty = false;
             self.ended = false;
+            self.fp_ready = false;
             self.flags_live_out = flags_live_behind(plan, &live_in, k, block);
             for (n, i) in block.insns.iter().enumerate() {
                 self.off = u64::from(i.off);
@@ -274,7 +281,7 @@ impl<'a> JitEmit<'a> {
 
     fn instruction(&mut self, i: &Insn) {
         // The instruction may turn out to have no compiled form halfway: what it emitted so far has no effect then.
-        let saved = (self.dirty, self.flags.clone(), self.flags_dirty);
+        let saved = (self.dirty, self.flags.clone(), self.flags_dirty, self.fp_ready);
         if let Some(f) = i.sem.jit {
             self.done += 1;
             let result = f(self, i);
@@ -284,7 +291,7 @@ impl<'a> JitEmit<'a> {
             }
         }
         // Flushes emitted meanwhile are harmless to repeat.
-        (self.dirty, self.flags, self.flags_dirty) = saved;
+        (self.dirty, self.flags, self.flags_dirty, self.fp_ready) = saved;
         self.helper_instruction(i);
     }
 
@@ -321,6 +328,7 @@ impl<'a> JitEmit<'a> {
             return;
         }
         self.load_registers(Regs::ALL);
+        self.fp_ready = false;
         self.flags = FlagVal::Memory;
         self.flags_dirty = false;
         if let Some(var) = self.count {
@@ -352,7 +360,12 @@ impl<'a> JitEmit<'a> {
         }
     }
 
-    fn call(&mut self, helper: Helper, a: Value, b: Value, c: Option<Value>) {
+    /// A word of the CPU at an offset.
+    pub(super) fn load_frame(&mut self, offset: usize) -> Value {
+        self.b.ins().load(I64, aligned(), self.cpu, offset as i32)
+    }
+
+    pub(super) fn call(&mut self, helper: Helper, a: Value, b: Value, c: Option<Value>) {
         let at = at!(jit.thunks) + 8 * helper as i32;
         let f = self.b.ins().load(I64, aligned(), self.cpu, at);
         let c = c.unwrap_or(b);
@@ -478,7 +491,7 @@ impl<'a> JitEmit<'a> {
 
     /// Leaves the region, before the current instruction changed anything, if `c` is not zero: the interpreter does
     /// the instruction.
-    fn side_exit_if(&mut self, c: Value) {
+    pub(super) fn side_exit_if(&mut self, c: Value) {
         let (out, go_on) = (self.b.create_block(), self.b.create_block());
         self.b.set_cold_block(out);
         self.b.ins().brif(c, out, &[], go_on, &[]);
@@ -708,7 +721,7 @@ impl<'a> JitEmit<'a> {
     }
 
     /// The number that a value is known to be.
-    fn constant(&self, v: Value) -> Option<u64> {
+    pub(super) fn constant(&self, v: Value) -> Option<u64> {
         let dfg = &self.b.func.dfg;
         match dfg.insts[dfg.value_def(v).inst()?] {
             InstructionData::UnaryImm { opcode: Opcode::Iconst, imm } => Some(imm.bits() as u64),
@@ -1108,9 +1121,36 @@ impl Emit for JitEmit<'_> {
     }
 
     fn x_make(&mut self, low: Value, high: Value) -> Value {
-        let x = self.b.ins().scalar_to_vector(I64X2, low);
-        let x = self.b.ins().insertlane(x, high, 1);
-        self.lanes(x, I8X16)
+        self.emit_make(low, high)
+    }
+
+    fn lane(&mut self, op: LaneOp, a: Value, b: Value, c: Value) -> Result<Value, Unsupported> {
+        self.emit_lane(op, a, b, c)
+    }
+
+    fn signs(&mut self, x: Value, bytes: u8) -> Value {
+        self.emit_signs(x, bytes)
+    }
+
+    fn fp(
+        &mut self,
+        op: FpCall,
+        low: FpArgs<Value>,
+        high: Option<FpArgs<Value>>,
+    ) -> Result<(Value, Option<Value>), Unsupported> {
+        self.emit_fp(op, low, high)
+    }
+
+    fn fp_comi(&mut self, fmt: FpFmt, _: bool, a: Value, b: Value) -> Result<(), Unsupported> {
+        self.emit_comi(fmt, a, b)
+    }
+
+    fn fp_from_int(&mut self, fmt: FpFmt, wide: bool, a: Value, v: Value) -> Result<Value, Unsupported> {
+        self.emit_from_int(fmt, wide, a, v)
+    }
+
+    fn fp_to_int(&mut self, fmt: FpFmt, wide: bool, truncate: bool, b: Value) -> Result<Value, Unsupported> {
+        self.emit_to_int(fmt, wide, truncate, b)
     }
 
     fn set_flags<W: Width>(&mut self, f: Flags<Value>) {
@@ -1183,6 +1223,22 @@ impl Emit for JitEmit<'_> {
         });
         self.rmw_host = Some(host);
         Ok(self.b.ins().load(ty::<W>(), plain(), host, 0))
+    }
+
+    fn check_store<W: Width>(&mut self, i: &Insn, ea: Value) -> Result<(), Unsupported> {
+        let linear = self.linear(i, i.seg, ea)?;
+        self.write_through();
+        self.host(linear, W::BYTES, offset_of!(TlbEntry, write), |e| {
+            Some(e.slow(Helper::Modify, linear, W::BYTES, None))
+        });
+        Ok(())
+    }
+
+    fn load_x_low<W: Width>(&mut self, i: &Insn, ea: Value) -> Result<Value, Unsupported> {
+        let linear = self.linear(i, i.seg, ea)?;
+        let host = self.load_host(linear, W::BYTES);
+        let v = self.b.ins().load(Self::element_type(W::BYTES), plain(), host, 0);
+        Ok(self.low_element(v, W::BYTES))
     }
 
     fn load_x(&mut self, i: &Insn, ea: Value, aligned: bool) -> Result<Value, Unsupported> {

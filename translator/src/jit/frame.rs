@@ -3,6 +3,7 @@
 use crate::cpu::Cpu;
 use crate::emit::Flags;
 use crate::flags;
+use crate::simd::fp::FpEnv;
 use crate::width::{W8, W16, W32, W64, Width};
 
 /// Why compiled code returned to the dispatch loop.
@@ -36,7 +37,7 @@ pub mod lazy {
 }
 
 /// How many helpers there are ([`crate::jit::emit::Helper`]).
-pub const HELPERS: usize = 5;
+pub const HELPERS: usize = 6;
 
 /// State shared with compiled code.
 #[repr(C)]
@@ -56,6 +57,8 @@ pub struct JitFrame {
     pub slow_result: u64,
     /// 16-byte operand of a slow store, or the bytes of a load that crosses pages.
     pub bounce: [u64; 2],
+    /// Whether the host's MXCSR has the guest's controls and collects its flags.
+    pub fp_loaded: u64,
     /// Kind of the deferred flags ([`lazy`]).
     pub lazy_kind: u64,
     /// Deferred flags: first operand.
@@ -75,6 +78,17 @@ pub struct JitFrame {
 }
 
 impl Cpu {
+    /// Takes the guest's floating-point flags back from the host, and the default controls into use.
+    #[inline]
+    pub(crate) fn unload_fp(&mut self) {
+        if self.jit.fp_loaded != 0 {
+            self.jit.fp_loaded = 0;
+            let mut env = FpEnv::new(self.s.mxcsr);
+            env.unload();
+            self.s.mxcsr = env.mxcsr;
+        }
+    }
+
     /// Turns flags that compiled code deferred into their lazy words.
     #[inline]
     pub fn fold_flags(&mut self) {

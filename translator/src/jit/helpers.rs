@@ -5,6 +5,7 @@ use crate::addr::{PAGE_MASK, PAGE_SIZE};
 use crate::cpu::Cpu;
 use crate::insn::Insn;
 use crate::jit::frame::{HELPERS, reason};
+use crate::simd::fp::FpEnv;
 
 impl Cpu {
     /// Points compiled code to the helpers and to what does not move.
@@ -18,6 +19,7 @@ impl Cpu {
             modify as *const () as u64,
             evaluate as *const () as u64,
             fold as *const () as u64,
+            load_fp as *const () as u64,
         ];
     }
 
@@ -86,6 +88,16 @@ extern "C" fn fold(cpu: &mut Cpu, _: u64, _: u64, _: u64) {
     cpu.fold_flags();
 }
 
+/// Makes the guest's MXCSR the host's, if the guest masks every exception.
+extern "C" fn load_fp(cpu: &mut Cpu, _: u64, _: u64, _: u64) {
+    let env = FpEnv::new(cpu.s.mxcsr);
+    cpu.jit.slow_result = env.all_masked().into();
+    if env.all_masked() {
+        env.load();
+        cpu.jit.fp_loaded = 1;
+    }
+}
+
 extern "C" fn modify(cpu: &mut Cpu, linear: u64, bytes: u64, _: u64) {
     cpu.jit.slow_paths += 1;
     let host = cpu.resolve(linear, bytes, true);
@@ -98,6 +110,7 @@ extern "C" fn modify(cpu: &mut Cpu, linear: u64, bytes: u64, _: u64) {
 /// Evaluates an instruction of the running region: `exit_reason` says whether the region may go on.
 extern "C" fn evaluate(cpu: &mut Cpu, insn: &Insn, page_ip: u64, _: u64) {
     cpu.jit.helper_calls += 1;
+    cpu.unload_fp();
     if cpu.journal.is_some() && (insn.ends_block || reads_outside(insn)) {
         // In lock-step nothing may happen twice.
         cpu.s.rip = cpu.cut_ip(page_ip.wrapping_add(u64::from(insn.off)));

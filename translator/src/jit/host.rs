@@ -32,3 +32,20 @@ pub fn features() -> Vec<&'static str> {
     }
     found
 }
+
+/// Whether the host has fused multiply-add; without it Cranelift would call a library.
+pub fn has_fma() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return std::arch::is_x86_feature_detected!("fma");
+    #[cfg(not(target_arch = "x86_64"))]
+    return cfg!(target_arch = "aarch64");
+}
+
+/// What this host lacks of what every compiled region may use.
+pub fn lacks() -> Option<&'static str> {
+    #[cfg(target_arch = "x86_64")]
+    if !std::arch::is_x86_feature_detected!("sse4.2") {
+        return Some("SSE4.2");
+    }
+    None
+}

@@ -10,6 +10,7 @@ pub mod helpers;
 pub mod host;
 pub mod region;
 pub mod usage;
+pub mod vector;
 
 use std::collections::VecDeque;
 use std::hash::BuildHasherDefault;
@@ -447,6 +448,7 @@ impl Jit {
         // soft-TLB entries, and the helpers.
         let enter: extern "C" fn(*mut Cpu, u64) = unsafe { std::mem::transmute(self.enter.code as usize) };
         enter(cpu, code);
+        cpu.unload_fp();
     }
 }
 

@@ -1,9 +1,10 @@
 //! A third evaluator of the semantics, whose values are nothing: it finds what an instruction reads, writes and may
 //! fault on, which is what the compiler's liveness needs.
 
-use crate::emit::{Bin, Cmp, Cond, Emit, Flags, Un};
+use crate::emit::{Bin, Cmp, Cond, Emit, Flags, FpArgs, FpCall, LaneOp, Un};
 use crate::insn::Insn;
-use crate::jit::Unsupported;
+use crate::jit::{Unsupported, vector};
+use crate::simd::fp::FpFmt;
 use crate::width::Width;
 
 /// A set of registers, one bit each.
@@ -83,6 +84,12 @@ impl Usage {
         self.flags_killed = true;
     }
 
+    /// A point at which compiled code may leave the instruction to the interpreter, if it has a form of it at all.
+    fn may_leave(&mut self, compiled: bool) -> Result<(), Unsupported> {
+        self.need_flags();
+        if compiled { Ok(()) } else { Err(Unsupported) }
+    }
+
     fn note_read(&mut self, r: Regs) {
         self.used = self.used.or(r);
         self.read = self.read.or(r.without(self.written));
@@ -147,6 +154,25 @@ impl Emit for Usage {
     fn x_low(&mut self, _: ()) {}
     fn x_high(&mut self, _: ()) {}
     fn x_make(&mut self, _: (), _: ()) {}
+    fn lane(&mut self, op: LaneOp, _: (), _: (), _: ()) -> Result<(), Unsupported> {
+        if vector::has_lane(op) { Ok(()) } else { Err(Unsupported) }
+    }
+    fn signs(&mut self, _: (), _: u8) {}
+    fn fp(&mut self, op: FpCall, _: FpArgs<()>, high: Option<FpArgs<()>>) -> Result<((), Option<()>), Unsupported> {
+        self.may_leave(vector::has_fp(op))?;
+        Ok(((), high.map(|_| ())))
+    }
+    fn fp_comi(&mut self, _: FpFmt, _: bool, _: (), _: ()) -> Result<(), Unsupported> {
+        self.may_leave(vector::host_is_exact())?;
+        self.flags_killed = true;
+        Ok(())
+    }
+    fn fp_from_int(&mut self, _: FpFmt, _: bool, _: (), _: ()) -> Result<(), Unsupported> {
+        self.may_leave(vector::host_is_exact())
+    }
+    fn fp_to_int(&mut self, _: FpFmt, _: bool, truncate: bool, _: ()) -> Result<(), Unsupported> {
+        self.may_leave(vector::has_to_int(truncate))
+    }
     fn set_flags<W: Width>(&mut self, f: Flags<()>) {
         match f {
             Flags::Inc { .. } | Flags::Dec { .. } | Flags::CfOf { .. } | Flags::Cf { .. } | Flags::Zf { .. } => {
@@ -171,6 +197,14 @@ impl Emit for Usage {
         Ok(())
     }
     fn load_rmw<W: Width>(&mut self, _: &Insn, _: u8, _: ()) -> Result<(), Unsupported> {
+        self.flush();
+        Ok(())
+    }
+    fn check_store<W: Width>(&mut self, _: &Insn, _: ()) -> Result<(), Unsupported> {
+        self.flush();
+        Ok(())
+    }
+    fn load_x_low<W: Width>(&mut self, _: &Insn, _: ()) -> Result<(), Unsupported> {
         self.flush();
         Ok(())
     }

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::sse::{numbers, shift_number, with_fp};
+use super::sse::{numbers, shift_number};
 use crate::cpu::Cpu;
 use crate::emit::Emit;
 use crate::exception::{Exception, Trap, vector};
@@ -261,7 +261,7 @@ fn cvtpi2ps(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     check(cpu)?;
     let v = source(cpu, i, 1)?;
     let Opnd::Xmm(d) = i.op[0] else { return Err(cpu.ud()) };
-    let r = with_fp(cpu, |env| fp::convert(env, CvtOp::Cvtdq2ps, 0, v.into()))?;
+    let r = cpu.with_fp(|env| fp::convert(env, CvtOp::Cvtdq2ps, 0, v.into()))?;
     let kept = cpu.s.xmm(d) >> 64 << 64;
     cpu.s.set_xmm(d, kept | u128::from(r as u64));
     cpu.s.x87.enter_mmx();
@@ -279,7 +279,7 @@ fn cvtpi2pd(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     }
     let v = source(cpu, i, 1)?;
     let Opnd::Xmm(d) = i.op[0] else { return Err(cpu.ud()) };
-    let r = with_fp(cpu, |env| fp::convert(env, CvtOp::Cvtdq2pd, 0, v.into()))?;
+    let r = cpu.with_fp(|env| fp::convert(env, CvtOp::Cvtdq2pd, 0, v.into()))?;
     cpu.s.set_xmm(d, r);
     if register {
         cpu.s.x87.enter_mmx();
@@ -296,7 +296,7 @@ fn singles_to_ints(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
         _ => cpu.read::<W64>(i, 1)?,
     };
     let op = if i.aux != 0 { CvtOp::Cvttps2dq } else { CvtOp::Cvtps2dq };
-    let r = with_fp(cpu, |env| fp::convert(env, op, 0, v.into()))?;
+    let r = cpu.with_fp(|env| fp::convert(env, op, 0, v.into()))?;
     result_low(cpu, i, r)
 }
 
@@ -312,7 +312,7 @@ fn doubles_to_ints(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
         }
     };
     let op = if i.aux != 0 { CvtOp::Cvttpd2dq } else { CvtOp::Cvtpd2dq };
-    let r = with_fp(cpu, |env| fp::convert(env, op, 0, v))?;
+    let r = cpu.with_fp(|env| fp::convert(env, op, 0, v))?;
     result_low(cpu, i, r)
 }
 

@@ -8,11 +8,11 @@ use std::sync::OnceLock;
 use iced_x86::{CpuidFeature, EncodingKind, Instruction, Mnemonic, Register};
 
 use crate::cpu::Cpu;
-use crate::emit::{Bin, Emit};
+use crate::emit::{Bin, Emit, FpArgs, FpCall, LaneOp};
 use crate::exception::{Exception, Trap, vector};
 use crate::insn::{Insn, Mode, Opnd};
 use crate::semantics::{Form, Sem, both, interp};
-use crate::simd::fp::{self, CvtOp, FpEnv, FpFmt, FpOp};
+use crate::simd::fp::{CvtOp, FpFmt, FpOp};
 use crate::simd::{self, VecImmOp, VecOp, VecTerOp, VecUnOp};
 use crate::state::{cr, flag, gpr};
 use crate::width::{W8, W16, W32, W64, Width};
@@ -132,19 +132,19 @@ fn find(i: &Instruction) -> Option<&'static Sem> {
         Psllw | Pslld | Psllq | Psrlw | Psrld | Psrlq | Psraw | Psrad
             if i.op1_kind() == iced_x86::OpKind::Immediate8 =>
         {
-            interp!(immediate_one; aux = shift_number)
+            both!(immediate_one; aux = shift_number)
         }
-        Pslldq | Psrldq => interp!(immediate_one; aux = immediate_number),
-        Sha1rnds4 => interp!(immediate_two; aux = immediate_number),
-        m if names().binary.contains_key(&m) => interp!(binary; aux = binary_number),
-        Dpps | Dppd => interp!(dot; aux = format),
-        Blendvps | Blendvpd | Pblendvb | Sha256rnds2 => interp!(ternary; aux = ternary_number),
+        Pslldq | Psrldq => both!(immediate_one; aux = immediate_number),
+        Sha1rnds4 => both!(immediate_two; aux = immediate_number),
+        m if names().binary.contains_key(&m) => both!(binary; aux = binary_number),
+        Dpps | Dppd => both!(dot; aux = format),
+        Blendvps | Blendvpd | Pblendvb | Sha256rnds2 => both!(ternary; aux = ternary_number),
         Insertps => interp!(insertps),
         Pinsrb | Pinsrw | Pinsrd | Pinsrq => interp!(pinsr; aux = element_bytes),
         Pextrb | Pextrw | Pextrd | Pextrq | Extractps => interp!(pextr; aux = element_bytes),
-        m if names().immediate.contains_key(&m) => interp!(immediate_two; aux = immediate_number),
-        m if names().unary.contains_key(&m) => interp!(unary; aux = unary_number),
-        Pmovmskb | Movmskps | Movmskpd => interp!(move_mask; aux = mask_kind),
+        m if names().immediate.contains_key(&m) => both!(immediate_two; aux = immediate_number),
+        m if names().unary.contains_key(&m) => both!(unary; aux = unary_number),
+        Pmovmskb | Movmskps | Movmskpd => both!(move_mask; aux = mask_bytes),
         Ptest => interp!(ptest),
         Pcmpestri | Pcmpestri64 | Pcmpestrm | Pcmpestrm64 | Pcmpistri | Pcmpistrm => {
             interp!(string_compare; aux = string_kind)
@@ -152,14 +152,14 @@ fn find(i: &Instruction) -> Option<&'static Sem> {
         Maskmovdqu => interp!(maskmovdqu),
         Ldmxcsr => interp!(ldmxcsr),
         Stmxcsr => interp!(stmxcsr),
-        Comiss | Comisd | Ucomiss | Ucomisd => interp!(comi; aux = comi_kind),
-        Cmpps | Cmppd | Cmpss => interp!(compare; aux = format),
-        Cmpsd if !string => interp!(compare; aux = format),
-        Roundps | Roundpd | Roundss | Roundsd => interp!(round; aux = format),
-        Cvtsi2ss | Cvtsi2sd => interp!(from_int; aux = format),
-        Cvtss2si | Cvtsd2si | Cvttss2si | Cvttsd2si => interp!(to_int; aux = to_int_kind),
-        m if conversion(m).is_some() => interp!(convert; aux = conversion_number),
-        m if arithmetic(m).is_some() => interp!(arith; aux = arithmetic_number),
+        Comiss | Comisd | Ucomiss | Ucomisd => both!(comi; aux = comi_kind),
+        Cmpps | Cmppd | Cmpss => both!(compare; aux = format),
+        Cmpsd if !string => both!(compare; aux = format),
+        Roundps | Roundpd | Roundss | Roundsd => both!(round; aux = format),
+        Cvtsi2ss | Cvtsi2sd => both!(from_int; aux = format),
+        Cvtss2si | Cvtsd2si | Cvttss2si | Cvttsd2si => both!(to_int; aux = to_int_kind),
+        m if conversion(m).is_some() => both!(convert; aux = conversion_number),
+        m if arithmetic(m).is_some() => both!(arith; aux = arithmetic_number),
         _ => return None,
     })
 }
@@ -231,19 +231,30 @@ fn put_low<E: Emit, W: Width>(e: &mut E, i: &Insn, n: usize, v: E::V) -> Result<
 }
 
 fn movd<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
-    let v = low::<E, W32>(e, i, 1)?;
-    put_low::<E, W32>(e, i, 0, v)
+    move_low::<E, W32>(e, i)
 }
 
 fn movq<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
-    let v = low::<E, W64>(e, i, 1)?;
-    put_low::<E, W64>(e, i, 0, v)
+    move_low::<E, W64>(e, i)
+}
+
+/// Moves the low `W`: zero-extended into a vector register, or to a general one or memory.
+#[inline(always)]
+fn move_low<E: Emit, W: Width>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
+    if let (Opnd::Xmm(d), Opnd::Mem) = (i.op[0], i.op[1]) {
+        let ea = e.ea(i);
+        let x = e.load_x_low::<W>(i, ea)?;
+        e.set_xmm(d, x);
+        return Ok(());
+    }
+    let v = low::<E, W>(e, i, 1)?;
+    put_low::<E, W>(e, i, 0, v)
 }
 
 /// MOVSS and MOVSD: a load clears the rest of the register, a register move keeps it.
 fn move_scalar<E: Emit, W: Width>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
+    let (Opnd::Xmm(d), Opnd::Xmm(_)) = (i.op[0], i.op[1]) else { return move_low::<E, W>(e, i) };
     let v = low::<E, W>(e, i, 1)?;
-    let (Opnd::Xmm(d), Opnd::Xmm(_)) = (i.op[0], i.op[1]) else { return put_low::<E, W>(e, i, 0, v) };
     let old = e.xmm(d);
     let (old_low, high) = (e.x_low(old), e.x_high(old));
     let v = if W::BITS == 64 {
@@ -324,72 +335,69 @@ pub(super) fn logic_kind(i: &Instruction) -> u16 {
 fn logic<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
     let b = read_x(e, i, 1, true)?;
     let a = read_x(e, i, 0, true)?;
-    let x = combine(e, i.aux, a, b);
+    let x = combine(e, i.aux, a, b)?;
     write_x(e, i, 0, x, false)
 }
 
 /// The operation that [`logic_kind`] numbers.
 #[inline(always)]
-pub(super) fn combine<E: Emit>(e: &mut E, kind: u16, a: E::X, b: E::X) -> E::X {
-    let half = |e: &mut E, a: E::V, b: E::V| match kind {
-        0 => e.and::<W64>(a, b),
-        1 => e.or::<W64>(a, b),
-        2 => e.xor::<W64>(a, b),
-        _ => {
-            let a = e.un::<W64>(crate::emit::Un::Not, a);
-            e.and::<W64>(a, b)
-        }
+pub(super) fn combine<E: Emit>(e: &mut E, kind: u16, a: E::X, b: E::X) -> Result<E::X, E::Trap> {
+    let op = match kind {
+        0 => VecOp::Pand,
+        1 => VecOp::Por,
+        2 => VecOp::Pxor,
+        _ => VecOp::Pandn,
     };
-    let (al, bl) = (e.x_low(a), e.x_low(b));
-    let low = half(e, al, bl);
-    let (ah, bh) = (e.x_high(a), e.x_high(b));
-    let high = half(e, ah, bh);
-    e.x_make(low, high)
+    e.lane(LaneOp::Two(op), a, b, a)
 }
 
 // ---- packed integers ----
 
-fn binary(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    let b = read_x(cpu, i, 1, true)?;
-    let a = read_x(cpu, i, 0, true)?;
-    let Some(op) = VecOp::from_number(i.aux) else { return Err(cpu.ud()) };
-    write_x(cpu, i, 0, simd::eval(op, a, b), false)
+fn binary<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
+    let b = read_x(e, i, 1, true)?;
+    let a = read_x(e, i, 0, true)?;
+    let Some(op) = VecOp::from_number(i.aux) else { return Err(e.unsupported()) };
+    let r = e.lane(LaneOp::Two(op), a, b, a)?;
+    write_x(e, i, 0, r, false)
 }
 
-fn immediate_one(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    let a = read_x(cpu, i, 0, true)?;
-    let Some(op) = VecImmOp::from_number(i.aux) else { return Err(cpu.ud()) };
-    write_x(cpu, i, 0, simd::eval_imm(op, a, 0, i.imm as u8), false)
+fn immediate_one<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
+    let a = read_x(e, i, 0, true)?;
+    let Some(op) = VecImmOp::from_number(i.aux) else { return Err(e.unsupported()) };
+    let r = e.lane(LaneOp::Immediate(op, i.imm as u8), a, a, a)?;
+    write_x(e, i, 0, r, false)
 }
 
-fn immediate_two(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    let b = read_x(cpu, i, 1, true)?;
-    let a = read_x(cpu, i, 0, true)?;
-    let Some(op) = VecImmOp::from_number(i.aux) else { return Err(cpu.ud()) };
+fn immediate_two<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
+    let b = read_x(e, i, 1, true)?;
+    let Some(op) = VecImmOp::from_number(i.aux) else { return Err(e.unsupported()) };
     // Operations of one source read their first operand.
     let one_source = matches!(op, VecImmOp::Pshufd | VecImmOp::Pshufhw | VecImmOp::Pshuflw | VecImmOp::Aeskeygenassist);
-    let (a, b) = if one_source { (b, b) } else { (a, b) };
-    write_x(cpu, i, 0, simd::eval_imm(op, a, b, i.imm as u8), false)
+    let a = if one_source { b } else { read_x(e, i, 0, true)? };
+    let r = e.lane(LaneOp::Immediate(op, i.imm as u8), a, b, a)?;
+    write_x(e, i, 0, r, false)
 }
 
 /// Loads `bytes` bytes of operand 1, zero-extended, or the whole register.
-fn partial(cpu: &mut Cpu, i: &Insn, n: usize, bytes: u32) -> Result<u128, Trap> {
+#[inline(always)]
+pub(super) fn partial<E: Emit>(e: &mut E, i: &Insn, n: usize, bytes: u32) -> Result<E::X, E::Trap> {
     if i.op[n] != Opnd::Mem || bytes >= 16 {
-        return read_x(cpu, i, n, true);
+        return read_x(e, i, n, true);
     }
-    let ea = cpu.ea(i);
-    Ok(u128::from(match bytes {
-        1 => cpu.load::<W8>(i, i.seg, ea)?,
-        2 => cpu.load::<W16>(i, i.seg, ea)?,
-        4 => cpu.load::<W32>(i, i.seg, ea)?,
-        _ => cpu.load::<W64>(i, i.seg, ea)?,
-    }))
+    let ea = e.ea(i);
+    match bytes {
+        1 => e.load_x_low::<W8>(i, ea),
+        2 => e.load_x_low::<W16>(i, ea),
+        4 => e.load_x_low::<W32>(i, ea),
+        _ => e.load_x_low::<W64>(i, ea),
+    }
 }
 
-fn unary(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    let Some(op) = VecUnOp::from_number(i.aux) else { return Err(cpu.ud()) };
-    let a = partial(cpu, i, 1, op.source_bytes())?;
-    write_x(cpu, i, 0, simd::eval_unary(op, a), false)
+fn unary<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
+    let Some(op) = VecUnOp::from_number(i.aux) else { return Err(e.unsupported()) };
+    let a = partial(e, i, 1, op.source_bytes())?;
+    let r = e.lane(LaneOp::One(op), a, a, a)?;
+    write_x(e, i, 0, r, false)
 }
 
 pub(super) fn ternary_number(i: &Instruction) -> u16 {
@@ -401,12 +409,13 @@ pub(super) fn ternary_number(i: &Instruction) -> u16 {
     }) as u16
 }
 
-fn ternary(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    let b = read_x(cpu, i, 1, true)?;
-    let a = read_x(cpu, i, 0, true)?;
-    let Some(op) = VecTerOp::from_number(i.aux) else { return Err(cpu.ud()) };
-    let mask = cpu.s.xmm(0);
-    write_x(cpu, i, 0, simd::eval_ternary(op, a, b, mask), false)
+fn ternary<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
+    let b = read_x(e, i, 1, true)?;
+    let a = read_x(e, i, 0, true)?;
+    let Some(op) = VecTerOp::from_number(i.aux) else { return Err(e.unsupported()) };
+    let mask = e.xmm(0);
+    let r = e.lane(LaneOp::Three(op), a, b, mask)?;
+    write_x(e, i, 0, r, false)
 }
 
 fn insertps(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
@@ -455,23 +464,21 @@ pub(super) fn pextr(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     }
 }
 
-fn mask_kind(i: &Instruction) -> u16 {
+/// Bytes of an element whose sign a move of masks takes.
+pub(super) fn mask_bytes(i: &Instruction) -> u16 {
+    use Mnemonic::*;
     match i.mnemonic() {
-        Mnemonic::Pmovmskb => 0,
-        Mnemonic::Movmskps => 1,
-        _ => 2,
+        Pmovmskb | Vpmovmskb => 1,
+        Movmskps | Vmovmskps => 4,
+        _ => 8,
     }
 }
 
-fn move_mask(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    let a = read_x(cpu, i, 1, false)?;
-    let Opnd::Gpr(r) = i.op[0] else { return Err(cpu.ud()) };
-    let v = match i.aux {
-        0 => simd::flags::pmovmskb(a),
-        1 => simd::flags::movmskps(a),
-        _ => simd::flags::movmskpd(a),
-    };
-    cpu.set_gpr::<W64>(r, u64::from(v));
+fn move_mask<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
+    let a = read_x(e, i, 1, false)?;
+    let Opnd::Gpr(r) = i.op[0] else { return Err(e.unsupported()) };
+    let v = e.signs(a, i.aux as u8);
+    e.set_gpr::<W64>(r, v);
     Ok(())
 }
 
@@ -541,25 +548,6 @@ pub(super) fn maskmovdqu(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
 
 // ---- floating point ----
 
-/// Evaluates under the guest's MXCSR, recording exception flags; an unmasked exception raises #XM.
-pub(super) fn with_fp<T>(cpu: &mut Cpu, f: impl FnOnce(&mut FpEnv) -> T) -> Result<T, Trap> {
-    let mut env = FpEnv::new(cpu.s.mxcsr);
-    if env.all_masked() {
-        env.load();
-        let v = f(&mut env);
-        env.unload();
-        cpu.s.mxcsr = env.mxcsr;
-        return Ok(v);
-    }
-    let v = env.trapping(f);
-    cpu.s.mxcsr = env.mxcsr;
-    match v {
-        Some(v) => Ok(v),
-        None if cpu.s.cr4 & cr::CR4_OSXMMEXCPT != 0 => Err(cpu.raise(Exception::plain(vector::XM))),
-        None => Err(cpu.ud()),
-    }
-}
-
 pub(super) fn ldmxcsr(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     let v = cpu.read::<W32>(i, 0)? as u32;
     if v & !super::xsave::MXCSR_MASK != 0 {
@@ -621,36 +609,33 @@ fn arithmetic_number(i: &Instruction) -> u16 {
     arithmetic(i.mnemonic()).map_or(0, |op| op as u16) << 2 | format(i)
 }
 
-fn arith(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    let f = fmt_of(i.aux);
-    let b = partial(cpu, i, 1, fmt_bytes(f))?;
-    let a = read_x(cpu, i, 0, true)?;
-    let Some(op) = FpOp::from_number(i.aux >> 2) else { return Err(cpu.ud()) };
-    let r = with_fp(cpu, |env| fp::fp(env, op, f, a, b))?;
-    write_x(cpu, i, 0, r, false)
+/// Evaluates a floating-point operation on operands 0 and 1 of the format's size.
+#[inline(always)]
+fn evaluate<E: Emit>(e: &mut E, i: &Insn, op: FpCall, bytes: u32) -> Result<(), E::Trap> {
+    let b = partial(e, i, 1, bytes)?;
+    let a = read_x(e, i, 0, true)?;
+    let (r, _) = e.fp(op, FpArgs::two(a, b), None)?;
+    write_x(e, i, 0, r, false)
 }
 
-fn dot(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    let b = read_x(cpu, i, 1, true)?;
-    let a = read_x(cpu, i, 0, true)?;
-    let [r] = with_fp(cpu, |env| fp::dot(env, fmt_of(i.aux), [a], [b], i.imm as u8))?;
-    write_x(cpu, i, 0, r, false)
+fn arith<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
+    let f = fmt_of(i.aux);
+    let Some(op) = FpOp::from_number(i.aux >> 2) else { return Err(e.unsupported()) };
+    evaluate(e, i, FpCall::Arith(op, f), fmt_bytes(f))
 }
 
-fn compare(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    let f = fmt_of(i.aux);
-    let b = partial(cpu, i, 1, fmt_bytes(f))?;
-    let a = read_x(cpu, i, 0, true)?;
-    let r = with_fp(cpu, |env| fp::compare(env, f, a, b, i.imm as u8 & 7))?;
-    write_x(cpu, i, 0, r, false)
+fn dot<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
+    evaluate(e, i, FpCall::Dot(fmt_of(i.aux), i.imm as u8), 16)
 }
 
-fn round(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
+fn compare<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
     let f = fmt_of(i.aux);
-    let b = partial(cpu, i, 1, fmt_bytes(f))?;
-    let a = read_x(cpu, i, 0, true)?;
-    let r = with_fp(cpu, |env| fp::round(env, f, a, b, i.imm as u8))?;
-    write_x(cpu, i, 0, r, false)
+    evaluate(e, i, FpCall::Compare(f, i.imm as u8 & 7), fmt_bytes(f))
+}
+
+fn round<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
+    let f = fmt_of(i.aux);
+    evaluate(e, i, FpCall::Round(f, i.imm as u8), fmt_bytes(f))
 }
 
 /// Bit 0: double; bit 1: quiet.
@@ -665,22 +650,30 @@ pub(super) fn comi_kind(i: &Instruction) -> u16 {
     double | quiet << 1
 }
 
-pub(super) fn comi(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
+pub(super) fn comi<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
     let f = if i.aux & 1 != 0 { FpFmt::Sd } else { FpFmt::Ss };
-    let b = partial(cpu, i, 1, fmt_bytes(f))?;
-    let a = read_x(cpu, i, 0, true)?;
-    let r = with_fp(cpu, |env| fp::comi(env, f, i.aux & 2 != 0, a, b))?;
-    cpu.s.set_status(bit(r.zf, flag::ZF) | bit(r.pf, flag::PF) | bit(r.cf, flag::CF));
-    Ok(())
+    let b = partial(e, i, 1, fmt_bytes(f))?;
+    let a = read_x(e, i, 0, true)?;
+    e.fp_comi(f, i.aux & 2 != 0, a, b)
 }
 
-fn from_int(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
+fn from_int<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
     use iced_x86::Code::*;
     let wide = matches!(i.iced_code(), Cvtsi2ss_xmm_rm64 | Cvtsi2sd_xmm_rm64);
-    let v = if wide { cpu.read::<W64>(i, 1)? } else { cpu.read::<W32>(i, 1)? };
-    let a = read_x(cpu, i, 0, false)?;
-    let r = with_fp(cpu, |env| fp::from_int(env, fmt_of(i.aux), wide, a, v))?;
-    write_x(cpu, i, 0, r, false)
+    let v = low_int(e, i, 1, wide)?;
+    let a = read_x(e, i, 0, false)?;
+    let r = e.fp_from_int(fmt_of(i.aux), wide, a, v)?;
+    write_x(e, i, 0, r, false)
+}
+
+/// An integer operand of 64 bits if `wide`, else of 32, zero-extended.
+#[inline(always)]
+pub(super) fn low_int<E: Emit>(e: &mut E, i: &Insn, n: usize, wide: bool) -> Result<E::V, E::Trap> {
+    if wide {
+        return e.read::<W64>(i, n);
+    }
+    let v = e.read::<W32>(i, n)?;
+    Ok(e.zext::<W32, W64>(v))
 }
 
 /// Bit 0: double; bit 1: truncate.
@@ -695,13 +688,12 @@ pub(super) fn to_int_kind(i: &Instruction) -> u16 {
     double | truncate << 1
 }
 
-pub(super) fn to_int(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
+pub(super) fn to_int<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
     let f = if i.aux & 1 != 0 { FpFmt::Sd } else { FpFmt::Ss };
-    let b = partial(cpu, i, 1, fmt_bytes(f))?;
-    let Opnd::Gpr(r) = i.op[0] else { return Err(cpu.ud()) };
-    let wide = i.osize == 8;
-    let v = with_fp(cpu, |env| fp::to_int(env, f, wide, i.aux & 2 != 0, b))?;
-    cpu.set_gpr::<W64>(r, v);
+    let b = partial(e, i, 1, fmt_bytes(f))?;
+    let Opnd::Gpr(r) = i.op[0] else { return Err(e.unsupported()) };
+    let v = e.fp_to_int(f, i.osize == 8, i.aux & 2 != 0, b)?;
+    e.set_gpr::<W64>(r, v);
     Ok(())
 }
 
@@ -727,10 +719,7 @@ fn conversion_number(i: &Instruction) -> u16 {
     conversion(i.mnemonic()).map_or(0, |(op, bytes)| (op as u16) << 8 | bytes as u16)
 }
 
-fn convert(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    let b = partial(cpu, i, 1, u32::from(i.aux & 0xff))?;
-    let a = read_x(cpu, i, 0, false)?;
-    let Some(op) = CvtOp::from_number(i.aux >> 8) else { return Err(cpu.ud()) };
-    let r = with_fp(cpu, |env| fp::convert(env, op, a, b))?;
-    write_x(cpu, i, 0, r, false)
+fn convert<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
+    let Some(op) = CvtOp::from_number(i.aux >> 8) else { return Err(e.unsupported()) };
+    evaluate(e, i, FpCall::Convert(op), u32::from(i.aux & 0xff))
 }

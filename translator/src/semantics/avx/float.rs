@@ -5,32 +5,29 @@ use std::sync::OnceLock;
 
 use iced_x86::{Instruction, Mnemonic};
 
-use super::{is_wide, read, write};
-use crate::cpu::Cpu;
-use crate::emit::Emit;
-use crate::exception::Trap;
+use super::{Lanes, get, is_wide, put};
+use crate::emit::{Emit, FpArgs, FpCall};
 use crate::insn::{Insn, Opnd};
-use crate::semantics::sse::{self, fmt_of, format, with_fp};
-use crate::semantics::{Sem, interp};
-use crate::simd::fp::{self, CvtOp, FmaKind, FpEnv, FpOp};
-use crate::simd::wide::Ymm;
-use crate::width::{W32, W64};
+use crate::semantics::sse::{self, fmt_of, format};
+use crate::semantics::{Sem, both};
+use crate::simd::fp::{CvtOp, FmaKind, FpOp};
+use crate::width::{W8, W64};
 
 /// The semantics of a floating-point instruction.
 pub(super) fn find(i: &Instruction) -> Option<&'static Sem> {
     use Mnemonic::*;
     let m = i.mnemonic();
     Some(match m {
-        Vcmpps | Vcmppd | Vcmpss | Vcmpsd => interp!(compare; aux = format),
-        Vroundps | Vroundpd | Vroundss | Vroundsd => interp!(round; aux = format),
-        Vdpps | Vdppd => interp!(dot; aux = format),
-        Vcomiss | Vcomisd | Vucomiss | Vucomisd => interp!(sse::comi; aux = sse::comi_kind),
-        Vcvtsi2ss | Vcvtsi2sd => interp!(from_int; aux = format),
-        Vcvtss2si | Vcvtsd2si | Vcvttss2si | Vcvttsd2si => interp!(sse::to_int; aux = sse::to_int_kind),
-        Vcvtps2ph => interp!(to_half),
-        _ if fused(m).is_some() => interp!(fma; aux = fused_number),
-        _ if conversion(m).is_some() => interp!(convert; aux = conversion_number),
-        _ if legacy(m).and_then(sse::arithmetic).is_some() => interp!(arith; aux = arithmetic_number),
+        Vcmpps | Vcmppd | Vcmpss | Vcmpsd => both!(compare; aux = format),
+        Vroundps | Vroundpd | Vroundss | Vroundsd => both!(round; aux = format),
+        Vdpps | Vdppd => both!(dot; aux = format),
+        Vcomiss | Vcomisd | Vucomiss | Vucomisd => both!(sse::comi; aux = sse::comi_kind),
+        Vcvtsi2ss | Vcvtsi2sd => both!(from_int; aux = format),
+        Vcvtss2si | Vcvtsd2si | Vcvttss2si | Vcvttsd2si => both!(sse::to_int; aux = sse::to_int_kind),
+        Vcvtps2ph => both!(to_half),
+        _ if fused(m).is_some() => both!(fma; aux = fused_number),
+        _ if conversion(m).is_some() => both!(convert; aux = conversion_number),
+        _ if legacy(m).and_then(sse::arithmetic).is_some() => both!(arith; aux = arithmetic_number),
         _ => return None,
     })
 }
@@ -42,63 +39,54 @@ fn legacy(m: Mnemonic) -> Option<Mnemonic> {
     legacy.get(format!("{m:?}").strip_prefix('V')?).copied()
 }
 
-/// Evaluates lane by lane: both of a packed 256-bit operation, else the low one.
-fn each(cpu: &mut Cpu, wide: bool, mut f: impl FnMut(&mut FpEnv, usize) -> u128) -> Result<Ymm, Trap> {
-    with_fp(cpu, |env| [f(env, 0), if wide { f(env, 1) } else { 0 }])
+/// The first and second source: operands 1 and 2, or only operand 1 of what has one source.
+#[inline(always)]
+fn sources<E: Emit>(e: &mut E, i: &Insn) -> Result<(Lanes<E>, Lanes<E>), E::Trap> {
+    if matches!(i.op[2], Opnd::None | Opnd::Imm) {
+        let b = get(e, i, 1)?;
+        return Ok((b, b));
+    }
+    let b = get(e, i, 2)?;
+    Ok((get(e, i, 1)?, b))
 }
 
-/// The first and second source: operands 1 and 2, or only operand 1 of what has one source.
-fn sources(cpu: &mut Cpu, i: &Insn) -> Result<(Ymm, Ymm), Trap> {
-    if matches!(i.op[2], Opnd::None | Opnd::Imm) {
-        return Ok(([0; 2], read(cpu, i, 1)?));
-    }
-    let b = read(cpu, i, 2)?;
-    Ok((read(cpu, i, 1)?, b))
+/// Evaluates an operation of two sources lane by lane: both of a packed 256-bit operation, else the low one.
+#[inline(always)]
+fn evaluate<E: Emit>(e: &mut E, i: &Insn, op: FpCall) -> Result<(), E::Trap> {
+    let ((a, a_high), (b, b_high)) = sources(e, i)?;
+    let high = a_high.zip(b_high).filter(|_| is_wide(i, 0)).map(|(a, b)| FpArgs::two(a, b));
+    let r = e.fp(op, FpArgs::two(a, b), high)?;
+    put(e, i, r)
 }
 
 fn arithmetic_number(i: &Instruction) -> u16 {
     legacy(i.mnemonic()).and_then(sse::arithmetic).map_or(0, |op| op as u16) << 2 | format(i)
 }
 
-fn arith(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    let (a, b) = sources(cpu, i)?;
-    let Some(op) = FpOp::from_number(i.aux >> 2) else { return Err(cpu.ud()) };
-    let r = each(cpu, is_wide(i, 0), |env, n| fp::fp(env, op, fmt_of(i.aux), a[n], b[n]))?;
-    write(cpu, i, r)
+fn arith<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
+    let Some(op) = FpOp::from_number(i.aux >> 2) else { return Err(e.unsupported()) };
+    evaluate(e, i, FpCall::Arith(op, fmt_of(i.aux)))
 }
 
-fn compare(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    let (a, b) = sources(cpu, i)?;
-    let r = each(cpu, is_wide(i, 0), |env, n| fp::compare(env, fmt_of(i.aux), a[n], b[n], i.imm as u8))?;
-    write(cpu, i, r)
+fn compare<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
+    evaluate(e, i, FpCall::Compare(fmt_of(i.aux), i.imm as u8))
 }
 
-fn round(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    let (a, b) = sources(cpu, i)?;
-    let r = each(cpu, is_wide(i, 0), |env, n| fp::round(env, fmt_of(i.aux), a[n], b[n], i.imm as u8))?;
-    write(cpu, i, r)
+fn round<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
+    evaluate(e, i, FpCall::Round(fmt_of(i.aux), i.imm as u8))
 }
 
-fn dot(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    let (a, b) = sources(cpu, i)?;
-    let (f, imm, wide) = (fmt_of(i.aux), i.imm as u8, is_wide(i, 0));
-    let r = with_fp(cpu, |env| {
-        if wide {
-            return fp::dot(env, f, a, b, imm);
-        }
-        let [r] = fp::dot(env, f, [a[0]], [b[0]], imm);
-        [r, 0]
-    })?;
-    write(cpu, i, r)
+fn dot<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
+    evaluate(e, i, FpCall::Dot(fmt_of(i.aux), i.imm as u8))
 }
 
-fn from_int(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
+fn from_int<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
     use iced_x86::Code::*;
     let wide = matches!(i.iced_code(), VEX_Vcvtsi2ss_xmm_xmm_rm64 | VEX_Vcvtsi2sd_xmm_xmm_rm64);
-    let v = if wide { cpu.read::<W64>(i, 2)? } else { cpu.read::<W32>(i, 2)? };
-    let a = read(cpu, i, 1)?;
-    let r = with_fp(cpu, |env| fp::from_int(env, fmt_of(i.aux), wide, a[0], v))?;
-    write(cpu, i, [r, 0])
+    let v = sse::low_int(e, i, 2, wide)?;
+    let (a, _) = get(e, i, 1)?;
+    let r = e.fp_from_int(fmt_of(i.aux), wide, a, v)?;
+    put(e, i, (r, None))
 }
 
 /// The conversion between vector formats of a mnemonic.
@@ -113,44 +101,62 @@ fn conversion_number(i: &Instruction) -> u16 {
     conversion(i.mnemonic()).map_or(0, |op| op as u16)
 }
 
-fn convert(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
+fn convert<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
     use CvtOp::*;
-    let (a, b) = sources(cpu, i)?;
-    let Some(op) = CvtOp::from_number(i.aux) else { return Err(cpu.ud()) };
-    let r = match op {
+    let Some(op) = CvtOp::from_number(i.aux) else { return Err(e.unsupported()) };
+    match op {
         Cvtdq2pd | Cvtps2pd | Cvtph2ps => {
-            let b = [b[0], b[0] >> 64];
-            each(cpu, is_wide(i, 0), |env, n| fp::convert(env, op, 0, b[n]))?
+            let (b, _) = get(e, i, 1)?;
+            let high = if is_wide(i, 0) {
+                let up = e.x_high(b);
+                let zero = e.imm::<W64>(0);
+                let up = e.x_make(up, zero);
+                Some(FpArgs::two(up, up))
+            } else {
+                None
+            };
+            let r = e.fp(FpCall::Convert(op), FpArgs::two(b, b), high)?;
+            put(e, i, r)
         }
         Cvtpd2dq | Cvttpd2dq | Cvtpd2ps => {
-            let wide = is_wide(i, 1) || i.mem_bytes == 32;
-            let [low, high] = each(cpu, wide, |env, n| fp::convert(env, op, 0, b[n]))?;
-            [low | high << 64, 0]
+            let (b, b_high) = get(e, i, 1)?;
+            let r = e.fp(FpCall::Convert(op), FpArgs::two(b, b), b_high.map(|b| FpArgs::two(b, b)))?;
+            let r = join_halves(e, r);
+            put(e, i, (r, None))
         }
-        _ => each(cpu, is_wide(i, 0), |env, n| fp::convert(env, op, a[n], b[n]))?,
-    };
-    write(cpu, i, r)
+        _ => evaluate(e, i, FpCall::Convert(op)),
+    }
 }
 
-fn to_half(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    let b = read(cpu, i, 1)?;
-    // The flags must not change if the store faults, so it is found out first.
-    let linear = if i.op[0] == Opnd::Mem {
-        let ea = cpu.ea(i);
-        let bytes = u64::from(i.mem_bytes);
-        let linear = cpu.linearize(i.seg, ea, bytes, true)?;
-        cpu.check_alignment(linear, bytes)?;
-        cpu.probe_write(linear, bytes)?;
-        Some(linear)
-    } else {
-        None
-    };
-    let [low, high] = each(cpu, is_wide(i, 1), |env, n| fp::to_half(env, b[n], i.imm as u8))?;
-    let r = low | high << 64;
-    match linear {
-        Some(linear) if i.mem_bytes == 8 => cpu.store_linear::<W64>(linear, r as u64),
-        Some(linear) => cpu.store_linear_x(linear, r),
-        None => write(cpu, i, [r, 0]),
+/// The low halves of both lanes of a narrowing conversion, side by side.
+#[inline(always)]
+fn join_halves<E: Emit>(e: &mut E, (low, high): Lanes<E>) -> E::X {
+    match high {
+        None => low,
+        Some(high) => {
+            let (low, high) = (e.x_low(low), e.x_low(high));
+            e.x_make(low, high)
+        }
+    }
+}
+
+fn to_half<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
+    let (b, b_high) = get(e, i, 1)?;
+    // MXCSR must not change if the store faults, so that is found out first.
+    let ea = if i.op[0] == Opnd::Mem { Some(e.ea(i)) } else { None };
+    if let Some(ea) = ea {
+        e.probe_write(i, ea, u64::from(i.mem_bytes))?;
+        e.check_store::<W8>(i, ea)?;
+    }
+    let r = e.fp(FpCall::ToHalf(i.imm as u8), FpArgs::two(b, b), b_high.map(|b| FpArgs::two(b, b)))?;
+    let r = join_halves(e, r);
+    match ea {
+        Some(ea) if i.mem_bytes == 8 => {
+            let v = e.x_low(r);
+            e.store::<W64>(i, i.seg, ea, v)
+        }
+        Some(ea) => e.store_x(i, ea, r, false),
+        None => put(e, i, (r, None)),
     }
 }
 
@@ -177,16 +183,20 @@ fn fused_number(i: &Instruction) -> u16 {
     fused(i.mnemonic()).map_or(0, |(kind, order)| (kind as u16) << 10 | order << 2 | format(i))
 }
 
-fn fma(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    let third = read(cpu, i, 2)?;
-    let (first, second) = (read(cpu, i, 0)?, read(cpu, i, 1)?);
-    let Some(&(_, kind)) = KINDS.get(usize::from(i.aux >> 10)) else { return Err(cpu.ud()) };
-    let f = fmt_of(i.aux);
+fn fma<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
+    let third = get(e, i, 2)?;
+    let (first, second) = (get(e, i, 0)?, get(e, i, 1)?);
+    let Some(&(_, kind)) = KINDS.get(usize::from(i.aux >> 10)) else { return Err(e.unsupported()) };
     let (a, b, c) = match i.aux >> 2 & 0xff {
         132 => (first, third, second),
         213 => (second, first, third),
         _ => (second, third, first),
     };
-    let r = each(cpu, is_wide(i, 0), |env, n| fp::fma(env, kind, f, first[n], a[n], b[n], c[n]))?;
-    write(cpu, i, r)
+    let high = match (a.1, b.1, c.1, first.1) {
+        (Some(a), Some(b), Some(c), Some(dst)) => Some(FpArgs { a, b, c, dst }),
+        _ => None,
+    };
+    let low = FpArgs { a: a.0, b: b.0, c: c.0, dst: first.0 };
+    let r = e.fp(FpCall::Fused(kind, fmt_of(i.aux)), low, high)?;
+    put(e, i, r)
 }

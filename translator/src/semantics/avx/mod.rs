@@ -13,7 +13,7 @@ mod tests;
 use iced_x86::{CpuidFeature, EncodingKind};
 
 use crate::cpu::Cpu;
-use crate::emit::Emit;
+use crate::emit::{Bin, Emit};
 use crate::exception::{Exception, Trap, vector};
 use crate::insn::{Insn, Mode, Opnd};
 use crate::semantics::{Form, Sem, interp};
@@ -42,52 +42,66 @@ fn unavailable(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
     Err(cpu.ud())
 }
 
-/// Operand `n`, a vector register or memory; what it does not have reads as zeros.
-fn read(cpu: &mut Cpu, i: &Insn, n: usize) -> Result<Ymm, Trap> {
+/// A 128-bit value, or a 256-bit one with its upper lane.
+type Lanes<E> = (<E as Emit>::X, Option<<E as Emit>::X>);
+
+/// The address of another byte of a memory operand.
+#[inline(always)]
+fn above<E: Emit>(e: &mut E, i: &Insn, ea: E::V, bytes: u64) -> E::V {
+    let at = e.bin_imm::<W64>(Bin::Add, ea, bytes);
+    e.cut_address(i, at)
+}
+
+/// Operand `n`, a vector register or memory; of a memory operand shorter than a lane the rest is zeros.
+#[inline(always)]
+fn get<E: Emit>(e: &mut E, i: &Insn, n: usize) -> Result<Lanes<E>, E::Trap> {
     match i.op[n] {
-        Opnd::Xmm(r) => Ok([cpu.s.xmm(r), 0]),
-        Opnd::Ymm(r) => Ok([cpu.s.xmm(r), cpu.s.ymm_high(r)]),
+        Opnd::Xmm(r) => Ok((e.xmm(r), None)),
+        Opnd::Ymm(r) => Ok((e.xmm(r), Some(e.ymm_high(r)))),
         Opnd::Mem => {
-            let ea = cpu.ea(i);
+            let ea = e.ea(i);
             Ok(match i.mem_bytes {
-                1 => [cpu.load::<W8>(i, i.seg, ea)?.into(), 0],
-                2 => [cpu.load::<W16>(i, i.seg, ea)?.into(), 0],
-                4 => [cpu.load::<W32>(i, i.seg, ea)?.into(), 0],
-                8 => [cpu.load::<W64>(i, i.seg, ea)?.into(), 0],
-                16 => [cpu.load_x(i, ea, false)?, 0],
+                1 => (e.load_x_low::<W8>(i, ea)?, None),
+                2 => (e.load_x_low::<W16>(i, ea)?, None),
+                4 => (e.load_x_low::<W32>(i, ea)?, None),
+                8 => (e.load_x_low::<W64>(i, ea)?, None),
+                16 => (e.load_x(i, ea, false)?, None),
                 _ => {
-                    let low = cpu.load_x(i, ea, false)?;
-                    let above = cpu.cut_address(i, ea.wrapping_add(16));
-                    [low, cpu.load_x(i, above, false)?]
+                    let low = e.load_x(i, ea, false)?;
+                    let at = above(e, i, ea, 16);
+                    (low, Some(e.load_x(i, at, false)?))
                 }
             })
         }
-        _ => Err(cpu.ud()),
+        _ => Err(e.unsupported()),
     }
 }
 
-/// Writes vector register operand 0; for an XMM register bits 255:128 become 0.
-fn write(cpu: &mut Cpu, i: &Insn, v: Ymm) -> Result<(), Trap> {
-    match i.op[0] {
-        Opnd::Xmm(r) => {
-            cpu.s.set_xmm(r, v[0]);
-            cpu.s.set_ymm_high(r, 0);
-        }
-        Opnd::Ymm(r) => {
-            cpu.s.set_xmm(r, v[0]);
-            cpu.s.set_ymm_high(r, v[1]);
-        }
-        _ => return Err(cpu.ud()),
-    }
+/// Writes vector register operand 0; without an upper lane bits 255:128 become 0.
+#[inline(always)]
+fn put<E: Emit>(e: &mut E, i: &Insn, (low, high): Lanes<E>) -> Result<(), E::Trap> {
+    let (Opnd::Xmm(r) | Opnd::Ymm(r)) = i.op[0] else { return Err(e.unsupported()) };
+    e.set_xmm(r, low);
+    let high = match high {
+        Some(high) => high,
+        None => e.x_imm(0),
+    };
+    e.set_ymm_high(r, high);
     Ok(())
+}
+
+/// [`get`] on numbers; the upper lane of what has none reads as zeros.
+fn read(cpu: &mut Cpu, i: &Insn, n: usize) -> Result<Ymm, Trap> {
+    let (low, high) = get(cpu, i, n)?;
+    Ok([low, high.unwrap_or(0)])
+}
+
+/// [`put`] on numbers.
+fn write(cpu: &mut Cpu, i: &Insn, v: Ymm) -> Result<(), Trap> {
+    put(cpu, i, (v[0], is_wide(i, 0).then_some(v[1])))
 }
 
 /// Whether operand `n` is a YMM register.
 fn is_wide(i: &Insn, n: usize) -> bool {
     matches!(i.op[n], Opnd::Ymm(_))
-}
-
-/// A lane operation on the one or two lanes of the result.
-fn lanes(i: &Insn, mut f: impl FnMut(usize) -> u128) -> Ymm {
-    [f(0), if is_wide(i, 0) { f(1) } else { 0 }]
 }

@@ -2,6 +2,7 @@
 
 use iced_x86::{CodeSize, Instruction, Mnemonic};
 
+use super::{above, get, is_wide, put};
 use crate::emit::{Bin, Emit};
 use crate::insn::{Insn, Opnd};
 use crate::semantics::sse::{combine, logic_kind, low};
@@ -38,16 +39,6 @@ pub(super) fn find(i: &Instruction) -> Option<&'static Sem> {
     })
 }
 
-/// A 128-bit value, or a 256-bit one with its upper lane.
-type Lanes<E> = (<E as Emit>::X, Option<<E as Emit>::X>);
-
-/// The address of the upper lane of a 256-bit memory operand, or of another byte of it.
-#[inline(always)]
-fn above<E: Emit>(e: &mut E, i: &Insn, ea: E::V, bytes: u64) -> E::V {
-    let at = e.bin_imm::<W64>(Bin::Add, ea, bytes);
-    e.cut_address(i, at)
-}
-
 /// `ea`, made odd if it is not 32-byte aligned: then an aligned 16-byte access to it raises #GP.
 #[inline(always)]
 fn odd_unless_aligned<E: Emit>(e: &mut E, i: &Insn, ea: E::V) -> E::V {
@@ -62,49 +53,36 @@ fn odd_unless_aligned<E: Emit>(e: &mut E, i: &Insn, ea: E::V) -> E::V {
     e.or::<W64>(ea, bit)
 }
 
+/// Moves operand 1 to operand 0; `aligned` raises #GP for a misaligned memory operand.
 #[inline(always)]
-fn get<E: Emit>(e: &mut E, i: &Insn, n: usize, aligned: bool) -> Result<Lanes<E>, E::Trap> {
-    match i.op[n] {
-        Opnd::Xmm(r) => Ok((e.xmm(r), None)),
-        Opnd::Ymm(r) => Ok((e.xmm(r), Some(e.ymm_high(r)))),
-        Opnd::Mem => {
-            let mut ea = e.ea(i);
-            if i.mem_bytes != 32 {
-                return Ok((e.load_x(i, ea, aligned)?, None));
-            }
-            if aligned {
-                ea = odd_unless_aligned(e, i, ea);
-            }
+fn move_whole<E: Emit>(e: &mut E, i: &Insn, aligned: bool) -> Result<(), E::Trap> {
+    let wide = is_wide(i, 0) || is_wide(i, 1);
+    let memory = i.op[0] == Opnd::Mem || i.op[1] == Opnd::Mem;
+    let at = if !memory {
+        None
+    } else if wide && aligned {
+        let ea = e.ea(i);
+        Some(odd_unless_aligned(e, i, ea))
+    } else {
+        Some(e.ea(i))
+    };
+    let (low, high) = match at {
+        Some(ea) if i.op[1] == Opnd::Mem => {
             let low = e.load_x(i, ea, aligned)?;
-            let at = above(e, i, ea, 16);
-            let high = e.load_x(i, at, aligned)?;
-            Ok((low, Some(high)))
-        }
-        _ => Err(e.unsupported()),
-    }
-}
-
-#[inline(always)]
-fn put<E: Emit>(e: &mut E, i: &Insn, (low, high): Lanes<E>, aligned: bool) -> Result<(), E::Trap> {
-    match (i.op[0], high) {
-        (Opnd::Xmm(r) | Opnd::Ymm(r), high) => {
-            e.set_xmm(r, low);
-            let high = match high {
-                Some(high) => high,
-                None => e.x_imm(0),
-            };
-            e.set_ymm_high(r, high);
-            Ok(())
-        }
-        (Opnd::Mem, None) => {
-            let ea = e.ea(i);
-            e.store_x(i, ea, low, aligned)
-        }
-        (Opnd::Mem, Some(high)) => {
-            let mut ea = e.ea(i);
-            if aligned {
-                ea = odd_unless_aligned(e, i, ea);
+            let high = if wide {
+                let at = above(e, i, ea, 16);
+                Some(e.load_x(i, at, aligned)?)
             } else {
+                None
+            };
+            (low, high)
+        }
+        _ => get(e, i, 1)?,
+    };
+    match (at, high) {
+        (Some(ea), None) if i.op[0] == Opnd::Mem => e.store_x(i, ea, low, aligned),
+        (Some(ea), Some(high)) if i.op[0] == Opnd::Mem => {
+            if !aligned {
                 // All must be writable before the first half is written; an aligned operand is in one page.
                 e.probe_write(i, ea, 32)?;
             }
@@ -112,27 +90,29 @@ fn put<E: Emit>(e: &mut E, i: &Insn, (low, high): Lanes<E>, aligned: bool) -> Re
             let at = above(e, i, ea, 16);
             e.store_x(i, at, high, aligned)
         }
-        _ => Err(e.unsupported()),
+        _ => put(e, i, (low, high)),
     }
 }
 
 fn move_aligned<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
-    let v = get(e, i, 1, true)?;
-    put(e, i, v, true)
+    move_whole(e, i, true)
 }
 
 fn move_unaligned<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
-    let v = get(e, i, 1, false)?;
-    put(e, i, v, false)
+    move_whole(e, i, false)
 }
 
 /// The low `W` of operand 1, zero-extended into a vector register, or to a general one or memory.
 fn move_low<E: Emit, W: Width>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
+    if i.op[1] == Opnd::Mem {
+        let v = get(e, i, 1)?;
+        return put(e, i, v);
+    }
     let v = low::<E, W>(e, i, 1)?;
     if let Opnd::Xmm(_) = i.op[0] {
         let zero = e.imm::<W64>(0);
         let x = e.x_make(v, zero);
-        return put(e, i, (x, None), false);
+        return put(e, i, (x, None));
     }
     let v = e.zext::<W64, W>(v);
     e.write::<W>(i, 0, v)
@@ -141,7 +121,7 @@ fn move_low<E: Emit, W: Width>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
 /// The low `W` of operand 2, the rest of operand 1.
 fn merge_scalar<E: Emit, W: Width>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
     let v = low::<E, W>(e, i, 2)?;
-    let (rest, _) = get(e, i, 1, false)?;
+    let (rest, _) = get(e, i, 1)?;
     let (rest_low, high) = (e.x_low(rest), e.x_high(rest));
     let v = if W::BITS == 64 {
         v
@@ -150,58 +130,62 @@ fn merge_scalar<E: Emit, W: Width>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
         e.or::<W64>(kept, v)
     };
     let x = e.x_make(v, high);
-    put(e, i, (x, None), false)
+    put(e, i, (x, None))
 }
 
 fn merge_high<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
     let v = low::<E, W64>(e, i, 2)?;
-    let (rest, _) = get(e, i, 1, false)?;
+    let (rest, _) = get(e, i, 1)?;
     let rest = e.x_low(rest);
     let x = e.x_make(rest, v);
-    put(e, i, (x, None), false)
+    put(e, i, (x, None))
 }
 
 fn store_high<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
-    let (x, _) = get(e, i, 1, false)?;
+    let (x, _) = get(e, i, 1)?;
     let v = e.x_high(x);
     e.write::<W64>(i, 0, v)
 }
 
 fn movhlps<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
-    let (a, _) = get(e, i, 1, false)?;
-    let (b, _) = get(e, i, 2, false)?;
+    let (a, _) = get(e, i, 1)?;
+    let (b, _) = get(e, i, 2)?;
     let (v, high) = (e.x_high(b), e.x_high(a));
     let x = e.x_make(v, high);
-    put(e, i, (x, None), false)
+    put(e, i, (x, None))
 }
 
 fn logic<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
-    let (b, b_high) = get(e, i, 2, false)?;
-    let (a, a_high) = get(e, i, 1, false)?;
-    let x = combine(e, i.aux, a, b);
+    let (b, b_high) = get(e, i, 2)?;
+    let (a, a_high) = get(e, i, 1)?;
+    let x = combine(e, i.aux, a, b)?;
     let high = match (a_high, b_high) {
-        (Some(a), Some(b)) => Some(combine(e, i.aux, a, b)),
+        (Some(a), Some(b)) => Some(combine(e, i.aux, a, b)?),
         _ => None,
     };
-    put(e, i, (x, high), false)
+    put(e, i, (x, high))
 }
 
 fn insert_lane<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
-    let (lane, _) = get(e, i, 2, false)?;
+    let (lane, _) = get(e, i, 2)?;
     let (Opnd::Ymm(a), Opnd::Ymm(_)) = (i.op[1], i.op[0]) else { return Err(e.unsupported()) };
     let v = if i.imm & 1 == 0 { (lane, Some(e.ymm_high(a))) } else { (e.xmm(a), Some(lane)) };
-    put(e, i, v, false)
+    put(e, i, v)
 }
 
 fn extract_lane<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
     let Opnd::Ymm(a) = i.op[1] else { return Err(e.unsupported()) };
     let lane = if i.imm & 1 == 0 { e.xmm(a) } else { e.ymm_high(a) };
-    put(e, i, (lane, None), false)
+    if i.op[0] == Opnd::Mem {
+        let ea = e.ea(i);
+        return e.store_x(i, ea, lane, false);
+    }
+    put(e, i, (lane, None))
 }
 
 fn broadcast_lane<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
-    let (lane, _) = get(e, i, 1, false)?;
-    put(e, i, (lane, Some(lane)), false)
+    let (lane, _) = get(e, i, 1)?;
+    put(e, i, (lane, Some(lane)))
 }
 
 /// How many vector registers the code's mode has.

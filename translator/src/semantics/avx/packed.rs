@@ -5,12 +5,12 @@ use std::sync::OnceLock;
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::{is_wide, lanes, read, write};
+use super::{Lanes, get, is_wide, put, read, write};
 use crate::cpu::Cpu;
-use crate::emit::Emit;
+use crate::emit::{Bin, Emit, LaneOp};
 use crate::exception::Trap;
 use crate::insn::{Insn, Opnd};
-use crate::semantics::{Sem, interp, sse};
+use crate::semantics::{Sem, both, interp, sse};
 use crate::simd::{self, VecImmOp, VecOp, VecTerOp, VecUnOp, wide};
 use crate::state::flag;
 use crate::width::{W8, W16, W32, W64};
@@ -72,55 +72,79 @@ pub(super) fn find(i: &Instruction) -> Option<&'static Sem> {
         Vinsertps => interp!(insertps),
         Vpinsrb | Vpinsrw | Vpinsrd | Vpinsrq => interp!(pinsr; aux = sse::element_bytes),
         Vpextrb | Vpextrw | Vpextrd | Vpextrq | Vextractps => interp!(sse::pextr; aux = sse::element_bytes),
-        Vpmovmskb | Vmovmskps | Vmovmskpd => interp!(move_mask; aux = mask_kind),
+        Vpmovmskb | Vmovmskps | Vmovmskpd => both!(move_mask; aux = sse::mask_bytes),
         Vptest | Vtestps | Vtestpd => interp!(test; aux = test_kind),
         Vpcmpestri | Vpcmpestri64 | Vpcmpistri => interp!(sse::string_compare; aux = sse::string_kind),
         Vpcmpestrm | Vpcmpestrm64 | Vpcmpistrm => interp!(string_mask; aux = sse::string_kind),
-        Vblendvps | Vblendvpd | Vpblendvb => interp!(blend; aux = sse::ternary_number),
+        Vblendvps | Vblendvpd | Vpblendvb => both!(blend; aux = sse::ternary_number),
         Vpsllw | Vpslld | Vpsllq | Vpsrlw | Vpsrld | Vpsrlq | Vpsraw | Vpsrad if immediate => {
-            interp!(with_immediate; aux = sse::shift_number)
+            both!(with_immediate; aux = sse::shift_number)
         }
-        m if immediate && names().immediate.contains_key(&m) => interp!(with_immediate; aux = immediate_number),
-        m if !immediate && names().binary.contains_key(&m) => interp!(binary; aux = binary_number),
-        m if names().unary.contains_key(&m) => interp!(unary; aux = unary_number),
+        m if immediate && names().immediate.contains_key(&m) => both!(with_immediate; aux = immediate_number),
+        m if !immediate && names().binary.contains_key(&m) => both!(binary; aux = binary_number),
+        m if names().unary.contains_key(&m) => both!(unary; aux = unary_number),
         _ => return None,
     })
 }
 
-fn binary(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
+/// A lane operation on the one or two lanes of the result; `upper` is the operation on the upper one.
+#[inline(always)]
+fn lanes<E: Emit>(e: &mut E, i: &Insn, (op, upper): (LaneOp, LaneOp), [a, b, c]: [Lanes<E>; 3]) -> Result<(), E::Trap> {
+    let low = e.lane(op, a.0, b.0, c.0)?;
+    let high = match (a.1, b.1, c.1) {
+        (Some(a), Some(b), Some(c)) if is_wide(i, 0) => Some(e.lane(upper, a, b, c)?),
+        _ => None,
+    };
+    put(e, i, (low, high))
+}
+
+fn binary<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
     use VecOp::*;
-    let mut b = read(cpu, i, 2)?;
-    let a = read(cpu, i, 1)?;
-    let Some(op) = VecOp::from_number(i.aux) else { return Err(cpu.ud()) };
+    let mut b = get(e, i, 2)?;
+    let a = get(e, i, 1)?;
+    let Some(op) = VecOp::from_number(i.aux) else { return Err(e.unsupported()) };
     if matches!(op, Psllw | Pslld | Psllq | Psrlw | Psrld | Psrlq | Psraw | Psrad) {
-        b[1] = b[0];
+        // Both lanes are shifted by the one count, which is 128 bits in either form.
+        b.1 = Some(b.0);
     }
-    write(cpu, i, lanes(i, |n| simd::eval(op, a[n], b[n])))
+    lanes(e, i, (LaneOp::Two(op), LaneOp::Two(op)), [a, b, a])
 }
 
 /// One source or two, and an immediate.
-fn with_immediate(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    let b = if i.op[2] == Opnd::Imm { [0; 2] } else { read(cpu, i, 2)? };
-    let a = read(cpu, i, 1)?;
-    let Some(op) = VecImmOp::from_number(i.aux) else { return Err(cpu.ud()) };
+fn with_immediate<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
+    let one = i.op[2] == Opnd::Imm;
+    let b = get(e, i, if one { 1 } else { 2 })?;
+    let a = if one { b } else { get(e, i, 1)? };
+    let Some(op) = VecImmOp::from_number(i.aux) else { return Err(e.unsupported()) };
     let imm = i.imm as u8;
-    let imm = [imm, op.upper_lane_imm(imm)];
-    write(cpu, i, lanes(i, |n| simd::eval_imm(op, a[n], b[n], imm[n])))
+    lanes(e, i, (LaneOp::Immediate(op, imm), LaneOp::Immediate(op, op.upper_lane_imm(imm))), [a, b, a])
 }
 
-fn unary(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    let a = read(cpu, i, 1)?;
-    let Some(op) = VecUnOp::from_number(i.aux) else { return Err(cpu.ud()) };
-    let upper = op.upper_lane_shift().map_or(a[1], |shift| a[0] >> shift);
-    let source = [a[0], upper];
-    write(cpu, i, lanes(i, |n| simd::eval_unary(op, source[n])))
+fn unary<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
+    let (a, mut high) = get(e, i, 1)?;
+    let Some(op) = VecUnOp::from_number(i.aux) else { return Err(e.unsupported()) };
+    if let Some(shift) = op.upper_lane_shift().filter(|_| is_wide(i, 0)) {
+        high = Some(match shift {
+            0 => a,
+            64 => {
+                let (up, zero) = (e.x_high(a), e.imm::<W64>(0));
+                e.x_make(up, zero)
+            }
+            _ => {
+                let low = e.x_low(a);
+                let (up, zero) = (e.bin_imm::<W64>(Bin::Shr, low, u64::from(shift)), e.imm::<W64>(0));
+                e.x_make(up, zero)
+            }
+        });
+    }
+    lanes(e, i, (LaneOp::One(op), LaneOp::One(op)), [(a, high); 3])
 }
 
-fn blend(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    let b = read(cpu, i, 2)?;
-    let (a, mask) = (read(cpu, i, 1)?, read(cpu, i, 3)?);
-    let Some(op) = VecTerOp::from_number(i.aux) else { return Err(cpu.ud()) };
-    write(cpu, i, lanes(i, |n| simd::eval_ternary(op, a[n], b[n], mask[n])))
+fn blend<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
+    let b = get(e, i, 2)?;
+    let (a, mask) = (get(e, i, 1)?, get(e, i, 3)?);
+    let Some(op) = VecTerOp::from_number(i.aux) else { return Err(e.unsupported()) };
+    lanes(e, i, (LaneOp::Three(op), LaneOp::Three(op)), [a, b, mask])
 }
 
 fn permq(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
@@ -160,24 +184,17 @@ fn pinsr(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     write(cpu, i, [simd::imm::insert(a[0], v, u32::from(i.aux), i.imm as u8), 0])
 }
 
-/// 0 bytes, 1 singles, 2 doubles.
-fn mask_kind(i: &Instruction) -> u16 {
-    match i.mnemonic() {
-        Mnemonic::Vpmovmskb => 0,
-        Mnemonic::Vmovmskps => 1,
-        _ => 2,
+fn move_mask<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
+    let (a, high) = get(e, i, 1)?;
+    let Opnd::Gpr(r) = i.op[0] else { return Err(e.unsupported()) };
+    let bytes = i.aux as u8;
+    let mut v = e.signs(a, bytes);
+    if let Some(high) = high {
+        let up = e.signs(high, bytes);
+        let up = e.bin_imm::<W64>(Bin::Shl, up, u64::from(16 / bytes.max(1)));
+        v = e.or::<W64>(v, up);
     }
-}
-
-fn move_mask(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    let a = read(cpu, i, 1)?;
-    let Opnd::Gpr(r) = i.op[0] else { return Err(cpu.ud()) };
-    let (low, high, elements) = match i.aux {
-        0 => (simd::flags::pmovmskb(a[0]), simd::flags::pmovmskb(a[1]), 16),
-        1 => (simd::flags::movmskps(a[0]), simd::flags::movmskps(a[1]), 4),
-        _ => (simd::flags::movmskpd(a[0]), simd::flags::movmskpd(a[1]), 2),
-    };
-    cpu.set_gpr::<W64>(r, u64::from(low | high << elements));
+    e.set_gpr::<W64>(r, v);
     Ok(())
 }
 
