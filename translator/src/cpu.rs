@@ -65,6 +65,8 @@ pub struct Cpu {
     /// Set when the running block must not go on to its next instruction: its code was overwritten, or the mode,
     /// a mapping or the interrupt state changed.
     pub stop_block: bool,
+    /// Set, besides, by a repeated string instruction that has more to do when it is reached again.
+    pub again: bool,
     /// Whether an interrupt may wait: set by kicks and by every access to a device, cleared once none does.
     pub irq_maybe: bool,
     /// Whether an NMI may wait; set and cleared likewise.
@@ -116,6 +118,7 @@ impl Cpu {
             s: CpuState::reset(),
             ip_base: 0,
             stop_block: false,
+            again: false,
             irq_maybe: false,
             nmi_maybe: false,
             flush_jump_cache: false,

@@ -272,6 +272,7 @@ impl Vcpu {
         let cpu = &mut self.cpu;
         cpu.ip_base = cpu.s.rip;
         cpu.stop_block = false;
+        cpu.again = false;
         let (last, body) = match block.insns.split_last() {
             Some(parts) => parts,
             None => return Ok(()),
@@ -280,7 +281,8 @@ impl Vcpu {
             let result = (insn.run)(cpu, insn);
             if result.is_err() || cpu.stop_block {
                 self.counts.interpreted += k as u64 + 1;
-                let off = if result.is_err() { u64::from(insn.off) } else { insn.next_off() };
+                let unfinished = result.is_err() || cpu.again;
+                let off = if unfinished { u64::from(insn.off) } else { insn.next_off() };
                 cpu.s.rip = cpu.cut_ip(cpu.ip_base.wrapping_add(off));
                 return self.after(result);
             }
@@ -374,6 +376,7 @@ impl Vcpu {
         let start = cpu.s.rip;
         cpu.ip_base = start;
         cpu.stop_block = false;
+        cpu.again = false;
         cpu.s.shadow = 0;
         cpu.s.rip = cpu.next_ip_value(&insn);
         self.counts.interpreted += 1;

@@ -3,7 +3,7 @@
 
 use crate::addr::{PAGE_MASK, PAGE_SIZE};
 use crate::cpu::Cpu;
-use crate::insn::Insn;
+use crate::insn::{Insn, Rep};
 use crate::jit::frame::{HELPERS, reason};
 use crate::simd::fp::FpEnv;
 
@@ -120,6 +120,7 @@ extern "C" fn evaluate(cpu: &mut Cpu, insn: &Insn, page_ip: u64, _: u64) {
     cpu.fold_flags();
     cpu.ip_base = page_ip;
     cpu.stop_block = false;
+    cpu.again = false;
     let start = cpu.cut_ip(page_ip.wrapping_add(u64::from(insn.off)));
     cpu.s.rip = cpu.next_ip_value(insn);
     cpu.jit.exit_reason = match (insn.run)(cpu, insn) {
@@ -134,8 +135,8 @@ extern "C" fn evaluate(cpu: &mut Cpu, insn: &Insn, page_ip: u64, _: u64) {
     };
 }
 
-/// Whether an instruction's result depends on more than the state.
+/// Whether an instruction's result depends on more than the state: on clocks, or on requests to stop.
 fn reads_outside(insn: &Insn) -> bool {
     use iced_x86::Mnemonic::*;
-    matches!(insn.iced_code().mnemonic(), Rdtsc | Rdtscp | Rdrand | Rdseed)
+    insn.rep != Rep::None || matches!(insn.iced_code().mnemonic(), Rdtsc | Rdtscp | Rdrand | Rdseed)
 }

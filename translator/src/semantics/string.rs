@@ -17,18 +17,13 @@ use crate::width::{W8, W16, W32, W64, Width};
 pub fn lookup(form: &Form<'_>) -> Option<&'static Sem> {
     use Mnemonic::*;
     let i = form.instr;
-    let repeated = i.has_rep_prefix() || i.has_repne_prefix();
     macro_rules! sized_string {
         ($f:ident) => {
-            match (form.bytes, repeated) {
-                (1, false) => interp!($f::<W8>),
-                (2, false) => interp!($f::<W16>),
-                (4, false) => interp!($f::<W32>),
-                (_, false) => interp!($f::<W64>),
-                (1, true) => interp!($f::<W8>, ends),
-                (2, true) => interp!($f::<W16>, ends),
-                (4, true) => interp!($f::<W32>, ends),
-                (_, true) => interp!($f::<W64>, ends),
+            match form.bytes {
+                1 => interp!($f::<W8>),
+                2 => interp!($f::<W16>),
+                4 => interp!($f::<W32>),
+                _ => interp!($f::<W64>),
             }
         };
     }
@@ -98,6 +93,8 @@ fn repeat(
         let must_stop = cpu.stop_block || cpu.kick.pending() != 0 || cpu.s.rflags & flag::TF != 0;
         if must_stop || budget == 0 {
             // The instruction goes on when it is reached again.
+            cpu.stop_block = true;
+            cpu.again = true;
             cpu.s.rip = cpu.cut_ip(cpu.ip_base.wrapping_add(u64::from(i.off)));
             return Ok(());
         }
