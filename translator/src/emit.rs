@@ -219,6 +219,9 @@ impl<X: Copy> FpArgs<X> {
     }
 }
 
+/// A low lane, and the high one where there is one.
+pub type LowHigh<X> = (X, Option<X>);
+
 /// An evaluator of instruction semantics.
 ///
 /// Integer values carry the width of the operation that made them, upper bits clear; booleans are W8 values 0 or 1.
@@ -300,7 +303,7 @@ pub trait Emit: Sized {
         op: FpCall,
         low: FpArgs<Self::X>,
         high: Option<FpArgs<Self::X>>,
-    ) -> Result<(Self::X, Option<Self::X>), Self::Trap>;
+    ) -> Result<LowHigh<Self::X>, Self::Trap>;
     /// Compares the low elements of `a` and `b` and sets the flags as (U)COMISS and (U)COMISD do.
     fn fp_comi(&mut self, fmt: FpFmt, quiet: bool, a: Self::X, b: Self::X) -> Result<(), Self::Trap>;
     /// An integer of 64 bits if `wide`, else 32, as the low element; the rest of `a` is kept.
@@ -328,6 +331,14 @@ pub trait Emit: Sized {
     fn load_rmw<W: Width>(&mut self, i: &Insn, seg: u8, ea: Self::V) -> Result<Self::V, Self::Trap>;
     /// Checks that `W` may be stored, without storing: before the stores of an instruction that has several.
     fn check_store<W: Width>(&mut self, i: &Insn, ea: Self::V) -> Result<(), Self::Trap>;
+    /// Checks that `bytes` at `ea` of segment `i.seg` may be stored, before the first of several stores.
+    #[inline(always)]
+    fn probe_write(&mut self, i: &Insn, ea: Self::V, bytes: u64) -> Result<(), Self::Trap> {
+        // Enough for an evaluator that leaves faults to the interpreter: the first store finds out about the rest.
+        let last = self.bin_imm::<W64>(Bin::Add, ea, bytes - 1);
+        let last = self.cut_address(i, last);
+        self.check_store::<W8>(i, last)
+    }
     /// Loads `W` into the low end of a vector, zeros above.
     fn load_x_low<W: Width>(&mut self, i: &Insn, ea: Self::V) -> Result<Self::X, Self::Trap>;
     /// Loads 16 bytes; `aligned` raises #GP for a misaligned address.

@@ -47,7 +47,10 @@ fn fp_lane(env: &mut FpEnv, op: FpCall, FpArgs { a, b, c, dst }: FpArgs<u128>) -
         FpCall::Arith(op, fmt) => fp::fp(env, op, fmt, a, b),
         FpCall::Compare(fmt, predicate) => fp::compare(env, fmt, a, b, predicate),
         FpCall::Round(fmt, imm) => fp::round(env, fmt, a, b, imm),
-        FpCall::Dot(fmt, imm) => fp::dot(env, fmt, a, b, imm),
+        FpCall::Dot(fmt, imm) => {
+            let [r] = fp::dot(env, fmt, [a], [b], imm);
+            r
+        }
         FpCall::Fused(kind, fmt) => fp::fma(env, kind, fmt, dst, a, b, c),
         FpCall::Convert(op) => fp::convert(env, op, a, b),
         FpCall::ToHalf(imm) => fp::to_half(env, b, imm),
@@ -235,7 +238,14 @@ impl Emit for Cpu {
     }
 
     fn fp(&mut self, op: FpCall, low: FpArgs<u128>, high: Option<FpArgs<u128>>) -> Result<(u128, Option<u128>), Trap> {
-        self.with_fp(|env| (fp_lane(env, op, low), high.map(|args| fp_lane(env, op, args))))
+        self.with_fp(|env| match (op, high) {
+            // Its steps end in both lanes before the next begin.
+            (FpCall::Dot(fmt, imm), Some(high)) => {
+                let [low, high] = fp::dot(env, fmt, [low.a, high.a], [low.b, high.b], imm);
+                (low, Some(high))
+            }
+            _ => (fp_lane(env, op, low), high.map(|args| fp_lane(env, op, args))),
+        })
     }
 
     fn fp_comi(&mut self, fmt: FpFmt, quiet: bool, a: u128, b: u128) -> Result<(), Trap> {
@@ -294,7 +304,14 @@ impl Emit for Cpu {
 
     fn check_store<W: Width>(&mut self, i: &Insn, ea: u64) -> Result<(), Trap> {
         let linear = self.linearize(i.seg, ea, W::BYTES, true)?;
-        self.probe_write(linear, W::BYTES)
+        Cpu::probe_write(self, linear, W::BYTES)
+    }
+
+    fn probe_write(&mut self, i: &Insn, ea: u64, bytes: u64) -> Result<(), Trap> {
+        let linear = self.linearize(i.seg, ea, bytes, true)?;
+        self.through_ss = i.seg == seg::SS;
+        self.check_alignment(linear, bytes.min(16))?;
+        Cpu::probe_write(self, linear, bytes)
     }
 
     #[inline(always)]

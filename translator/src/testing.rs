@@ -3,9 +3,21 @@
 //! One window of linear addresses means the same to both: on the host it is mapped where the guest's page tables map
 //! it, so that addresses in registers are valid for either.
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod bench;
+#[cfg(target_arch = "x86_64")]
+mod engine;
+#[cfg(target_arch = "x86_64")]
+mod every;
 pub(crate) mod forms;
 #[cfg(target_arch = "x86_64")]
 mod integer;
+#[cfg(target_arch = "x86_64")]
+mod native;
+#[cfg(target_arch = "x86_64")]
+mod sequences;
+#[cfg(target_arch = "x86_64")]
+mod undefined;
 
 use std::sync::Arc;
 
@@ -22,14 +34,27 @@ use crate::state::{CpuState, Segment, cr};
 
 /// Where the window starts, for guest and host: below 2 GiB, so that absolute displacements reach it.
 pub(crate) const WINDOW: u64 = 0x5000_0000;
+/// The page of the code under test.
+const CODE: u64 = WINDOW + 0x1000;
 /// Where the instruction under test stands.
-pub(crate) const INSN: u64 = WINDOW + 0x800;
+pub(crate) const INSN: u64 = CODE + 0x100;
 /// Where a branch under test goes.
-pub(crate) const TAKEN: u64 = WINDOW + 0x840;
+pub(crate) const TAKEN: u64 = INSN - 0x40;
+/// Where execution goes on behind the code under test.
+const FALL: u64 = WINDOW + 0x800;
 /// The memory that instructions work on: it straddles page boundaries.
 pub(crate) const DATA: u64 = WINDOW + 0x2f00;
+/// A page that is not present.
+pub(crate) const ABSENT: u64 = WINDOW + 0x6000;
+/// A page that may only be read.
+pub(crate) const READ_ONLY: u64 = WINDOW + 0x7000;
+/// Supervisor's tables and stack of the guest, which the host does not use.
+const SYSTEM: u64 = WINDOW + 0x8000;
 /// Bytes of it.
 pub(crate) const DATA_LEN: usize = 0x200;
+/// More of it, up to a page that is not present.
+const EDGE: u64 = ABSENT - EDGE_LEN as u64;
+const EDGE_LEN: usize = 64;
 
 const RAM: usize = 2 << 20;
 const TABLES: u64 = 0x10_0000;
@@ -108,15 +133,69 @@ impl Random {
     }
 }
 
+/// An exception as the operating system sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Fault {
+    pub vector: u8,
+    pub error: u32,
+    /// Of a page fault.
+    pub address: u64,
+}
+
+/// The x87 unit, without its pointers, which processors record differently.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Fpu {
+    pub control: u16,
+    pub status: u16,
+    /// A bit for each register that is not empty.
+    pub tags: u8,
+    pub st: [[u8; 10]; 8],
+}
+
+impl Fpu {
+    /// Out of an FXSAVE image.
+    fn from_image(image: &[u8; 512]) -> Fpu {
+        let word = |at| u16::from_le_bytes([image[at], image[at + 1]]);
+        let st = std::array::from_fn(|n| std::array::from_fn(|k| image[32 + 16 * n + k]));
+        Fpu { control: word(0), status: word(2), tags: image[4], st }
+    }
+
+    /// An FXSAVE image that has nothing else but MXCSR.
+    fn image(&self, mxcsr: u32) -> [u8; 512] {
+        let mut image = [0; 512];
+        image[..2].copy_from_slice(&self.control.to_le_bytes());
+        image[2..4].copy_from_slice(&self.status.to_le_bytes());
+        image[4] = self.tags;
+        image[24..28].copy_from_slice(&mxcsr.to_le_bytes());
+        for (n, r) in self.st.iter().enumerate() {
+            image[32 + 16 * n..][..10].copy_from_slice(r);
+        }
+        image
+    }
+}
+
 /// What an instruction can change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Machine {
     pub gpr: [u64; 16],
     pub flags: u64,
-    /// Where execution goes on.
+    /// Where execution goes on, or what faulted.
     pub rip: u64,
-    /// The bytes at [`DATA`].
+    pub fault: Option<Fault>,
+    pub ymm: [[u64; 4]; 16],
+    pub mxcsr: u32,
+    pub fpu: Fpu,
+    /// The bytes at [`DATA`] and [`EDGE`].
     pub data: Vec<u8>,
+}
+
+impl Machine {
+    /// A state at [`INSN`] whose vector and x87 registers are as after a reset.
+    pub(crate) fn new(gpr: [u64; 16], flags: u64, mut data: Vec<u8>) -> Machine {
+        data.resize(DATA_LEN + EDGE_LEN, 0x5a);
+        let fpu = Fpu { control: 0x37f, status: 0, tags: 0, st: [[0; 10]; 8] };
+        Machine { gpr, flags, rip: INSN, fault: None, ymm: [[0; 4]; 16], mxcsr: 0x1f80, fpu, data }
+    }
 }
 
 /// A guest in one of the modes, with RAM at 0 that 64-bit mode maps at [`WINDOW`].
@@ -157,13 +236,6 @@ impl Guest {
         Guest::new(s)
     }
 
-    /// Real-address mode with all segments at 0.
-    pub(crate) fn real() -> Guest {
-        let mut s = CpuState::reset();
-        s.seg[1].base = 0;
-        Guest::new(s)
-    }
-
     /// The guest physical address that `at` of the window is.
     fn physical(&self, at: u64) -> GuestAddress {
         GuestAddress(if self.cpu.s.code64() { at.wrapping_sub(WINDOW) } else { at })
@@ -190,17 +262,6 @@ impl Guest {
             }
         }
     }
-
-    /// Interprets one instruction at [`INSN`] from the given state.
-    pub(crate) fn run(&mut self, code: &[u8], before: &Machine) -> Result<Machine, Exception> {
-        self.cpu.s.gpr = before.gpr;
-        self.cpu.s.set_flags(before.flags);
-        self.write(DATA, &before.data);
-        self.step(code, INSN)?;
-        let mut data = vec![0; before.data.len()];
-        self.read(DATA, &mut data);
-        Ok(Machine { gpr: self.cpu.s.gpr, flags: self.cpu.s.flags(), rip: self.cpu.s.rip, data })
-    }
 }
 
 /// A reset state with flat segments; CS has attributes `code`.
@@ -209,151 +270,4 @@ fn flat(code: u32) -> CpuState {
     s.seg = [Segment { base: 0, limit: u32::MAX, attr: 0xc093, selector: 0x10 }; 6];
     s.seg[1] = Segment { attr: code, selector: 8, ..s.seg[0] };
     s
-}
-
-/// The host's processor, running instructions at [`INSN`] of the window.
-#[cfg(target_arch = "x86_64")]
-pub(crate) mod native {
-    use std::sync::{Mutex, MutexGuard};
-
-    use iced_x86::code_asm::*;
-
-    use super::{DATA, INSN, Machine, TAKEN, WINDOW};
-
-    const LEN: usize = 0x10000;
-    /// Where an instruction that does not branch ends up.
-    const FALL: u64 = WINDOW + 0x900;
-    /// Registers, flags, the way out and the host's stack pointer, in quadwords.
-    const CONTEXT: u64 = WINDOW + 0x1000;
-    const FLAGS: u64 = CONTEXT + 16 * 8;
-    const WAY: u64 = CONTEXT + 17 * 8;
-    const HOST_SP: u64 = CONTEXT + 18 * 8;
-
-    static WINDOW_IN_USE: Mutex<bool> = Mutex::new(false);
-
-    /// Exclusive use of the window.
-    pub(crate) struct Native(#[expect(dead_code, reason = "held for its lock")] MutexGuard<'static, bool>);
-
-    fn registers() -> [AsmRegister64; 16] {
-        [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15]
-    }
-
-    fn slot(at: u64) -> AsmMemoryOperand {
-        qword_ptr(at)
-    }
-
-    /// The code that loads the registers and jumps to [`INSN`].
-    fn prologue() -> Result<Vec<u8>, IcedError> {
-        let mut a = CodeAssembler::new(64)?;
-        for r in [rbx, rbp, r12, r13, r14, r15] {
-            a.push(r)?;
-        }
-        a.pushfq()?;
-        a.mov(slot(HOST_SP), rsp)?;
-        a.push(slot(FLAGS))?;
-        a.popfq()?;
-        for (n, r) in registers().into_iter().enumerate() {
-            a.mov(r, slot(CONTEXT + n as u64 * 8))?;
-        }
-        a.jmp(INSN)?;
-        a.assemble(WINDOW)
-    }
-
-    /// The code behind the instruction: notes the way it took, stores the registers, returns.
-    fn epilogue(way: u64, at: u64) -> Result<Vec<u8>, IcedError> {
-        let mut a = CodeAssembler::new(64)?;
-        a.mov(dword_ptr(WAY), way as i32)?;
-        for (n, r) in registers().into_iter().enumerate() {
-            a.mov(slot(CONTEXT + n as u64 * 8), r)?;
-        }
-        a.mov(rsp, slot(HOST_SP))?;
-        a.pushfq()?;
-        a.pop(slot(FLAGS))?;
-        a.popfq()?;
-        for r in [r15, r14, r13, r12, rbp, rbx] {
-            a.pop(r)?;
-        }
-        a.ret()?;
-        a.assemble(at)
-    }
-
-    impl Native {
-        /// Takes the window; `None` where the host has something else at its addresses.
-        pub(crate) fn take() -> Option<Native> {
-            let mut mapped = WINDOW_IN_USE.lock().unwrap_or_else(|e| e.into_inner());
-            if !*mapped {
-                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
-                // SAFETY: a new mapping that replaces none.
-                let at = unsafe { libc::mmap(WINDOW as *mut _, LEN, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
-                if at as u64 != WINDOW {
-                    eprintln!("skipped: the window at {WINDOW:#x} is not free on this host");
-                    return None;
-                }
-                put(WINDOW, &prologue().unwrap());
-                // A jump, as there is no room for it all in front of FALL.
-                put(TAKEN, &jump(TAKEN, FALL + 0x200));
-                put(FALL, &epilogue(0, FALL).unwrap());
-                put(FALL + 0x200, &epilogue(1, FALL + 0x200).unwrap());
-                *mapped = true;
-            }
-            Some(Native(mapped))
-        }
-
-        /// Puts an instruction in place.
-        pub(crate) fn load(&mut self, code: &[u8]) {
-            assert!(code.len() <= 15);
-            protect(libc::PROT_READ | libc::PROT_WRITE);
-            put(INSN, code);
-            let next = INSN + code.len() as u64;
-            put(next, &jump(next, FALL));
-            protect(libc::PROT_READ | libc::PROT_EXEC);
-        }
-
-        /// Runs the instruction in place, which must not fault.
-        pub(crate) fn run(&mut self, len: usize, before: &Machine) -> Machine {
-            put(DATA, &before.data);
-            for (n, v) in before.gpr.iter().chain([&before.flags]).enumerate() {
-                put(CONTEXT + n as u64 * 8, &v.to_le_bytes());
-            }
-            // SAFETY: the prologue is a function without arguments that keeps the registers it must; the instruction
-            // touches the window only, as the caller says.
-            unsafe { std::mem::transmute::<*const (), extern "sysv64" fn()>(WINDOW as *const ())() };
-            let mut data = vec![0; before.data.len()];
-            get(DATA, &mut data);
-            let word = |at| {
-                let mut bytes = [0; 8];
-                get(at, &mut bytes);
-                u64::from_le_bytes(bytes)
-            };
-            Machine {
-                gpr: std::array::from_fn(|n| word(CONTEXT + n as u64 * 8)),
-                flags: word(FLAGS),
-                rip: if word(WAY) as u32 == 0 { INSN + len as u64 } else { TAKEN },
-                data,
-            }
-        }
-    }
-
-    fn jump(from: u64, to: u64) -> [u8; 5] {
-        let mut code = [0xe9; 5];
-        code[1..].copy_from_slice(&(to.wrapping_sub(from + 5) as u32).to_le_bytes());
-        code
-    }
-
-    fn put(at: u64, bytes: &[u8]) {
-        // SAFETY: all callers, who hold the lock, stay inside the window's mapping.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), at as *mut u8, bytes.len()) };
-    }
-
-    fn get(at: u64, out: &mut [u8]) {
-        // SAFETY: as in `put`.
-        unsafe { std::ptr::copy_nonoverlapping(at as *const u8, out.as_mut_ptr(), out.len()) };
-    }
-
-    /// Sets the protection of the code page.
-    fn protect(protection: libc::c_int) {
-        // SAFETY: the page is ours.
-        let rc = unsafe { libc::mprotect(WINDOW as *mut _, 0x1000, protection) };
-        assert_eq!(rc, 0);
-    }
 }

@@ -581,7 +581,8 @@ impl Vcpu {
         self.follow_regions();
     }
 
-    fn flush_jump_cache(&mut self) {
+    /// Empties the jump cache.
+    pub(crate) fn flush_jump_cache(&mut self) {
         self.cpu.flush_jump_cache = false;
         self.jump.fill(NO_ENTRY);
     }

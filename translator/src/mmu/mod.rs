@@ -12,7 +12,7 @@ use crate::exception::{Exception, Trap, vector};
 use crate::mem::granule_mask;
 use crate::state::{cr, flag, seg};
 use crate::width::Width;
-use tlb::{Class, EMPTY, GLOBAL, JumpFlush, LARGE, SLOW, Table, TlbEntry, WATCHED};
+use tlb::{CHECKED, Class, EMPTY, GLOBAL, JumpFlush, LARGE, SLOW, Table, TlbEntry, WATCHED};
 use walk::{Access, Paging, Walk, walk};
 
 /// Entries of the code TLB.
@@ -95,7 +95,8 @@ impl Cpu {
     /// The class of data accesses by the running code.
     pub fn access_class(&self) -> Class {
         if self.s.cpl == 3 {
-            Class::User
+            let aligned = self.s.cr0 & cr::CR0_AM != 0 && self.s.rflags & flag::AC != 0;
+            if aligned { Class::UserAligned } else { Class::User }
         } else if self.s.cr4 & cr::CR4_SMAP == 0 || self.s.rflags & flag::AC != 0 {
             Class::Supervisor
         } else {
@@ -117,7 +118,18 @@ impl Cpu {
             // guest RAM, and the access stays inside the page.
             return Ok(unsafe { read_host::<W>(e.addend.wrapping_add(linear) as *const u8) });
         }
+        self.check_alignment(linear, W::BYTES)?;
         self.load_slow(linear, W::BYTES as usize, self.class)
+    }
+
+    /// Raises #AC for a misaligned operand of `len` bytes, a power of two, if alignment is checked (SDM vol. 3 §6.15).
+    /// Processors find it before they translate the address.
+    #[inline]
+    pub fn check_alignment(&mut self, linear: u64, len: u64) -> Result<(), Trap> {
+        if self.class == Class::UserAligned && linear & (len - 1) != 0 {
+            return Err(self.raise(Exception::with_error(vector::AC, 0)));
+        }
+        Ok(())
     }
 
     /// Loads `W` that the same instruction stores back: a page that may not be written faults as a write first.
@@ -125,6 +137,7 @@ impl Cpu {
     pub fn load_linear_rmw<W: Width>(&mut self, linear: u64) -> Result<u64, Trap> {
         let e = self.tlb_entry(linear);
         if e.write & !PAGE_MASK != linear & !PAGE_MASK || linear & PAGE_MASK > PAGE_SIZE - W::BYTES {
+            self.check_alignment(linear, W::BYTES)?;
             self.probe_write(linear, W::BYTES)?;
         }
         self.load_linear::<W>(linear)
@@ -139,7 +152,26 @@ impl Cpu {
             unsafe { write_host::<W>(e.addend.wrapping_add(linear) as *mut u8, value) };
             return Ok(());
         }
+        self.check_alignment(linear, W::BYTES)?;
         self.store_slow(linear, W::BYTES as usize, value, self.class)
+    }
+
+    /// As [`Cpu::load_linear`], for elements of masked moves and gathers, which are not checked for alignment.
+    #[inline]
+    pub fn load_element<W: Width>(&mut self, linear: u64) -> Result<u64, Trap> {
+        if self.class == Class::UserAligned {
+            return self.load_slow(linear, W::BYTES as usize, self.class);
+        }
+        self.load_linear::<W>(linear)
+    }
+
+    /// As [`Cpu::store_linear`], for elements of masked moves.
+    #[inline]
+    pub fn store_element<W: Width>(&mut self, linear: u64, value: u64) -> Result<(), Trap> {
+        if self.class == Class::UserAligned {
+            return self.store_slow(linear, W::BYTES as usize, value, self.class);
+        }
+        self.store_linear::<W>(linear, value)
     }
 
     /// Loads `W` as an implicit supervisor access (descriptor tables, TSS).
@@ -173,7 +205,8 @@ impl Cpu {
         self.translate(linear, access, class)?;
         let last = self.wrap_linear(linear.wrapping_add(len.max(1) - 1));
         if (linear ^ last) & !PAGE_MASK != 0 {
-            self.translate(last, access, class)?;
+            // A fault there has the address of the page's first byte.
+            self.translate(last & !PAGE_MASK, access, class)?;
         }
         Ok(())
     }
@@ -212,6 +245,7 @@ impl Cpu {
             // SAFETY: as in `load_linear`, for 16 bytes inside the page.
             return Ok(unsafe { (e.addend.wrapping_add(linear) as *const u128).read_unaligned() });
         }
+        self.check_alignment(linear, 16)?;
         self.probe_read(linear, 16)?;
         let low = self.load_slow(linear, 8, self.class)?;
         let high = self.load_slow(self.wrap_linear(linear.wrapping_add(8)), 8, self.class)?;
@@ -227,12 +261,16 @@ impl Cpu {
             unsafe { (e.addend.wrapping_add(linear) as *mut u128).write_unaligned(v) };
             return Ok(());
         }
+        self.check_alignment(linear, 16)?;
         self.store_bytes(linear, &v.to_le_bytes())
     }
 
     /// The host address of `linear` and how many bytes from there on may be accessed directly, if the page is plain
     /// RAM for this access: what string instructions copy by.
     pub fn direct(&mut self, linear: u64, write: bool) -> Result<Option<(*mut u8, u64)>, Trap> {
+        if self.class == Class::UserAligned {
+            return Ok(None);
+        }
         let access = if write { Access::Write } else { Access::Read };
         let t = self.translate(linear, access, self.class)?;
         let slow_store = self.ram.code_granules(t.gpa) != 0 || self.journal.is_some();
@@ -337,11 +375,11 @@ impl Cpu {
         let page = linear & !PAGE_MASK;
         let e = self.mmu.tlb.table(class).entries[Table::index(linear)];
         let tag = if access == Access::Write { e.write } else { e.read };
-        if tag & !PAGE_MASK == page && tag & PAGE_MASK <= SLOW | WATCHED {
+        if tag & !PAGE_MASK == page && tag & PAGE_MASK <= SLOW | WATCHED | CHECKED {
             let gpa = e.phys & !PAGE_MASK | linear & PAGE_MASK;
             if tag & SLOW != 0 && e.read & SLOW == 0 && self.journal.is_none() && self.ram.code_granules(gpa) == 0 {
                 // The code that made stores slow has gone.
-                self.mmu.tlb.table(class).entries[Table::index(linear)].write = page | e.read & WATCHED;
+                self.mmu.tlb.table(class).entries[Table::index(linear)].write = page | e.read & (WATCHED | CHECKED);
             }
             // Every present page has a read tag, and only MMIO has it slow.
             let host = (e.read & SLOW == 0).then(|| e.addend.wrapping_add(linear) as *mut u8);
@@ -353,7 +391,7 @@ impl Cpu {
             let v = if self.through_ss { vector::SS } else { vector::GP };
             return Err(self.raise(Exception::with_error(v, 0)));
         }
-        let w = walk(&self.ram, &self.paging(), linear, access, class == Class::User, class == Class::SupervisorSmap)
+        let w = walk(&self.ram, &self.paging(), linear, access, class.is_user(), class == Class::SupervisorSmap)
             .map_err(|e| self.raise(e))?;
         Ok(self.fill(linear, w, class))
     }
@@ -362,7 +400,8 @@ impl Cpu {
         let page = linear & !PAGE_MASK;
         let host_page = self.ram.host_page(w.gpa);
         let mmio = if host_page.is_some() { 0 } else { SLOW };
-        let watched = if self.is_watched_page(linear) { WATCHED } else { 0 };
+        let checked = if class == Class::UserAligned { CHECKED } else { 0 };
+        let watched = if self.is_watched_page(linear) { WATCHED } else { 0 } | checked;
         let code = if self.ram.code_granules(w.gpa) != 0 || self.journal.is_some() { SLOW } else { 0 };
         let entry = TlbEntry {
             read: page | mmio | watched,
@@ -376,7 +415,7 @@ impl Cpu {
 
     /// Fills the TLB for compiled code. `Some(host)` when the whole access then is plain RAM in one page.
     pub(crate) fn resolve(&mut self, linear: u64, len: u64, write: bool) -> Option<*mut u8> {
-        if linear & PAGE_MASK > PAGE_SIZE - len {
+        if linear & PAGE_MASK > PAGE_SIZE - len || self.class == Class::UserAligned {
             return None;
         }
         let access = if write { Access::Write } else { Access::Read };

@@ -20,6 +20,15 @@ pub enum Class {
     Supervisor = 1,
     /// CPL 0–2 under SMAP: data accesses to user pages fault. Also implicit supervisor accesses.
     SupervisorSmap = 2,
+    /// CPL 3 with alignment checking (CR0.AM and RFLAGS.AC set): no access takes the fast path.
+    UserAligned = 3,
+}
+
+impl Class {
+    /// Whether the accesses are user-mode accesses.
+    pub fn is_user(self) -> bool {
+        matches!(self, Class::User | Class::UserAligned)
+    }
 }
 
 /// One translation. A tag equals the page's linear address exactly when the fast path may use the entry; the low
@@ -43,6 +52,8 @@ pub const EMPTY: u64 = u64::MAX;
 pub const SLOW: u64 = 1;
 /// Tag bit: the page holds a data breakpoint.
 pub const WATCHED: u64 = 2;
+/// Tag bit: accesses are checked for alignment.
+pub const CHECKED: u64 = 4;
 /// `phys` bit: the translation is global.
 pub const GLOBAL: u64 = 1;
 /// `phys` bit: the translation comes from a large page.
@@ -118,7 +129,7 @@ impl Table {
 
 /// The tables of one address space.
 pub struct Slot {
-    tables: [Table; 3],
+    tables: [Table; 4],
     /// The PCID whose translations stand here.
     pcid: u16,
     /// Distinguishes this use of the slot in jump-cache tags.
@@ -148,12 +159,7 @@ impl Tlb {
     /// Empty tables; slot 0 stands for PCID 0.
     pub fn new() -> Tlb {
         let slots = (0..SLOTS)
-            .map(|i| Slot {
-                tables: [Table::new(), Table::new(), Table::new()],
-                pcid: i as u16,
-                tag: i as u8,
-                last_use: 0,
-            })
+            .map(|i| Slot { tables: [(); 4].map(|()| Table::new()), pcid: i as u16, tag: i as u8, last_use: 0 })
             .collect();
         Tlb { slots, current: 0, clock: 0, next_tag: SLOTS as u8 }
     }

@@ -161,6 +161,7 @@ fn maskmovq(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     let at = cpu.gpr::<W64>(gpr::RDI);
     let at = cpu.cut_address(i, at);
     let linear = cpu.linearize(i.seg, at, 8, true)?;
+    cpu.check_alignment(linear, 8)?;
     cpu.probe_write(linear, 8)?;
     for (k, (byte, _)) in (0..).zip(data.into_iter().zip(mask)).filter(|(_, (_, m))| m & 0x80 != 0) {
         cpu.store_linear::<W8>(cpu.wrap_linear(linear.wrapping_add(k)), u64::from(byte))?;

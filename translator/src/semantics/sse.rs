@@ -536,6 +536,8 @@ pub(super) fn maskmovdqu(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     let at = cpu.gpr::<W64>(gpr::RDI);
     let at = cpu.cut_address(i, at);
     let linear = cpu.linearize(i.seg, at, 16, true)?;
+    // Processors store two halves.
+    cpu.check_alignment(linear, 8)?;
     cpu.probe_write(linear, 16)?;
     let (data, mask) = (cpu.s.xmm(a).to_le_bytes(), cpu.s.xmm(m).to_le_bytes());
     for k in (0..16).filter(|&k| mask[k] & 0x80 != 0) {

@@ -152,6 +152,7 @@ fn enter_of<W: Width>(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     let sp = cpu.cut_stack(i, sp.wrapping_sub(size));
     // The new top must be writable (SDM vol. 2, ENTER).
     let linear = cpu.linearize(seg::SS, sp, W::BYTES, true)?;
+    cpu.check_alignment(linear, W::BYTES)?;
     cpu.probe_write(linear, W::BYTES)?;
     cpu.set_gpr::<W>(gpr::RBP, frame);
     cpu.set_stack_pointer(i, sp);

@@ -55,8 +55,19 @@ fn operand(cpu: &mut Cpu, i: &Insn, bytes: usize, write: bool) -> Result<u64, Tr
     Ok(linear)
 }
 
+/// The alignment of an operand of `bytes` (SDM vol. 3 table 6-7): images have that of their fields.
+fn alignment(bytes: usize) -> u64 {
+    match bytes {
+        10 => 8,
+        14 | 94 => 2,
+        28 | 108 => 4,
+        n => n as u64,
+    }
+}
+
 fn load_image(cpu: &mut Cpu, i: &Insn, bytes: usize) -> Result<StateImage, Trap> {
     let linear = operand(cpu, i, bytes, false)?;
+    cpu.check_alignment(linear, alignment(bytes))?;
     let mut image: StateImage = [0; 108];
     cpu.load_bytes(linear, &mut image[..bytes])?;
     Ok(image)
@@ -64,6 +75,7 @@ fn load_image(cpu: &mut Cpu, i: &Insn, bytes: usize) -> Result<StateImage, Trap>
 
 fn store_image(cpu: &mut Cpu, i: &Insn, image: &StateImage, bytes: usize) -> Result<(), Trap> {
     let linear = operand(cpu, i, bytes, true)?;
+    cpu.check_alignment(linear, alignment(bytes))?;
     cpu.store_bytes(linear, &image[..bytes])
 }
 
@@ -87,15 +99,19 @@ fn x87(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
         }
         Memory::Read(n) => {
             let linear = operand(cpu, i, usize::from(n), false)?;
+            cpu.check_alignment(linear, alignment(usize::from(n)))?;
             let mut bytes = [0; 16];
             cpu.load_bytes(linear, &mut bytes[..usize::from(n)])?;
             cpu.s.x87.load(op, u128::from_le_bytes(bytes));
         }
-        Memory::Write(_) => {
+        Memory::Write(n) => {
+            // An unmasked exception may leave nothing to store, but the operand's faults come first.
+            let linear = operand(cpu, i, usize::from(n), true)?;
+            cpu.check_alignment(linear, alignment(usize::from(n)))?;
+            cpu.probe_write(linear, u64::from(n))?;
             let store = cpu.s.x87.store(op);
             let n = usize::from(store.size);
             if n != 0 {
-                let linear = operand(cpu, i, n, true)?;
                 cpu.store_bytes(linear, &store.value.to_le_bytes()[..n])?;
             }
             cpu.s.x87.commit(&store);

@@ -757,7 +757,7 @@ pub fn cpuid(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
     Ok(())
 }
 
-/// MONITOR: checks its address; MWAIT: a hint that is not taken.
+/// MONITOR and MWAIT: a hint that is not taken; #UD outside level 0 (SDM vol. 2).
 pub fn monitor(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
-    cpu.require_cpl0()
+    if cpu.s.cpl == 0 { Ok(()) } else { Err(cpu.ud()) }
 }

@@ -1,11 +1,10 @@
 //! Every integer instruction that user mode runs, against the host's processor: a table of opcodes in the notation of
 //! the Intel manual, each with all operand sizes and kinds of operands, on boundary and random values.
 
-use iced_x86::{CpuidFeature, Decoder, DecoderOptions, Instruction, Mnemonic, Register, RflagsBits};
+use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, Register, RflagsBits};
 
-use super::native::Native;
-use super::{DATA, DATA_LEN, Guest, INSN, Machine, Random, TAKEN};
-use crate::exception::{Exception, vector};
+use super::bench::{Bench, Case, host_has};
+use super::{DATA, DATA_LEN, INSN, Machine, Random, TAKEN};
 use crate::state::flag;
 
 /// Opcodes (SDM vol. 2 notation: `/r`, `/digit`, `+r`, immediates) and operand sizes: b, w (66h), d, q (REX.W), and
@@ -231,7 +230,7 @@ enum Place {
 
 /// A form of operands: register numbers, the second one or a memory operand.
 #[derive(Clone, Copy)]
-struct Operands {
+pub(super) struct Operands {
     reg: u8,
     rm: u8,
     place: Option<Place>,
@@ -369,7 +368,7 @@ fn encode(row: &str, size: char, form: Operands, value: u64) -> Option<Vec<u8>> 
 }
 
 /// The flags that the manual leaves undefined after `i`, with `cl` in CL; `None` if the result is undefined as well.
-fn undefined(i: &Instruction, cl: u64) -> Option<u64> {
+pub(super) fn undefined(i: &Instruction, cl: u64) -> Option<u64> {
     const MAP: [(u32, u64); 6] = [
         (RflagsBits::OF, flag::OF),
         (RflagsBits::SF, flag::SF),
@@ -400,23 +399,6 @@ fn undefined(i: &Instruction, cl: u64) -> Option<u64> {
         return None;
     }
     Some(if count == 0 { 0 } else { mask })
-}
-
-fn host_has(f: CpuidFeature) -> bool {
-    match f {
-        CpuidFeature::BMI1 => is_x86_feature_detected!("bmi1"),
-        CpuidFeature::BMI2 => is_x86_feature_detected!("bmi2"),
-        CpuidFeature::ADX => is_x86_feature_detected!("adx"),
-        CpuidFeature::LZCNT => is_x86_feature_detected!("lzcnt"),
-        CpuidFeature::POPCNT => is_x86_feature_detected!("popcnt"),
-        CpuidFeature::MOVBE => is_x86_feature_detected!("movbe"),
-        CpuidFeature::SSE4_2 => is_x86_feature_detected!("sse4.2"),
-        CpuidFeature::CMPXCHG16B => is_x86_feature_detected!("cmpxchg16b"),
-        // CPUID leaf 7, EBX bits 23 and 24.
-        CpuidFeature::CLFLUSHOPT => std::arch::x86_64::__cpuid_count(7, 0).ebx & 1 << 23 != 0,
-        CpuidFeature::CLWB => std::arch::x86_64::__cpuid_count(7, 0).ebx & 1 << 24 != 0,
-        _ => true,
-    }
 }
 
 /// A state that `i` can run from: pointers of every memory operand lead into the data.
@@ -493,7 +475,7 @@ fn before(r: &mut Random, i: &Instruction, form: Operands) -> Machine {
             data.iter_mut().filter(|_| r.below(16) != 0).for_each(|b| *b = byte);
         }
     }
-    Machine { gpr, flags, rip: INSN, data }
+    Machine::new(gpr, flags, data)
 }
 
 /// Whether a string instruction uses ESI and EDI.
@@ -503,7 +485,7 @@ fn short_address(i: &Instruction) -> bool {
 }
 
 /// Calls `f` with every form of every row.
-fn each(r: &mut Random, mut f: impl FnMut(&mut Random, &str, Operands, &[u8], &Instruction)) {
+pub(super) fn each(r: &mut Random, mut f: impl FnMut(&mut Random, &str, Operands, &[u8], &Instruction)) {
     let rows = generated();
     let rows = TABLE.iter().copied().chain(rows.iter().map(|(row, sizes)| (row.as_str(), *sizes)));
     for (row, sizes) in rows {
@@ -526,8 +508,7 @@ fn each(r: &mut Random, mut f: impl FnMut(&mut Random, &str, Operands, &[u8], &I
 
 #[test]
 fn as_the_processor_does() {
-    let Some(mut host) = Native::take() else { return };
-    let mut guest = Guest::code64();
+    let Some(mut bench) = Bench::new() else { return };
     let mut r = Random::new(1);
     let mut failures: Vec<String> = Vec::new();
     let mut skipped = std::collections::BTreeSet::new();
@@ -537,29 +518,16 @@ fn as_the_processor_does() {
             skipped.insert(format!("{f:?}"));
             return;
         }
-        host.load(code);
-        for _ in 0..24 {
-            let before = before(r, i, form);
-            let Some(undefined) = undefined(i, before.gpr[1]) else { continue };
-            let mut ours = match guest.run(code, &before) {
-                Ok(after) => after,
-                // What the processor would do about an overflow is in a test of its own.
-                Err(e) if e == Exception::plain(vector::DE) => continue,
-                Err(e) => return failures.push(format!("{row}: {i}: {e:x?} from {before:x?}")),
-            };
-            let mut theirs = host.run(code.len(), &before);
-            ours.flags &= !undefined;
-            // IF is the host's own business.
-            theirs.flags = theirs.flags & !undefined & (flag::STATUS | flag::DF) | ours.flags & flag::IF | 2;
-            compared += 1;
-            if ours != theirs {
-                let data = |m: &Machine| m.data.iter().zip(&before.data).position(|(a, b)| a != b);
-                return failures.push(format!(
-                    "{row}: {i} ({code:02x?})\n before {:x?} {:x}\n ours   {:x?} {:x} rip {:x} data {:x?}\n theirs {:x?} {:x} rip {:x} data {:x?}",
-                    before.gpr, before.flags, ours.gpr, ours.flags, ours.rip, data(&ours),
-                    theirs.gpr, theirs.flags, theirs.rip, data(&theirs),
-                ));
-            }
+        let cases: Vec<_> = (0..24)
+            .filter_map(|_| {
+                let before = before(r, i, form);
+                let undefined = undefined(i, before.gpr[1])?;
+                Some(Case::single(before, undefined))
+            })
+            .collect();
+        compared += cases.len();
+        if let Err(e) = bench.check(code, &cases) {
+            failures.push(format!("{row}: {i} ({code:02x?})\n{e}"));
         }
     });
     if !skipped.is_empty() {

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 
 use iced_x86::{Instruction, Mnemonic};
 
-use super::{Lanes, above, get, is_wide, put};
+use super::{Lanes, get, is_wide, put};
 use crate::emit::{Emit, FpArgs, FpCall};
 use crate::insn::{Insn, Opnd};
 use crate::semantics::sse::{self, fmt_of, format};
@@ -145,9 +145,8 @@ fn to_half<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
     // MXCSR must not change if the store faults, so that is found out first.
     let ea = if i.op[0] == Opnd::Mem { Some(e.ea(i)) } else { None };
     if let Some(ea) = ea {
+        e.probe_write(i, ea, u64::from(i.mem_bytes))?;
         e.check_store::<W8>(i, ea)?;
-        let last = above(e, i, ea, u64::from(i.mem_bytes) - 1);
-        e.check_store::<W8>(i, last)?;
     }
     let r = e.fp(FpCall::ToHalf(i.imm as u8), FpArgs::two(b, b), b_high.map(|b| FpArgs::two(b, b)))?;
     let r = join_halves(e, r);

@@ -2,13 +2,14 @@
 
 use iced_x86::{Instruction, Mnemonic};
 
-use super::{read, write};
+use super::{is_wide, read, write};
 use crate::cpu::Cpu;
 use crate::emit::Emit;
 use crate::exception::Trap;
 use crate::insn::{Insn, NO_REG, Opnd};
 use crate::semantics::{Sem, interp, sse};
 use crate::simd::wide::Ymm;
+use crate::state::seg;
 use crate::width::{W32, W64};
 
 /// The semantics of a gather, masked move or MXCSR access.
@@ -55,7 +56,9 @@ fn is_set(mask: Ymm, bytes: usize, n: usize) -> bool {
 
 fn load_element(cpu: &mut Cpu, i: &Insn, bytes: usize, ea: u64) -> Result<u64, Trap> {
     let ea = cpu.cut_address(i, ea);
-    if bytes == 4 { cpu.load::<W32>(i, i.seg, ea) } else { cpu.load::<W64>(i, i.seg, ea) }
+    let linear = cpu.linearize(i.seg, ea, bytes as u64, false)?;
+    cpu.through_ss = i.seg == seg::SS;
+    if bytes == 4 { cpu.load_element::<W32>(linear) } else { cpu.load_element::<W64>(linear) }
 }
 
 /// VMASKMOVPS and its kin: elements whose mask is clear are neither accessed nor able to fault.
@@ -84,7 +87,7 @@ fn masked_move(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     for n in chosen {
         let linear = address(cpu, n)?;
         let x = element(v, bytes, n);
-        if bytes == 4 { cpu.store_linear::<W32>(linear, x)? } else { cpu.store_linear::<W64>(linear, x)? }
+        if bytes == 4 { cpu.store_element::<W32>(linear, x)? } else { cpu.store_element::<W64>(linear, x)? }
     }
     Ok(())
 }
@@ -121,8 +124,9 @@ fn gather(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
             match load_element(cpu, i, data, base.wrapping_add(k << i.scale)) {
                 Ok(x) => set_element(&mut v, data, n, x),
                 Err(trap) => {
-                    write(cpu, i, v)?;
-                    set_mask(cpu, m, mask);
+                    // The upper halves of a 128-bit form are cleared once it completes.
+                    set_register(cpu, d, [v[0], if is_wide(i, 0) { v[1] } else { cpu.s.ymm_high(d) }]);
+                    set_register(cpu, m, [mask[0], if is_wide(i, 2) { mask[1] } else { cpu.s.ymm_high(m) }]);
                     return Err(trap);
                 }
             }
@@ -133,11 +137,11 @@ fn gather(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
         set_element(&mut v, data, n, 0);
     }
     write(cpu, i, v)?;
-    set_mask(cpu, m, [0; 2]);
+    set_register(cpu, m, [0; 2]);
     Ok(())
 }
 
-fn set_mask(cpu: &mut Cpu, r: u8, mask: Ymm) {
-    cpu.s.set_xmm(r, mask[0]);
-    cpu.s.set_ymm_high(r, mask[1]);
+fn set_register(cpu: &mut Cpu, r: u8, v: Ymm) {
+    cpu.s.set_xmm(r, v[0]);
+    cpu.s.set_ymm_high(r, v[1]);
 }

@@ -7,8 +7,6 @@ mod float;
 mod memory;
 mod moves;
 mod packed;
-#[cfg(all(test, target_arch = "x86_64"))]
-mod silicon;
 #[cfg(test)]
 mod tests;
 

@@ -7,7 +7,7 @@ use crate::emit::{Bin, Emit};
 use crate::insn::{Insn, Opnd};
 use crate::semantics::sse::{combine, logic_kind, low};
 use crate::semantics::{Sem, both};
-use crate::width::{W8, W32, W64, Width};
+use crate::width::{W32, W64, Width};
 
 /// The semantics of a move.
 pub(super) fn find(i: &Instruction) -> Option<&'static Sem> {
@@ -83,9 +83,8 @@ fn move_whole<E: Emit>(e: &mut E, i: &Insn, aligned: bool) -> Result<(), E::Trap
         (Some(ea), None) if i.op[0] == Opnd::Mem => e.store_x(i, ea, low, aligned),
         (Some(ea), Some(high)) if i.op[0] == Opnd::Mem => {
             if !aligned {
-                // The last byte must be writable before the first is written; an aligned operand is in one page.
-                let last = above(e, i, ea, 31);
-                e.check_store::<W8>(i, last)?;
+                // All must be writable before the first half is written; an aligned operand is in one page.
+                e.probe_write(i, ea, 32)?;
             }
             e.store_x(i, ea, low, aligned)?;
             let at = above(e, i, ea, 16);

@@ -171,16 +171,18 @@ fn round_pack(env: &mut FpEnv, f: Format, mode: Mode, neg: bool, exp: i32, sig: 
     if exp < least {
         // Tiny, unless rounding as if the exponent were unbounded reaches the least normal number.
         let tiny = exp + 1 < least || kept >> (f.frac + 1) == 0;
+        if tiny && !env.underflow_masked() {
+            // What a handler is told is whether the exponent alone is at fault.
+            env.raise(if inexact { UE | PE } else { UE });
+            return f.signed(neg, 0);
+        }
         let (kept, inexact) = shift_round(sig, drop + (least - exp).min(200) as u32, mode, neg);
-        if tiny && f != HALF && env.mxcsr & FTZ != 0 && env.underflow_masked() {
+        if tiny && f != HALF && env.mxcsr & FTZ != 0 {
             env.raise(UE | PE);
             return f.signed(neg, 0);
         }
-        if tiny && (inexact || !env.underflow_masked()) {
-            env.raise(UE);
-        }
         if inexact {
-            env.raise(PE);
+            env.raise(if tiny { UE | PE } else { PE });
         }
         // A carry into the hidden bit makes the exponent field 1, as it should.
         return f.signed(neg, kept as u64);
@@ -191,7 +193,8 @@ fn round_pack(env: &mut FpEnv, f: Format, mode: Mode, neg: bool, exp: i32, sig: 
         exp += 1;
     }
     if exp > f.bias() {
-        env.raise(OE | PE);
+        let masked = env.mxcsr & MASKS & (OE << 7) != 0;
+        env.raise(if inexact || masked { OE | PE } else { OE });
         let to_infinity = match mode {
             Mode::Nearest => true,
             Mode::Down => neg,
@@ -504,7 +507,7 @@ pub(super) fn convert(env: &mut FpEnv, from: Format, to: Format, a: u64, mode: M
 /// denormals for zeros and flushes tiny results.
 pub(super) fn reciprocal(a: u64) -> u64 {
     let f = SINGLE;
-    let x = unpack(&FpEnv { mxcsr: DAZ }, f, a);
+    let x = unpack(&FpEnv::new(DAZ), f, a);
     match x.class {
         Class::Zero => f.signed(x.neg, f.infinity()),
         Class::Infinity => f.signed(x.neg, 0),
@@ -516,7 +519,7 @@ pub(super) fn reciprocal(a: u64) -> u64 {
 /// 1/√a truncated to 13 bits: within the bound of 1.5·2⁻¹² that RSQRTPS promises; otherwise as [`reciprocal`].
 pub(super) fn reciprocal_sqrt(a: u64) -> u64 {
     let f = SINGLE;
-    let x = unpack(&FpEnv { mxcsr: DAZ }, f, a);
+    let x = unpack(&FpEnv::new(DAZ), f, a);
     match x.class {
         Class::Zero => f.signed(x.neg, f.infinity()),
         Class::Quiet | Class::Signaling => a | f.quiet(),
@@ -538,5 +541,5 @@ fn approximate(neg: bool, exp: i32, sig: u128) -> u64 {
     if exp + 127 < 1 - SINGLE.bias() {
         return SINGLE.signed(neg, 0);
     }
-    round_pack(&mut FpEnv { mxcsr: MASKS }, SINGLE, Mode::Zero, neg, exp, sig)
+    round_pack(&mut FpEnv::new(MASKS), SINGLE, Mode::Zero, neg, exp, sig)
 }

@@ -131,12 +131,14 @@ pub struct Comi {
 pub struct FpEnv {
     /// Control and flags, in the layout of MXCSR.
     pub mxcsr: u32,
+    /// Flags of completed steps of an instruction that has several.
+    settled: u32,
 }
 
 impl FpEnv {
     /// An environment for a guest's MXCSR.
     pub fn new(mxcsr: u32) -> Self {
-        Self { mxcsr }
+        Self { mxcsr, settled: 0 }
     }
 
     /// Makes the guest's controls and flags those of this host thread, with every exception masked.
@@ -164,15 +166,25 @@ impl FpEnv {
     /// CR4.OSXMMEXCPT = 0) and has no result. Flags are recorded either way (SDM vol. 1 §11.5.3: an unmasked
     /// exception found before the computation keeps those of the computation from being detected).
     pub fn trapping<T>(&mut self, f: impl FnOnce(&mut Self) -> T) -> Option<T> {
-        let mut env = Self { mxcsr: self.mxcsr & !FLAGS };
+        let mut env = Self::new(self.mxcsr & !FLAGS);
         let result = f(&mut env);
-        let unmasked = FLAGS & !(self.mxcsr >> 7);
         let mut raised = env.mxcsr & FLAGS;
+        let unmasked = FLAGS & !(self.mxcsr >> 7);
         if raised & unmasked & (IE | DE | ZE) != 0 {
-            raised &= IE | DE | ZE;
+            raised &= IE | DE | ZE | env.settled;
         }
         self.mxcsr |= raised;
         (raised & unmasked == 0).then_some(result)
+    }
+
+    /// Ends one of several steps: whether an unmasked exception was raised in it, inside [`FpEnv::trapping`].
+    fn step_trapped(&mut self) -> bool {
+        let raised = self.mxcsr & FLAGS;
+        if raised & !(self.mxcsr >> 7) != 0 {
+            return true;
+        }
+        self.settled = raised;
+        false
     }
 
     /// The host's own instruction where it does the same, else software: the host cannot be asked for the exact
@@ -188,6 +200,10 @@ impl FpEnv {
 
 /// ADDPS and its kin.
 pub fn fp(env: &mut FpEnv, op: FpOp, fmt: FpFmt, a: u128, b: u128) -> u128 {
+    // The approximations raise nothing, and shall not depend on what is masked.
+    if let (FpOp::Rcp | FpOp::Rsqrt, Some(r)) = (op, Host::arith(op, fmt, a, b)) {
+        return r;
+    }
     env.either(|| Host::arith(op, fmt, a, b), |env| soft::arith(env, op, fmt, a, b))
 }
 
@@ -207,9 +223,16 @@ pub fn round(env: &mut FpEnv, fmt: FpFmt, a: u128, b: u128, imm: u8) -> u128 {
     env.either(|| Host::round(fmt, a, b, imm), |env| soft::round(env, fmt, a, b, imm))
 }
 
-/// DPPS and DPPD.
-pub fn dot(env: &mut FpEnv, fmt: FpFmt, a: u128, b: u128, imm: u8) -> u128 {
-    env.either(|| Host::dot(fmt, a, b, imm), |env| soft::dot(env, fmt, a, b, imm))
+/// DPPS and DPPD of each lane.
+pub fn dot<const N: usize>(env: &mut FpEnv, fmt: FpFmt, a: [u128; N], b: [u128; N], imm: u8) -> [u128; N] {
+    let host = || {
+        let mut r = [0; N];
+        for ((r, a), b) in r.iter_mut().zip(a).zip(b) {
+            *r = Host::dot(fmt, a, b, imm)?;
+        }
+        Some(r)
+    };
+    env.either(host, |env| soft::dot(env, fmt, a, b, imm))
 }
 
 /// The fused multiply-add family. `dst` gives the upper part of a scalar result.

@@ -123,20 +123,29 @@ fn mode_of(env: &FpEnv, imm: u8) -> Mode {
     if imm & 4 != 0 { env.mode() } else { Mode::from_bits(imm.into()) }
 }
 
-pub(super) fn dot(env: &mut FpEnv, fmt: FpFmt, a: u128, b: u128, imm: u8) -> u128 {
+pub(super) fn dot<const N: usize>(env: &mut FpEnv, fmt: FpFmt, a: [u128; N], b: [u128; N], imm: u8) -> [u128; N] {
     let (f, n) = (fmt.element(), fmt.count());
-    let mut products = [0; 4];
-    for (i, product) in (0..n).zip(&mut products) {
-        if imm & (16 << i) != 0 {
-            *product = float::mul(env, f, get(a, fmt.bits(), i), get(b, fmt.bits(), i));
+    let mut products = [[0; 4]; N];
+    for (lane, products) in products.iter_mut().enumerate() {
+        for (i, product) in (0..n).zip(products).filter(|&(i, _)| imm & (16 << i) != 0) {
+            *product = float::mul(env, f, get(a[lane], fmt.bits(), i), get(b[lane], fmt.bits(), i));
         }
     }
-    let mut sum = float::add(env, f, products[0], products[1], false);
-    if n == 4 {
-        let upper = float::add(env, f, products[2], products[3], false);
-        sum = float::add(env, f, sum, upper, false);
+    // Each step is complete, in all elements, before the next begins: an unmasked exception keeps that from happening.
+    if env.step_trapped() {
+        return [0; N];
     }
-    each(fmt, 0, |i| if imm & (1 << i) != 0 { sum } else { 0 })
+    let mut sums = products.map(|p| float::add(env, f, p[0], p[1], false));
+    if n == 4 {
+        let upper = products.map(|p| float::add(env, f, p[2], p[3], false));
+        if env.step_trapped() {
+            return [0; N];
+        }
+        for (sum, upper) in sums.iter_mut().zip(upper) {
+            *sum = float::add(env, f, *sum, upper, false);
+        }
+    }
+    sums.map(|sum| each(fmt, 0, |i| if imm & (1 << i) != 0 { sum } else { 0 }))
 }
 
 pub(super) fn fma(env: &mut FpEnv, kind: FmaKind, fmt: FpFmt, dst: u128, a: u128, b: u128, c: u128) -> u128 {

@@ -152,7 +152,7 @@ mod host {
                 both(
                     || format!("dot {imm:#x} {fmt:?} {a:#x} {b:#x}"),
                     || Host::dot(fmt, a, b, imm),
-                    |env| soft::dot(env, fmt, a, b, imm),
+                    |env| soft::dot(env, fmt, [a], [b], imm)[0],
                 );
             }
         }
@@ -319,7 +319,7 @@ fn the_same_on_every_host() {
         CvtOp::ALL.iter().for_each(|&op| d.add(soft::convert(env, op, a, b)));
         d.add(soft::fma(env, FmaKind::Add, fmt, a, a, b, c));
         d.add(soft::round(env, fmt, a, b, imm));
-        d.add(soft::dot(env, if fmt.is_double() { FpFmt::Pd } else { FpFmt::Ps }, a, b, imm));
+        d.add(soft::dot(env, if fmt.is_double() { FpFmt::Pd } else { FpFmt::Ps }, [a], [b], imm)[0]);
         d.add(soft::compare(env, fmt, a, b, imm & 31));
         d.add(soft::to_half(env, b, imm));
         d.add(soft::to_int(env, fmt, true, false, a).into());

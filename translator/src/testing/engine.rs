@@ -1,0 +1,195 @@
+//! A guest in user mode that runs the window's code on the interpreter or compiled, and an operating system of empty
+//! exception handlers around it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::{
+    ABSENT, CODE, DATA, DATA_LEN, EDGE, FALL, Fault, Fpu, Guest, INSN, Machine, READ_ONLY, SYSTEM, TAKEN, WINDOW,
+};
+use crate::addr::PAGE_SIZE;
+use crate::exception::vector;
+use crate::insn::Mode;
+use crate::jit::{Jit, THRESHOLD};
+use crate::state::{CpuState, Segment, Table, cr, seg};
+use crate::vcpu::Vcpu;
+
+/// Page table of the window, and the physical pages that code is put in, one after the other: the host's window has
+/// one page for it all, the guest's maps another one each time.
+const PAGE_TABLE: u64 = 0x10_3000;
+const CODE_PAGES: std::ops::Range<u64> = 0x4_0000..0x10_0000;
+/// Interrupt descriptors, the task state and the global descriptors.
+const IDT: u64 = SYSTEM;
+const TSS: u64 = SYSTEM + 0x400;
+const GDT: u64 = SYSTEM + 0x600;
+const STACK_TOP: u64 = SYSTEM + 0x1000;
+/// Where exceptions are delivered to: 16 bytes each, and nothing there, as execution stops before.
+const HANDLERS: u64 = SYSTEM + 0x2000;
+const KERNEL_CODE: u16 = 8;
+const USER_CODE: u16 = 0x23;
+const USER_DATA: u16 = 0x1b;
+
+/// One engine with the code that it runs.
+pub(crate) struct Engine {
+    compile: bool,
+    vcpu: Vcpu,
+    memory: Arc<GuestMemoryMmap>,
+    start: CpuState,
+    page: u64,
+    len: u64,
+}
+
+impl Engine {
+    /// The interpreter, or the compiler.
+    pub(crate) fn new(compile: bool) -> Engine {
+        let Guest { mut cpu, memory } = Guest::code64();
+        for n in 0..512 {
+            let entry = match WINDOW + n * PAGE_SIZE {
+                ABSENT => 0,
+                READ_ONLY => n * PAGE_SIZE | 5,
+                _ => n * PAGE_SIZE | 7,
+            };
+            memory.write_obj(entry, GuestAddress(PAGE_TABLE + n * 8)).unwrap();
+        }
+        let pde = 0x10_2000 + (WINDOW >> 21 & 511) * 8;
+        memory.write_obj(PAGE_TABLE | 7, GuestAddress(pde)).unwrap();
+        let put = |at: u64, v: u64| memory.write_obj(v, GuestAddress(at - WINDOW)).unwrap();
+        for n in 0..32 {
+            // A 64-bit interrupt gate of level 3 to the first stack of the interrupt stack table.
+            let handler = HANDLERS + 16 * n;
+            put(IDT + 16 * n, handler & 0xffff | u64::from(KERNEL_CODE) << 16 | 0xee01 << 32 | (handler >> 16) << 48);
+            put(IDT + 16 * n + 8, handler >> 32);
+        }
+        put(TSS + 0x24, STACK_TOP);
+        // No I/O permission map.
+        put(TSS + 0x60, 0x68 << 48);
+        put(GDT + u64::from(KERNEL_CODE), 0x00af_9b00_0000_ffff);
+        put(GDT + 0x18, 0x00cf_f300_0000_ffff);
+        put(GDT + 0x20, 0x00af_fb00_0000_ffff);
+        let mut s = cpu.s.clone();
+        s.idtr = Table { base: IDT, limit: 511 };
+        s.gdtr = Table { base: GDT, limit: 0x27 };
+        s.tr = Segment { base: TSS, limit: 0x67, attr: 0x8b, selector: 0x28 };
+        s.seg = [Segment { base: 0, limit: u32::MAX, attr: 0xc0f3, selector: USER_DATA }; 6];
+        s.seg[usize::from(seg::CS)] = Segment { attr: 0xa0fb, selector: USER_CODE, ..s.seg[0] };
+        s.cpl = 3;
+        s.cr0 |= cr::CR0_WP | cr::CR0_AM | cr::CR0_NE | cr::CR0_MP;
+        s.cr4 |= cr::CR4_OSXSAVE | cr::CR4_FSGSBASE;
+        s.xcr0 = 7;
+        s.rip = INSN;
+        cpu.set_state(s.clone());
+        let jit = compile.then(|| Jit::new(8 << 20, 1).unwrap());
+        Engine { compile, vcpu: Vcpu::new(cpu, jit), memory, start: s, page: CODE_PAGES.start, len: 0 }
+    }
+
+    /// Puts code in place. Compiled, it is so from now on; `warm` are states that reach the parts that matter.
+    pub(crate) fn load(&mut self, code: &[u8], warm: &[Machine]) {
+        if self.page + PAGE_SIZE >= CODE_PAGES.end {
+            *self = Engine::new(self.compile);
+        }
+        self.page += PAGE_SIZE;
+        self.len = code.len() as u64;
+        let next = INSN + self.len;
+        let mut all = code.to_vec();
+        all.push(0xe9);
+        all.extend((FALL.wrapping_sub(next + 5) as u32).to_le_bytes());
+        let entry = PAGE_TABLE + (CODE - WINDOW) / PAGE_SIZE * 8;
+        self.memory.write_slice(&all, GuestAddress(self.gpa())).unwrap();
+        self.memory.write_obj(self.page | 7, GuestAddress(entry)).unwrap();
+        self.vcpu.cpu.flush_tlb_page(CODE);
+        self.vcpu.flush_jump_cache();
+        if self.compile {
+            self.warm(warm);
+        }
+    }
+
+    fn gpa(&self) -> u64 {
+        self.page + INSN - CODE
+    }
+
+    /// Interprets the code from some states, then has it compiled.
+    fn warm(&mut self, warm: &[Machine]) {
+        for state in warm {
+            self.run(state);
+        }
+        let (entry, mode) = (self.gpa(), self.vcpu.cpu.mode);
+        for at in entry..entry + self.len {
+            if let Some(id) = self.vcpu.blocks.find(at, mode) {
+                // The entry asks for a region the next time it is interpreted, and the others belong to it.
+                self.vcpu.blocks.get_mut(id).heat = if at == entry { THRESHOLD - 1 } else { THRESHOLD / 2 };
+            }
+        }
+        let (entries, deadline) = (self.vcpu.counts.entries, Instant::now() + Duration::from_secs(60));
+        loop {
+            self.run(&warm[0]);
+            if self.vcpu.counts.entries > entries {
+                break;
+            }
+            assert!(Instant::now() < deadline, "nothing was compiled");
+            std::thread::sleep(Duration::from_micros(20));
+        }
+    }
+
+    /// Runs the code from a state until it ends or faults.
+    pub(crate) fn run(&mut self, before: &Machine) -> Machine {
+        let cpu = &mut self.vcpu.cpu;
+        cpu.s = self.start.clone();
+        cpu.s.gpr = before.gpr;
+        cpu.s.set_flags(before.flags);
+        cpu.s.ymm = before.ymm;
+        cpu.s.mxcsr = before.mxcsr;
+        cpu.s.x87.fxrstor(&before.fpu.image(before.mxcsr), true);
+        cpu.mode_changed();
+        assert!(cpu.mode.has(Mode::AVX));
+        for (at, bytes) in [(DATA, &before.data[..DATA_LEN]), (EDGE, &before.data[DATA_LEN..])] {
+            self.memory.write_slice(bytes, GuestAddress(at - WINDOW)).unwrap();
+        }
+        let mut turns = 0;
+        let fault = loop {
+            let exit = self.vcpu.turn();
+            let rip = self.vcpu.cpu.s.rip;
+            assert!(exit.is_none(), "{exit:?} at {rip:#x}");
+            if rip == FALL || rip == TAKEN {
+                break None;
+            }
+            if let Some(vector) = rip.checked_sub(HANDLERS).filter(|v| v % 16 == 0 && *v < 512) {
+                break Some((vector / 16) as u8);
+            }
+            turns += 1;
+            assert!(turns < 100_000, "does not end: at {rip:#x}");
+        };
+        let s = &self.vcpu.cpu.s;
+        let mut image = [0; 512];
+        s.x87.fxsave(&mut image, true);
+        let mut data = vec![0; before.data.len()];
+        self.memory.read_slice(&mut data[..DATA_LEN], GuestAddress(DATA - WINDOW)).unwrap();
+        self.memory.read_slice(&mut data[DATA_LEN..], GuestAddress(EDGE - WINDOW)).unwrap();
+        let rip = if s.rip == FALL { INSN + self.len } else { s.rip };
+        let mut after = Machine {
+            gpr: s.gpr,
+            flags: s.flags(),
+            rip,
+            fault: None,
+            ymm: s.ymm,
+            mxcsr: s.mxcsr,
+            fpu: Fpu::from_image(&image),
+            data,
+        };
+        if let Some(v) = fault {
+            let mut frame = s.gpr[4] - WINDOW;
+            let mut pop = || {
+                frame += 8;
+                self.memory.read_obj::<u64>(GuestAddress(frame - 8)).unwrap()
+            };
+            let has_error =
+                matches!(v, vector::DF | vector::TS | vector::NP | vector::SS | vector::GP | vector::PF | vector::AC);
+            let error = if has_error { pop() as u32 } else { 0 };
+            (after.rip, _, after.flags, after.gpr[4]) = (pop(), pop(), pop(), pop());
+            let address = if v == vector::PF { s.cr2 } else { 0 };
+            after.fault = Some(Fault { vector: v, error, address });
+        }
+        after
+    }
+}

@@ -1,0 +1,250 @@
+//! The host's processor, running code at [`INSN`] of the window in user mode; what it raises is caught.
+
+use std::sync::{Mutex, MutexGuard, Once};
+
+use iced_x86::code_asm::*;
+
+use super::{ABSENT, CODE, DATA, DATA_LEN, EDGE, FALL, Fault, Fpu, INSN, Machine, READ_ONLY, TAKEN, WINDOW};
+
+const LEN: usize = 0x1_0000;
+const PAGE: usize = 0x1000;
+/// Where a taken branch and a fault go on.
+const BRANCHED: u64 = FALL + 0x200;
+const FAULTED: u64 = FALL + 0x400;
+/// Registers, flags, the way out, the host's stack pointer and MXCSR, and what the signal handler notes.
+const CONTEXT: u64 = WINDOW + 0xc000;
+const FLAGS: u64 = CONTEXT + 16 * 8;
+const WAY: u64 = CONTEXT + 17 * 8;
+const HOST_SP: u64 = CONTEXT + 18 * 8;
+const HOST_MXCSR: u64 = CONTEXT + 19 * 8;
+const VECTOR: u64 = CONTEXT + 20 * 8;
+const ERROR: u64 = CONTEXT + 21 * 8;
+const ADDRESS: u64 = CONTEXT + 22 * 8;
+const FAULT_IP: u64 = CONTEXT + 23 * 8;
+/// An XSAVE area of x87, SSE and AVX state.
+const AREA: u64 = CONTEXT + 0x400;
+const AREA_HEADER: u64 = AREA + 512;
+const AREA_HIGH: u64 = AREA + 576;
+const COMPONENTS: i32 = 7;
+
+static WINDOW_IN_USE: Mutex<bool> = Mutex::new(false);
+
+/// Exclusive use of the window.
+pub(crate) struct Native {
+    _lock: MutexGuard<'static, bool>,
+    len: usize,
+}
+
+fn registers() -> [AsmRegister64; 16] {
+    [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15]
+}
+
+fn slot(at: u64) -> AsmMemoryOperand {
+    qword_ptr(at)
+}
+
+/// The code that loads the registers and jumps to [`INSN`].
+fn prologue() -> Result<Vec<u8>, IcedError> {
+    let mut a = CodeAssembler::new(64)?;
+    for r in [rbx, rbp, r12, r13, r14, r15] {
+        a.push(r)?;
+    }
+    a.pushfq()?;
+    a.mov(slot(HOST_SP), rsp)?;
+    a.stmxcsr(dword_ptr(HOST_MXCSR))?;
+    a.mov(eax, COMPONENTS)?;
+    a.mov(edx, 0)?;
+    a.xrstor64(ptr(AREA))?;
+    a.push(slot(FLAGS))?;
+    a.popfq()?;
+    for (n, r) in registers().into_iter().enumerate() {
+        a.mov(r, slot(CONTEXT + n as u64 * 8))?;
+    }
+    a.jmp(INSN)?;
+    a.assemble(WINDOW)
+}
+
+/// The code behind the instruction: notes the way it took, stores the registers, returns.
+fn epilogue(way: u64, at: u64) -> Result<Vec<u8>, IcedError> {
+    let mut a = CodeAssembler::new(64)?;
+    a.mov(dword_ptr(WAY), way as i32)?;
+    for (n, r) in registers().into_iter().enumerate() {
+        a.mov(slot(CONTEXT + n as u64 * 8), r)?;
+    }
+    a.mov(rsp, slot(HOST_SP))?;
+    a.pushfq()?;
+    a.pop(slot(FLAGS))?;
+    a.mov(eax, COMPONENTS)?;
+    a.mov(edx, 0)?;
+    a.xsave64(ptr(AREA))?;
+    a.fninit()?;
+    a.ldmxcsr(dword_ptr(HOST_MXCSR))?;
+    a.vzeroupper()?;
+    a.popfq()?;
+    for r in [r15, r14, r13, r12, rbp, rbx] {
+        a.pop(r)?;
+    }
+    a.ret()?;
+    a.assemble(at)
+}
+
+impl Native {
+    /// Takes the window; `None`, with the reason printed, where this host cannot serve.
+    pub(crate) fn take() -> Option<Native> {
+        if !is_x86_feature_detected!("avx2") {
+            eprintln!("skipped: this processor has no AVX2");
+            return None;
+        }
+        let mut mapped = WINDOW_IN_USE.lock().unwrap_or_else(|e| e.into_inner());
+        if !*mapped {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+            // SAFETY: a new mapping that replaces none.
+            let at = unsafe { libc::mmap(WINDOW as *mut _, LEN, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+            if at as u64 != WINDOW {
+                eprintln!("skipped: the window at {WINDOW:#x} is not free on this host");
+                return None;
+            }
+            let code = [(WINDOW, prologue()), (FALL, epilogue(0, FALL))];
+            for (at, code) in code.into_iter().chain([(1, BRANCHED), (2, FAULTED)].map(|(w, at)| (at, epilogue(w, at))))
+            {
+                let code = code.unwrap();
+                assert!(code.len() < 0x200 || at == WINDOW && code.len() < 0x800);
+                put(at, &code);
+            }
+            put(TAKEN, &jump(TAKEN, BRANCHED));
+            // Touched, so that a store finds a page and no permission.
+            put(READ_ONLY, &[0]);
+            protect(WINDOW, libc::PROT_READ | libc::PROT_EXEC);
+            protect(ABSENT, libc::PROT_NONE);
+            protect(READ_ONLY, libc::PROT_READ);
+            *mapped = true;
+        }
+        catch_signals();
+        Some(Native { _lock: mapped, len: 0 })
+    }
+
+    /// Puts code in place; what it falls through to is the end.
+    pub(crate) fn load(&mut self, code: &[u8]) {
+        self.len = code.len();
+        let next = INSN + code.len() as u64;
+        assert!(next + 5 < CODE + PAGE as u64);
+        protect(CODE, libc::PROT_READ | libc::PROT_WRITE);
+        put(INSN, code);
+        put(next, &jump(next, FALL));
+        protect(CODE, libc::PROT_READ | libc::PROT_EXEC);
+    }
+
+    /// Runs the code in place, which must end and touch no memory but the window's.
+    pub(crate) fn run(&mut self, before: &Machine) -> Machine {
+        put(DATA, &before.data[..DATA_LEN]);
+        put(EDGE, &before.data[DATA_LEN..]);
+        for (n, v) in before.gpr.iter().chain([&before.flags]).enumerate() {
+            put(CONTEXT + n as u64 * 8, &v.to_le_bytes());
+        }
+        put(AREA, &before.fpu.image(before.mxcsr));
+        put(AREA_HEADER, &[0; 64]);
+        put(AREA_HEADER, &[COMPONENTS as u8]);
+        for (n, y) in (0..).zip(&before.ymm) {
+            put(AREA + 160 + 16 * n, &[y[0].to_le_bytes(), y[1].to_le_bytes()].concat());
+            put(AREA_HIGH + 16 * n, &[y[2].to_le_bytes(), y[3].to_le_bytes()].concat());
+        }
+        // SAFETY: the prologue is a function without arguments that keeps the registers it must; the code in between
+        // touches the window only, as the caller says, and what it raises is caught.
+        unsafe { std::mem::transmute::<*const (), extern "sysv64" fn()>(WINDOW as *const ())() };
+        let mut data = vec![0; before.data.len()];
+        get(DATA, &mut data[..DATA_LEN]);
+        get(EDGE, &mut data[DATA_LEN..]);
+        let mut image = [0; 512];
+        get(AREA, &mut image);
+        let vector = word(VECTOR) as u8;
+        let way = word(WAY) as u32;
+        Machine {
+            gpr: std::array::from_fn(|n| word(CONTEXT + n as u64 * 8)),
+            flags: word(FLAGS),
+            rip: match way {
+                0 => INSN + self.len as u64,
+                1 => TAKEN,
+                _ => word(FAULT_IP),
+            },
+            fault: (way == 2).then(|| Fault {
+                vector,
+                error: word(ERROR) as u32,
+                address: if vector == crate::exception::vector::PF { word(ADDRESS) } else { 0 },
+            }),
+            ymm: std::array::from_fn(|n| {
+                let n = n as u64 * 16;
+                [word(AREA + 160 + n), word(AREA + 168 + n), word(AREA_HIGH + n), word(AREA_HIGH + 8 + n)]
+            }),
+            mxcsr: word(AREA + 24) as u32,
+            fpu: Fpu::from_image(&image),
+            data,
+        }
+    }
+}
+
+/// Lets [`on_signal`] have the signals of the window's faults, on a stack of its own: the code under test may have
+/// none. The alternate stack is the thread's, the handler the process's.
+fn catch_signals() {
+    const STACK: usize = 128 << 10;
+    let stack: &'static mut [u8] = Box::leak(vec![0; STACK].into_boxed_slice());
+    let stack = libc::stack_t { ss_sp: stack.as_mut_ptr().cast(), ss_flags: 0, ss_size: STACK };
+    // SAFETY: the stack lives for ever.
+    assert_eq!(unsafe { libc::sigaltstack(&stack, std::ptr::null_mut()) }, 0);
+    static HANDLER: Once = Once::new();
+    HANDLER.call_once(|| {
+        for signal in [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE] {
+            // SAFETY: an all-zero `sigaction` is a valid one.
+            let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+            action.sa_sigaction = on_signal as *const () as usize;
+            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+            // SAFETY: the handler is async-signal-safe: it writes to the window only.
+            assert_eq!(unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) }, 0);
+        }
+    });
+}
+
+extern "C" fn on_signal(signal: libc::c_int, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    // SAFETY: the kernel passes a `ucontext_t` to a handler with SA_SIGINFO.
+    let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
+    let ip = registers[libc::REG_RIP as usize] as u64;
+    if !(CODE..CODE + PAGE as u64).contains(&ip) {
+        // Not ours: the instruction runs again and takes the process down.
+        // SAFETY: restores the default action.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+        return;
+    }
+    for (at, r) in [(VECTOR, libc::REG_TRAPNO), (ERROR, libc::REG_ERR), (ADDRESS, libc::REG_CR2)] {
+        put(at, &registers[r as usize].to_le_bytes());
+    }
+    put(FAULT_IP, &ip.to_le_bytes());
+    registers[libc::REG_RIP as usize] = FAULTED as i64;
+}
+
+fn jump(from: u64, to: u64) -> [u8; 5] {
+    let mut code = [0xe9; 5];
+    code[1..].copy_from_slice(&(to.wrapping_sub(from + 5) as u32).to_le_bytes());
+    code
+}
+
+fn put(at: u64, bytes: &[u8]) {
+    // SAFETY: all callers, who hold the lock, stay inside the window's mapping.
+    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), at as *mut u8, bytes.len()) };
+}
+
+fn get(at: u64, out: &mut [u8]) {
+    // SAFETY: as in `put`.
+    unsafe { std::ptr::copy_nonoverlapping(at as *const u8, out.as_mut_ptr(), out.len()) };
+}
+
+fn word(at: u64) -> u64 {
+    let mut bytes = [0; 8];
+    get(at, &mut bytes);
+    u64::from_le_bytes(bytes)
+}
+
+/// Sets the protection of a page of the window.
+fn protect(page: u64, protection: libc::c_int) {
+    // SAFETY: the page is ours.
+    let rc = unsafe { libc::mprotect(page as *mut _, PAGE, protection) };
+    assert_eq!(rc, 0);
+}
