@@ -223,8 +223,11 @@ fn write(cpu: &mut Cpu, n: u32, v: u64) -> Written {
             let k = (n - id::MTRR_PHYS_FIRST) as usize;
             // A base has its type in the low byte, a mask its valid bit at 11 (SDM vol. 3 §11.11.2.3).
             let frame = (1u64 << PHYSICAL_BITS) - 0x1000;
-            let valid =
-                if k % 2 == 0 { v & !(frame | 0xff) == 0 && is_mtrr_type(v) } else { v & !(frame | 0x800) == 0 };
+            let valid = if k.is_multiple_of(2) {
+                v & !(frame | 0xff) == 0 && is_mtrr_type(v)
+            } else {
+                v & !(frame | 0x800) == 0
+            };
             if !valid {
                 return Written::Invalid;
             }

@@ -3,6 +3,11 @@
 mod control;
 mod debug;
 mod exceptions;
+mod gates;
 mod machine;
 mod paging;
+mod real;
+mod segments;
 mod smc;
+mod tasks;
+mod vm86;
