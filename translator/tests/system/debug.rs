@@ -458,7 +458,8 @@ fn debug_registers() {
         },
     );
     type Body = fn(&mut CodeAssembler) -> Result<(), IcedError>;
-    let cases: [(Body, bool, Option<(u8, u64)>); 6] = [
+    type Case = (Body, bool, Option<(u8, u64)>);
+    let cases: [Case; 6] = [
         (|a| a.db(&[0x0f, 0x23, 0xe0]), true, Some((6, 0))),
         (|a| a.db(&[0x0f, 0x23, 0xe0]), false, None),
         (|a| a.db(&[0x0f, 0x21, 0xe8]), true, Some((6, 0))),
@@ -478,7 +479,9 @@ fn debug_registers() {
                 m
             },
             |o| match error {
-                Some((v, e)) => drop(o.fault(v, e, CODE)),
+                Some((v, e)) => {
+                    o.fault(v, e, CODE);
+                }
                 None => o.halted(),
             },
         );
@@ -507,7 +510,12 @@ fn debug_registers() {
             assert_eq!((o.gpr(2), o.gpr(6)), (DR6, 0x400));
         },
     );
-    check(|| Machine::long().user().code64(|a| a.mov(rax, dr0)), |o| drop(o.fault(13, 0, UCODE)));
+    check(
+        || Machine::long().user().code64(|a| a.mov(rax, dr0)),
+        |o| {
+            o.fault(13, 0, UCODE);
+        },
+    );
 }
 
 /// ICEBP: a trap through any gate, DR6 untouched.
@@ -754,6 +762,100 @@ fn interrupted_string() {
             // Either the whole instruction ran in the shadow, or it was interrupted with RF set.
             let mid = o.gpr(6) == CODE + 15;
             assert_eq!(o.gpr(3) & flag::RF != 0, mid, "{}", o.engine);
+        },
+    );
+}
+
+/// POPF and IRET that set IF have no shadow; POP SS has; a compiled loop that opens interrupts is interrupted.
+#[test]
+fn opening_interrupts() {
+    let raise = |a: &mut CodeAssembler| {
+        a.mov(eax, 0x51)?;
+        a.out(PORT_IRQ, al)
+    };
+    check(
+        || {
+            Machine::long().code64(|a| {
+                raise(a)?;
+                a.push(0x202)?;
+                a.popfq()?;
+                a.nop()?;
+                a.hlt()
+            })
+        },
+        |o| assert_eq!(o.exception(0x51).ip, CODE + 7 + 6, "{}", o.engine),
+    );
+    check(
+        || {
+            Machine::flat32().code32(|a| {
+                raise(a)?;
+                a.push(i32::from(DATA0))?;
+                a.sti()?;
+                a.pop(ss)?;
+                a.nop()?;
+                a.hlt()
+            })
+        },
+        |o| assert_eq!(o.exception(0x51).ip, CODE + 7 + 2 + 3, "{}", o.engine),
+    );
+    check(
+        || {
+            Machine::long().code64(|a| {
+                let mut again = a.create_label();
+                a.mov(ecx, 500)?;
+                a.set_label(&mut again)?;
+                a.sti()?;
+                a.nop()?;
+                a.cli()?;
+                a.mov(al, 0x51)?;
+                a.out(PORT_IRQ, al)?;
+                a.dec(ecx)?;
+                a.jne(again)?;
+                a.hlt()
+            })
+        },
+        |o| {
+            assert_eq!(o.exception(0x51).ip, CODE + 5 + 2, "{}", o.engine);
+            assert_eq!(o.gpr(1), 499);
+        },
+    );
+}
+
+/// HLT with IF=0 is woken by an NMI, and not by an interrupt that waits.
+#[test]
+fn halt_without_interrupts() {
+    check(
+        || {
+            Machine::long().code64(|a| {
+                a.mov(al, 0x51)?;
+                a.out(PORT_IRQ, al)?;
+                a.hlt()
+            })
+        },
+        |o| {
+            o.halted();
+            assert_eq!(o.s.rip, CODE + 5);
+        },
+    );
+    check(
+        || {
+            let mut m = Machine::long().code64(|a| {
+                a.out(PORT_NMI, al)?;
+                a.hlt()
+            });
+            m.handler(2, |a| {
+                a.mov(qword_ptr(rsp), CODE as i32 + 0x100)?;
+                a.iretq()
+            });
+            m.asm(64, CODE + 0x100, |a| {
+                a.mov(ebx, 1)?;
+                a.hlt()
+            });
+            m
+        },
+        |o| {
+            o.halted();
+            assert_eq!(o.gpr(3), 1);
         },
     );
 }

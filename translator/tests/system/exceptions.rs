@@ -1,6 +1,6 @@
 //! Delivery of exceptions (SDM vol. 3 chapter 6): frames, return addresses, RF, nesting, stacks, DPL checks.
 
-use diglot_translator::state::{flag, gpr};
+use diglot_translator::state::{cr, flag, gpr};
 use iced_x86::code_asm::*;
 
 use crate::machine::*;
@@ -373,4 +373,125 @@ fn inner_stack_32() {
             },
         );
     }
+}
+
+/// A handler in conforming code runs at the level it interrupted, on that level's stack.
+#[test]
+fn conforming_handler() {
+    for long in [true, false] {
+        check(
+            || {
+                let m = if long { Machine::long() } else { Machine::flat32() };
+                let mut m = m.user();
+                m.asm(if long { 64 } else { 32 }, UCODE, |a| a.int(0x41));
+                m.gdt(FREE, descriptor(0, 0xfffff, if long { 0xa09f } else { 0xc09f }));
+                let at = UCODE + 0x100;
+                if long {
+                    m.w64(IDT + 16 * 0x41, gate(FREE, at, 14, 3));
+                } else {
+                    m.gate32(0x41, FREE, at, 14, 3);
+                }
+                m.asm(if long { 64 } else { 32 }, at, |a| {
+                    a.mov(ebx, cs)?;
+                    a.int(0x40)
+                });
+                m.gate_dpl(0x40, 3);
+                m
+            },
+            |o| {
+                assert_eq!(o.vector(), Some(0x40), "{}", o.engine);
+                assert_eq!(o.gpr(3), u64::from(FREE | 3));
+                let f = if long { o.frame64(false) } else { o.frame32(false) };
+                assert_eq!((f.cs, f.sp), (u64::from(FREE | 3), USTACK - if long { 40 } else { 12 }));
+            },
+        );
+    }
+}
+
+/// The frame is pushed at the new level: a fault on it is a supervisor write, and the old state is what it interrupts.
+#[test]
+fn kernel_stack_not_present() {
+    check(
+        || {
+            let mut m = Machine::long().user().code64(|a| {
+                a.nop()?;
+                a.int(0x41)
+            });
+            m.gate_dpl(0x41, 3);
+            m.w64(TSS + 4, DATA + 0x1000);
+            m.pte(DATA, 0);
+            m.gate64(14, HANDLERS + 16 * 14, 14, 0, 1);
+            m
+        },
+        |o| {
+            let f = o.fault(14, 2, UCODE + 1);
+            assert_eq!((f.cs, f.ss, f.sp), (u64::from(USER64), u64::from(USER_DATA), USTACK));
+            assert_eq!(o.s.cr2, DATA + 0x1000 - 40);
+        },
+    );
+}
+
+/// #AC: alignment checks at CPL 3 with CR0.AM and RFLAGS.AC (SDM vol. 3 §6.15, interrupt 17).
+#[test]
+fn alignment_check() {
+    let cases: [(u64, Body, bool); 12] = [
+        (1, |a| a.mov(al, byte_ptr(rbx)), false),
+        (1, |a| a.mov(ax, word_ptr(rbx)), true),
+        (2, |a| a.mov(ax, word_ptr(rbx)), false),
+        (2, |a| a.mov(eax, dword_ptr(rbx)), true),
+        (4, |a| a.mov(dword_ptr(rbx), eax), false),
+        (4, |a| a.mov(qword_ptr(rbx), rax), true),
+        (6, |a| a.add(dword_ptr(rbx), eax), true),
+        (8, |a| a.add(qword_ptr(rbx), rax), false),
+        (4, |a| a.lea(rax, rbx + 1), false),
+        (3, |a| a.lock().inc(byte_ptr(rbx)), false),
+        (1, |a| a.movsw(), true),
+        (0, |a| a.movsq(), false),
+    ];
+    for (offset, body, faults) in cases {
+        for (user, am, ac) in [(true, true, true), (true, false, true), (true, true, false), (false, true, true)] {
+            check(
+                || {
+                    let m = Machine::long();
+                    let m = if user { m.user() } else { m };
+                    let mut m = m.flags(if ac { flag::AC } else { 0 }).code64(|a| {
+                        body(a)?;
+                        body(a)?;
+                        a.int(0x40)
+                    });
+                    m.s.cr0 |= if am { cr::CR0_AM } else { 0 };
+                    m.s.gpr[3] = UDATA + offset;
+                    m.s.gpr[6] = UDATA + offset;
+                    m.s.gpr[7] = UDATA + 0x100;
+                    m.gate_dpl(0x40, 3);
+                    m
+                },
+                |o| {
+                    if faults && user && am && ac {
+                        o.fault(17, 0, UCODE);
+                    } else {
+                        assert_eq!(o.vector(), Some(0x40), "{}: {offset}", o.engine);
+                    }
+                },
+            );
+        }
+    }
+    // AC set by POPF counts for the very next access, and the handler of level 0 is not checked.
+    check(
+        || {
+            let mut m = Machine::long().user().code64(|a| {
+                a.mov(eax, dword_ptr(rbx))?;
+                a.push(0x4_0002)?;
+                a.popfq()?;
+                a.mov(eax, dword_ptr(rbx))?;
+                a.hlt()
+            });
+            m.s.cr0 |= cr::CR0_AM;
+            m.s.gpr[3] = UDATA + 1;
+            m
+        },
+        |o| {
+            o.fault(17, 0, UCODE + 2 + 5 + 1);
+        },
+    );
 }

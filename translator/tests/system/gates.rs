@@ -46,7 +46,9 @@ fn direct() {
                     m
                 },
                 |o| match expect {
-                    Err((v, e)) => drop(o.fault(v, e, if user { UCODE } else { CODE })),
+                    Err((v, e)) => {
+                        o.fault(v, e, if user { UCODE } else { CODE });
+                    }
                     Ok(cpl) => {
                         assert_eq!(o.vector(), Some(0x40), "{attr:#x}");
                         assert_eq!(o.gpr(6), u64::from(FREE) | cpl);
@@ -70,7 +72,9 @@ fn direct() {
             m.gdt(FREE, descriptor(0, 0xffff, 0x409b));
             m
         },
-        |o| drop(o.fault(13, 0, CODE)),
+        |o| {
+            o.fault(13, 0, CODE);
+        },
     );
 }
 
@@ -159,7 +163,9 @@ fn call_gate_checks() {
                 m
             },
             |o| match expect {
-                Err((v, e)) => drop(o.fault(v, e, UCODE)),
+                Err((v, e)) => {
+                    o.fault(v, e, UCODE);
+                }
                 Ok(cpl) => {
                     assert_eq!(o.vector(), Some(0x40), "{raw:#x}");
                     assert_eq!(o.frame32(false).cs & 3, cpl);

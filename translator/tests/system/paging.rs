@@ -853,3 +853,87 @@ fn fetch_across_pages() {
         },
     );
 }
+
+/// A repeated store that faults in its second page has done the first: the registers say how far it got.
+#[test]
+fn string_fault_is_restartable() {
+    for backwards in [false, true] {
+        check(
+            || {
+                let mut m = Machine::long().code64(|a| {
+                    if backwards {
+                        a.std()?
+                    } else {
+                        a.cld()?
+                    }
+                    a.rep().stosd()?;
+                    a.hlt()
+                });
+                m.s.gpr[0] = 0xffff_ffff;
+                m.s.gpr[1] = 8;
+                m.s.gpr[7] = if backwards { DATA + 0x100c } else { DATA + 0xff0 };
+                m.pte(if backwards { DATA } else { DATA + 0x1000 }, 0);
+                m
+            },
+            |o| {
+                o.fault(PF, 2, CODE + 1);
+                assert_eq!((o.gpr(1), o.gpr(7)), (4, if backwards { DATA + 0xffc } else { DATA + 0x1000 }));
+                assert_eq!(o.s.cr2, o.gpr(7));
+                let at = if backwards { DATA + 0x1000 } else { DATA + 0xff0 };
+                assert_eq!((o.r64(at), o.r64(at + 8)), (u64::MAX, u64::MAX));
+            },
+        );
+    }
+}
+
+/// Code in the upper half that two address spaces map differently, with and without PCIDs.
+#[test]
+fn upper_half_in_two_address_spaces() {
+    const UP: u64 = 0xffff_8000_0000_0000;
+    for pcide in [false, true] {
+        check(
+            || {
+                let mut m = Machine::long().code64(|a| {
+                    let mut again = a.create_label();
+                    a.mov(r15d, 4)?;
+                    a.mov(r14, UP + 0x100)?;
+                    a.mov(r13, cr3)?;
+                    a.mov(r12, if pcide { 1u64 << 63 } else { 0 })?;
+                    a.set_label(&mut again)?;
+                    a.call(r14)?;
+                    a.lea(rax, r13 + r12)?;
+                    a.add(eax, if pcide { 0x2_0001 } else { 0x2_0000 })?;
+                    a.mov(cr3, rax)?;
+                    a.call(r14)?;
+                    a.lea(rax, r13 + r12)?;
+                    a.mov(cr3, rax)?;
+                    a.dec(r15d)?;
+                    a.jne(again)?;
+                    a.hlt()
+                });
+                m.s.cr4 |= cr::CR4_PGE | if pcide { cr::CR4_PCIDE } else { 0 };
+                // Both have the lower half; the upper one is a page at DATA or at DATA + 1000h.
+                m.w64(0x4_0000, PDPT | P | W | U);
+                for (root, tables, page) in [(PML4, 0x5_0000, DATA), (0x4_0000, 0x5_4000, DATA + 0x1000)] {
+                    m.w64(root + 8 * 256, tables | P | W);
+                    m.w64(tables, (tables + 0x1000) | P | W);
+                    m.w64(tables + 0x1000, (tables + 0x2000) | P | W);
+                    m.w64(tables + 0x2000, page | P | W);
+                }
+                m.asm(64, DATA + 0x100, |a| {
+                    a.inc(ebx)?;
+                    a.ret()
+                });
+                m.asm(64, DATA + 0x1100, |a| {
+                    a.inc(ebp)?;
+                    a.ret()
+                });
+                m
+            },
+            |o| {
+                o.halted();
+                assert_eq!((o.gpr(3), o.gpr(5)), (4, 4), "{}", o.engine);
+            },
+        );
+    }
+}

@@ -234,7 +234,9 @@ fn code_segment_accesses() {
             m.s.seg[usize::from(seg::CS)].limit = CODE as u32 + 0xfff;
             m
         },
-        |o| drop(o.fault(13, 0, CODE + 1)),
+        |o| {
+            o.fault(13, 0, CODE + 1);
+        },
     );
     check(
         || {
@@ -245,7 +247,9 @@ fn code_segment_accesses() {
             m.s.seg[usize::from(seg::CS)].limit = CODE as u32 + 3;
             m
         },
-        |o| drop(o.fault(13, 0, CODE + 1)),
+        |o| {
+            o.fault(13, 0, CODE + 1);
+        },
     );
 }
 
@@ -354,7 +358,9 @@ fn system_segments() {
                 m
             },
             |o| match error {
-                Some((v, e)) => drop(o.fault(v, e, CODE)),
+                Some((v, e)) => {
+                    o.fault(v, e, CODE);
+                }
                 None => {
                     o.halted();
                     let got = if raw >> 40 & 15 == 2 { o.gpr(1) } else { o.gpr(3) };

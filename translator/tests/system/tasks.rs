@@ -180,7 +180,9 @@ fn checks_before_the_switch() {
                     m.gdt(SEL2, raw);
                     m
                 },
-                |o| drop(o.fault(expect.0, expect.1, CODE)),
+                |o| {
+                    o.fault(expect.0, expect.1, CODE);
+                },
             );
         }
     }
@@ -191,7 +193,9 @@ fn checks_before_the_switch() {
             m.w16(TSS, SEL2);
             m.flags(flag::NT)
         },
-        |o| drop(o.fault(10, 0x58, CODE)),
+        |o| {
+            o.fault(10, 0x58, CODE);
+        },
     );
     // DPL of the TSS and of the gate from CPL 3.
     for (selector, dpl, expect) in [(SEL2, 0, Some(0x58u64)), (TASK_GATE, 0, None)] {
@@ -202,7 +206,9 @@ fn checks_before_the_switch() {
                 m.code32(|a| far(a, false, selector))
             },
             |o| match expect {
-                Some(e) => drop(o.fault(13, e, UCODE)),
+                Some(e) => {
+                    o.fault(13, e, UCODE);
+                }
                 None => o.halted(),
             },
         );
