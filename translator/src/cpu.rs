@@ -152,6 +152,8 @@ impl Cpu {
         if self.s.cr0 & cr::CR0_PG != 0 && self.s.cr4 & cr::CR4_PAE != 0 && !self.s.long_mode() {
             self.mmu.pdpte = crate::mmu::walk::load_pdptes(&self.ram, self.s.cr3).unwrap_or_default();
         }
+        self.pending_debug = 0;
+        self.late_fault = false;
         self.watch_changed();
         self.flush_tlb_all();
         self.switch_address_space(true);

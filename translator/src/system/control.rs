@@ -749,10 +749,12 @@ pub fn cpuid(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
     Ok(())
 }
 
-/// MONITOR and MWAIT: hints that are not taken; no extensions or hints in ECX are supported.
-pub fn monitor(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
+/// MONITOR (`aux` 0) and MWAIT (`aux` 1): hints that are not taken. MWAIT has the one extension that CPUID leaf 5
+/// reports, interrupts as break events whatever IF is.
+pub fn monitor(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     if cpu.s.cpl != 0 {
         return Err(cpu.ud());
     }
-    if cpu.gpr::<W32>(gpr::RCX) != 0 { Err(cpu.gp(0)) } else { Ok(()) }
+    let extensions = u64::from(i.aux);
+    if cpu.gpr::<W32>(gpr::RCX) & !extensions != 0 { Err(cpu.gp(0)) } else { Ok(()) }
 }

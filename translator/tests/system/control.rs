@@ -228,6 +228,18 @@ fn privileged_instructions() {
     for (body, error) in cases {
         one(user, 0, 0, body, error);
     }
+    // MONITOR has no extensions, MWAIT the one of ECX bit 0.
+    let with_ecx = |ecx_value: u64| {
+        move || {
+            let mut m = Machine::long();
+            m.s.gpr[1] = ecx_value;
+            m
+        }
+    };
+    one(with_ecx(0), DATA, 0, |a| a.monitor(), None);
+    one(with_ecx(1), DATA, 0, |a| a.monitor(), GP);
+    one(with_ecx(1), 0, 0, |a| a.mwait(), None);
+    one(with_ecx(2), 0, 0, |a| a.mwait(), GP);
     // UMIP.
     let umip = || {
         let mut m = Machine::long().user();

@@ -476,7 +476,6 @@ impl Machine {
         if !rewritten {
             *board.lock().unwrap() = BoardState::default();
             vcpu.cpu.set_state(self.s.clone());
-            vcpu.cpu.pending_debug = 0;
             let exit = drive(&mut vcpu);
             check(&outcome("compiler, second pass", exit, &vcpu));
         }
