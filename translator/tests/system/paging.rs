@@ -937,3 +937,105 @@ fn upper_half_in_two_address_spaces() {
         );
     }
 }
+
+/// What a cached translation permits depends on who asks, and on control bits as they are now.
+#[test]
+fn rights_with_a_warm_tlb() {
+    // A supervisor page used at CPL 0, for data and for code, is not open to CPL 3 afterwards.
+    for fetch in [false, true] {
+        check(
+            || {
+                let mut m = Machine::long().code64(|a| {
+                    let mut again = a.create_label();
+                    a.mov(ecx, 3)?;
+                    a.set_label(&mut again)?;
+                    a.mov(eax, dword_ptr(DATA))?;
+                    a.mov(dword_ptr(DATA), eax)?;
+                    a.call(DATA + 0x100)?;
+                    a.dec(ecx)?;
+                    a.jne(again)?;
+                    a.push(i32::from(USER_DATA))?;
+                    a.push(USTACK as i32)?;
+                    a.push(2)?;
+                    a.push(i32::from(USER64))?;
+                    a.push(UCODE as i32)?;
+                    a.iretq()
+                });
+                m.asm(64, DATA + 0x100, |a| a.ret());
+                m.asm(64, UCODE, |a| if fetch { a.jmp(DATA + 0x100) } else { a.mov(eax, dword_ptr(DATA)) });
+                m
+            },
+            |o| {
+                o.fault(PF, if fetch { 0x15 } else { 5 }, if fetch { DATA + 0x100 } else { UCODE });
+            },
+        );
+    }
+    // CR0.WP, CR4.SMAP, CR4.SMEP and EFER.NXE set after the page was used.
+    type Body = fn(&mut CodeAssembler) -> Result<(), IcedError>;
+    let bits: [(u64, Body, Body, u64); 4] = [
+        (
+            P | U,
+            |a| a.mov(dword_ptr(UDATA), ebx),
+            |a| {
+                a.mov(rax, cr0)?;
+                a.or(rax, cr::CR0_WP as i32)?;
+                a.mov(cr0, rax)
+            },
+            3,
+        ),
+        (
+            P | W | U,
+            |a| a.mov(dword_ptr(UDATA), ebx),
+            |a| {
+                a.mov(rax, cr4)?;
+                a.or(rax, cr::CR4_SMAP as i32)?;
+                a.mov(cr4, rax)
+            },
+            3,
+        ),
+        (
+            P | W | U,
+            |a| a.call(UDATA + 0x100),
+            |a| {
+                a.mov(rax, cr4)?;
+                a.or(rax, cr::CR4_SMEP as i32)?;
+                a.mov(cr4, rax)
+            },
+            0x11,
+        ),
+        (
+            P | W | U | NX,
+            |a| a.mov(ebx, dword_ptr(UDATA)),
+            |a| {
+                a.mov(ecx, 0xc000_0080u32)?;
+                a.rdmsr()?;
+                a.and(eax, !(cr::EFER_NXE as i32))?;
+                a.wrmsr()
+            },
+            9,
+        ),
+    ];
+    for (entry, access, set, error) in bits {
+        check(
+            || {
+                let mut m = Machine::long().code64(|a| {
+                    for _ in 0..2 {
+                        access(a)?;
+                    }
+                    set(a)?;
+                    a.inc(ebp)?;
+                    access(a)?;
+                    a.hlt()
+                });
+                m.s.cr0 &= !cr::CR0_WP;
+                m.asm(64, UDATA + 0x100, |a| a.ret());
+                m.pte(UDATA, UDATA | entry);
+                m
+            },
+            |o| {
+                assert_eq!(o.exception(PF).error, Some(error), "{}", o.engine);
+                assert_eq!(o.gpr(5), 1, "{}", o.engine);
+            },
+        );
+    }
+}

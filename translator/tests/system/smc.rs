@@ -261,3 +261,95 @@ fn store_that_faults_leaves_code() {
         },
     );
 }
+
+/// The function lies in the page, and even the granule, of the loop that patches it.
+#[test]
+fn in_the_page_of_the_patcher() {
+    for f in [CODE + 0x800, CODE + 0x50, CODE + 0x3c] {
+        check(|| patched(|a| a.inc(byte_ptr(f + 1)), f), expect);
+        check(
+            || {
+                patched(
+                    |a| {
+                        a.inc(r8d)?;
+                        a.lea(eax, r8 + 1)?;
+                        a.mov(rdi, f + 1)?;
+                        a.stosd()
+                    },
+                    f,
+                )
+            },
+            expect,
+        );
+    }
+}
+
+/// Data beside code: stores to the rest of the page, and to the granule's other bytes, leave the code right.
+#[test]
+fn data_beside_code() {
+    check(
+        || {
+            patched(
+                |a| {
+                    a.inc(byte_ptr(F + 1))?;
+                    a.mov(ecx, 100)?;
+                    let mut again = a.create_label();
+                    a.set_label(&mut again)?;
+                    a.inc(dword_ptr(F + 0x800))?;
+                    a.inc(dword_ptr(F + 8))?;
+                    a.dec(ecx)?;
+                    a.jne(again)
+                },
+                F,
+            )
+        },
+        |o| {
+            expect(o);
+            assert_eq!((o.r32(F + 0x800), o.r32(F + 8)), (300, 300), "{}", o.engine);
+        },
+    );
+}
+
+/// The same bytes as 64-bit and as 32-bit code, by turns: translations of one mode are not used in the other.
+#[test]
+fn two_modes() {
+    check(
+        || {
+            let mut m = Machine::long().code64(|a| {
+                let mut again = a.create_label();
+                a.mov(ebp, 4)?;
+                a.set_label(&mut again)?;
+                a.call(F)?;
+                a.add(esi, eax)?;
+                a.push(i32::from(CODE32))?;
+                a.push(CODE as i32 + 0x200)?;
+                a.db(&[0x48, 0xcb])?;
+                a.dec(ebp)?;
+                a.jne(again)?;
+                a.hlt()
+            });
+            // MOV EAX, 5; DEC EAX (a REX prefix at 64 bits); MOV EAX, EAX; RET.
+            m.bytes(F, &[0xb8, 5, 0, 0, 0, 0x48, 0x89, 0xc0, 0xc3]);
+            let mut a = CodeAssembler::new(64).unwrap();
+            a.mov(ebp, 4).unwrap();
+            a.call(F).unwrap();
+            a.add(esi, eax).unwrap();
+            a.push(i32::from(CODE32)).unwrap();
+            a.push(CODE as i32 + 0x200).unwrap();
+            a.db(&[0x48, 0xcb]).unwrap();
+            let back = CODE + a.assemble(CODE).unwrap().len() as u64;
+            m.asm(32, CODE + 0x200, |a| {
+                a.call(F)?;
+                a.add(edi, eax)?;
+                a.push(i32::from(CODE64))?;
+                a.push(back as i32)?;
+                a.retf()
+            });
+            m
+        },
+        |o| {
+            o.halted();
+            assert_eq!((o.gpr(gpr::RSI), o.gpr(gpr::RDI)), (20, 16), "{}", o.engine);
+        },
+    );
+}
