@@ -481,3 +481,86 @@ fn task_switched() {
         one(Machine::long, 0, 0, body, None);
     }
 }
+
+/// SYSENTER and SYSEXIT at 32 bits, and SYSEXIT from 64-bit mode to 32-bit code.
+#[test]
+fn sysenter_32() {
+    check(
+        || {
+            let mut m = Machine::flat32().user().flags(flag::IF).code32(|a| a.sysenter());
+            m.s.msr.sysenter_cs = u64::from(CODE32);
+            m.s.msr.sysenter_esp = STACK;
+            m.s.msr.sysenter_eip = CODE;
+            m.asm(32, CODE, |a| {
+                a.pushfd()?;
+                a.pop(ebx)?;
+                a.mov(esi, cs)?;
+                a.mov(edi, ss)?;
+                a.mov(ecx, USTACK as u32)?;
+                a.mov(edx, UCODE as u32 + 0x100)?;
+                a.sysexit()
+            });
+            m.asm(32, UCODE + 0x100, |a| {
+                a.mov(eax, cs)?;
+                a.mov(ebp, ss)?;
+                a.int(0x40)
+            });
+            m.gate_dpl(0x40, 3);
+            m
+        },
+        |o| {
+            assert_eq!(o.vector(), Some(0x40), "{}", o.engine);
+            assert_eq!((o.gpr(6), o.gpr(7), o.gpr(3) & flag::IF), (0x18, 0x20, 0));
+            assert_eq!((o.gpr(0), o.gpr(5), o.frame32(false).sp), (0x2b, 0x33, USTACK));
+        },
+    );
+    check(
+        || {
+            let mut m = Machine::long().code64(|a| {
+                a.mov(rcx, 1u64 << 32 | USTACK)?;
+                a.mov(rdx, 1u64 << 32 | UCODE)?;
+                a.sysexit()
+            });
+            m.s.msr.sysenter_cs = 0x10;
+            m.asm(32, UCODE, |a| {
+                a.dec(eax)?;
+                a.int(0x40)
+            });
+            m.gate_dpl(0x40, 3);
+            m
+        },
+        |o| {
+            let f = o.exception(0x40);
+            assert_eq!((f.cs, f.ss, f.ip, f.sp, o.gpr(0)), (0x23, 0x2b, UCODE + 3, USTACK, 0xffff_ffff));
+        },
+    );
+    // From compatibility mode: SYSENTER enters 64-bit code, SYSCALL is #UD on Intel processors.
+    let compat = || {
+        let mut m = Machine::long().user();
+        m.s.seg[usize::from(seg::CS)] = m.segment(USER32);
+        m
+    };
+    check(
+        || {
+            let mut m = compat().code32(|a| a.sysenter());
+            m.s.msr.sysenter_cs = 8;
+            m.s.msr.sysenter_esp = STACK;
+            m.s.msr.sysenter_eip = CODE;
+            m.asm(64, CODE, |a| {
+                a.mov(rax, 0x1122_3344_5566_7788u64)?;
+                a.hlt()
+            });
+            m
+        },
+        |o| {
+            o.halted();
+            assert_eq!((o.gpr(0), o.s.cpl), (0x1122_3344_5566_7788, 0));
+        },
+    );
+    check(
+        || compat().code32(|a| a.syscall()),
+        |o| {
+            o.fault(6, 0, UCODE);
+        },
+    );
+}

@@ -402,3 +402,92 @@ fn compatibility_mode() {
         },
     );
 }
+
+/// IRET with a 16-bit operand, an interrupt through a 16-bit gate, and returns to a 16-bit stack.
+#[test]
+fn sixteen_bit_frames() {
+    check(
+        || {
+            let mut m = Machine::flat32().interpreted().flags(flag::IF);
+            m.s.rip = 0x5000;
+            m.s.gpr[4] = 0xabcd_0800;
+            m.s.seg[usize::from(seg::SS)] = m.segment(DATA16);
+            m.gate32(0x41, CODE32, 0x5100, 6, 0);
+            let mut m = m.code32(|a| {
+                a.int(0x41)?;
+                a.mov(edi, esp)?;
+                a.pushfd()?;
+                a.pop(esi)?;
+                a.cli()?;
+                a.hlt()
+            });
+            m.asm(32, 0x5100, |a| {
+                a.mov(ebx, esp)?;
+                a.mov(ebp, dword_ptr(0x7fc))?;
+                a.db(&[0x66, 0xcf])
+            });
+            m
+        },
+        |o| {
+            o.halted();
+            // Three words, on a stack of which only SP counts.
+            assert_eq!((o.gpr(3), o.gpr(7)), (0xabcd_07fa, 0xabcd_0800), "{}", o.engine);
+            assert_eq!((o.r16(0x7fa), o.gpr(5) & 0xffff, o.gpr(5) >> 16 & flag::IF), (0x5002, CODE32.into(), flag::IF));
+            assert_ne!(o.gpr(6) & flag::IF, 0);
+        },
+    );
+    // To level 3 with a 16-bit stack: the upper half of ESP is not loaded.
+    check(
+        || {
+            let mut m = Machine::flat32().code32(|a| {
+                a.push(i32::from(FREE | 3))?;
+                a.push(0x1234_0800)?;
+                a.push(2)?;
+                a.push(i32::from(USER32))?;
+                a.push(UCODE as i32)?;
+                a.iretd()
+            });
+            m.gdt(FREE, descriptor(UDATA as u32, 0xffff, 0xf3));
+            m.gate_dpl(0x40, 3);
+            m.asm(32, UCODE, |a| {
+                a.push(0x77)?;
+                a.int(0x40)
+            });
+            m
+        },
+        |o| {
+            assert_eq!(o.vector(), Some(0x40));
+            assert_eq!((o.frame32(false).sp & 0xffff, o.r32(UDATA + 0x7fc)), (0x7fc, 0x77));
+        },
+    );
+}
+
+/// An expand-down stack segment. #SS cannot be pushed below its limit either, so the CPU shuts down.
+#[test]
+fn expand_down_stack() {
+    for (sp_value, ok) in [(0x2004u64, true), (0x2003, false), (0x2002, false)] {
+        check(
+            || {
+                let mut m = Machine::flat32().interpreted().code32(|a| {
+                    a.mov(eax, i32::from(FREE))?;
+                    a.mov(ss, eax)?;
+                    a.mov(esp, ebx)?;
+                    a.push(0x55)?;
+                    a.hlt()
+                });
+                // Valid from 2000h on.
+                m.gdt(FREE, descriptor(DATA as u32, 0x1, 0xc097));
+                m.s.gpr[3] = sp_value;
+                m
+            },
+            |o| {
+                if ok {
+                    o.halted();
+                    assert_eq!(o.r32(DATA + 0x2000), 0x55);
+                } else {
+                    o.shutdown();
+                }
+            },
+        );
+    }
+}
