@@ -157,9 +157,10 @@ impl Vcpu {
         }
     }
 
-    /// Delivers an event, which wakes a halted CPU.
+    /// Delivers an event, which wakes a halted CPU and ends interrupt shadows.
     fn deliver(&mut self, event: Event) -> Result<(), TripleFault> {
         self.cpu.s.halted = false;
+        self.cpu.s.shadow = 0;
         self.cpu.deliver(event)?;
         // A task gate may have led to another address space.
         if self.cpu.flush_jump_cache {
@@ -574,7 +575,8 @@ impl Vcpu {
         }
         if self.blocks.is_full(insns.len()) {
             self.blocks.clear(&self.cpu.ram);
-            if let Some(jit) = &self.jit {
+            if let Some(jit) = &mut self.jit {
+                jit.cancel_pending();
                 jit.mark(None, &self.cpu.ram);
             }
             self.flush_jump_cache();
