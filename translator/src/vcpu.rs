@@ -176,6 +176,13 @@ impl Vcpu {
         s.rflags & (flag::TF | flag::RF) != 0 || s.shadow != 0 || s.dr[7] & 0xff != 0 || self.cpu.pending_debug != 0
     }
 
+    /// Whether `len` bytes at RIP lie inside CS's limit, which may have been another when they were decoded.
+    #[inline(always)]
+    fn inside_code_segment(&self, len: u64) -> bool {
+        let cs = &self.cpu.s.seg[usize::from(seg::CS)];
+        self.cpu.mode.has(Mode::FLAT) || self.cpu.s.rip.wrapping_add(len - 1) <= u64::from(cs.limit)
+    }
+
     /// Runs the block at RIP.
     fn run_block(&mut self) -> Result<(), TripleFault> {
         if self.cpu.flush_jump_cache {
@@ -185,6 +192,9 @@ impl Vcpu {
             Ok(id) => id,
             Err(Trap) => return self.fault(),
         };
+        if !self.inside_code_segment(u64::from(self.blocks.get(id).len)) {
+            return self.step();
+        }
         if let Some(jit) = &self.jit {
             if jit.has_done() {
                 self.install_regions();
@@ -410,10 +420,12 @@ impl Vcpu {
             return self.deliver(Event::Fault(e));
         }
         let insn = match self.find_block().map(|id| self.blocks.get(id).insns.first().copied()) {
-            Ok(Some(insn)) => insn,
+            Ok(Some(insn)) if self.inside_code_segment(u64::from(insn.len)) => Ok(insn),
+            Ok(Some(_)) => self.fetch_one(),
             Ok(None) => return Ok(()),
-            Err(Trap) => return self.fault(),
+            Err(Trap) => Err(Trap),
         };
+        let Ok(insn) = insn else { return self.fault() };
         let cpu = &mut self.cpu;
         let start = cpu.s.rip;
         cpu.ip_base = start;

@@ -468,3 +468,26 @@ fn interrupt_flag() {
         );
     }
 }
+
+/// One page of code through two segments of different limits: each has its own.
+#[test]
+fn code_limit_of_known_code() {
+    check(
+        || {
+            let mut m = Machine::flat32().interpreted().code32(|a| {
+                for selector in [0x58, 0x58, 0x60] {
+                    a.db(&[0x9a, 0, 0, 0, 0, selector, 0])?;
+                }
+                a.hlt()
+            });
+            m.gdt(FREE, descriptor(DATA as u32, 0xfff, 0x409b));
+            m.gdt(0x60, descriptor(DATA as u32, 3, 0x409b));
+            // The RETF at 4 is outside the second segment.
+            m.bytes(DATA, &[0x90, 0x90, 0x90, 0x90, 0xcb]);
+            m
+        },
+        |o| {
+            assert_eq!(o.fault(13, 0, 4).cs, 0x60);
+        },
+    );
+}
