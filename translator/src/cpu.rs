@@ -97,12 +97,14 @@ pub struct Cpu {
     pub kick: Kick,
     /// Code pages overwritten by the current instruction: physical page and granules.
     pub smc: Vec<(u64, u64)>,
-    /// Debug-exception conditions met by the current instruction (DR6 bits), reported as a trap after it.
+    /// Debug-exception conditions met so far (DR6 bits): a trap at the next instruction boundary at which MOV SS does
+    /// not hold it back.
     pub pending_debug: u64,
     /// Whether a data breakpoint is enabled in DR7.
     pub watch: bool,
-    /// Set when delivery of a software interrupt ended in a triple fault.
-    pub triple_fault: bool,
+    /// The exception in `raised` is to be delivered after the current instruction, which has completed: a task switch
+    /// whose new task could not be entered.
+    pub late_fault: bool,
     /// Stores to take back, in lock-step runs.
     pub journal: Option<crate::lockstep::Journal>,
     /// What compiled code keeps beside the architectural state.
@@ -135,7 +137,7 @@ impl Cpu {
             smc: Vec::new(),
             pending_debug: 0,
             watch: false,
-            triple_fault: false,
+            late_fault: false,
             journal: None,
             jit: crate::jit::frame::JitFrame::default(),
             counts: CpuCounts::default(),
@@ -150,6 +152,9 @@ impl Cpu {
         if self.s.cr0 & cr::CR0_PG != 0 && self.s.cr4 & cr::CR4_PAE != 0 && !self.s.long_mode() {
             self.mmu.pdpte = crate::mmu::walk::load_pdptes(&self.ram, self.s.cr3).unwrap_or_default();
         }
+        self.pending_debug = 0;
+        self.late_fault = false;
+        self.watch_changed();
         self.flush_tlb_all();
         self.switch_address_space(true);
         self.mode_changed();

@@ -89,8 +89,9 @@ fn predecode(instr: &Instruction, bytes: &[u8], mode: Mode, model: &CpuModel, to
     }
     let s = segment_number(instr.memory_segment());
     insn.seg = s.unwrap_or(seg::DS);
-    // FS and GS have bases in every mode; the flat bit says nothing about them.
-    insn.flat = mode.has(Mode::FLAT) && (s.is_none() || insn.seg < seg::FS);
+    // FS and GS have bases in every mode; the flat bit says nothing about them. Outside 64-bit mode CS is never writable.
+    let plain = insn.seg < seg::FS && (insn.seg != seg::CS || mode.has(Mode::CODE64));
+    insn.flat = mode.has(Mode::FLAT) && (s.is_none() || plain);
     insn
 }
 

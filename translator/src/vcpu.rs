@@ -63,6 +63,8 @@ pub struct Vcpu {
     pub jit: Option<Jit>,
     /// What a lock-step run found, or why a traced one cannot go on.
     pub difference: Option<String>,
+    /// Runs of a block before its region is compiled.
+    threshold: u32,
     /// Statistics.
     pub counts: RunCounts,
 }
@@ -72,7 +74,20 @@ impl Vcpu {
     pub fn new(mut cpu: Cpu, jit: Option<Jit>) -> Vcpu {
         let jump = Box::new([NO_ENTRY; JUMP_ENTRIES]);
         cpu.connect_jit(jump.as_ptr() as u64, jit.as_ref().map(Jit::thunks).unwrap_or_default());
-        Vcpu { cpu, blocks: BlockCache::default(), jump, jit, difference: None, counts: RunCounts::default() }
+        Vcpu {
+            cpu,
+            blocks: BlockCache::default(),
+            jump,
+            jit,
+            difference: None,
+            threshold: THRESHOLD,
+            counts: RunCounts::default(),
+        }
+    }
+
+    /// Sets how often a block is interpreted before its region is compiled: tests compile at once.
+    pub fn set_threshold(&mut self, threshold: u32) {
+        self.threshold = threshold;
     }
 
     /// Runs guest code until something needs the machine's attention.
@@ -114,14 +129,14 @@ impl Vcpu {
     /// Delivers an NMI or a maskable interrupt if one waits and may be taken now.
     fn take_interrupt(&mut self) -> Result<(), TripleFault> {
         let cpu = &mut self.cpu;
-        if cpu.s.shadow != 0 {
+        // Debug traps come before interrupts (SDM vol. 3 §6.9).
+        if cpu.s.shadow != 0 || cpu.pending_debug != 0 {
             return Ok(());
         }
         if cpu.nmi_maybe && !cpu.s.nmi_blocked {
             if cpu.platform.take_nmi() {
-                cpu.s.halted = false;
                 cpu.s.nmi_blocked = true;
-                return cpu.deliver(Event::Nmi);
+                return self.deliver(Event::Nmi);
             }
             cpu.nmi_maybe = false;
         }
@@ -135,27 +150,51 @@ impl Vcpu {
         }
         match cpu.platform.acknowledge() {
             Some(vector) => {
-                cpu.s.halted = false;
                 cpu.counts.interrupts += 1;
-                cpu.deliver(Event::Interrupt(vector))
+                self.deliver(Event::Interrupt(vector))
             }
             None => Ok(()),
         }
+    }
+
+    /// Delivers an event, which wakes a halted CPU and ends interrupt shadows.
+    fn deliver(&mut self, event: Event) -> Result<(), TripleFault> {
+        self.cpu.s.halted = false;
+        self.cpu.s.shadow = 0;
+        self.cpu.deliver(event)?;
+        // A task gate may have led to another address space.
+        if self.cpu.flush_jump_cache {
+            self.flush_jump_cache();
+        }
+        Ok(())
     }
 
     /// Whether instructions must run one by one: single-stepping, breakpoints, or an interrupt shadow.
     #[inline(always)]
     fn must_step(&self) -> bool {
         let s = &self.cpu.s;
-        s.rflags & (flag::TF | flag::RF) != 0 || s.shadow != 0 || s.dr[7] & 0xff != 0
+        s.rflags & (flag::TF | flag::RF) != 0 || s.shadow != 0 || s.dr[7] & 0xff != 0 || self.cpu.pending_debug != 0
+    }
+
+    /// Whether `len` bytes at RIP lie inside CS's limit, which may have been another when they were decoded.
+    #[inline(always)]
+    fn inside_code_segment(&self, len: u64) -> bool {
+        let cs = &self.cpu.s.seg[usize::from(seg::CS)];
+        self.cpu.mode.has(Mode::FLAT) || self.cpu.s.rip.wrapping_add(len - 1) <= u64::from(cs.limit)
     }
 
     /// Runs the block at RIP.
     fn run_block(&mut self) -> Result<(), TripleFault> {
+        if self.cpu.flush_jump_cache {
+            self.flush_jump_cache();
+        }
         let id = match self.find_block() {
             Ok(id) => id,
             Err(Trap) => return self.fault(),
         };
+        if !self.inside_code_segment(u64::from(self.blocks.get(id).len)) {
+            return self.step();
+        }
         if let Some(jit) = &self.jit {
             if jit.has_done() {
                 self.install_regions();
@@ -255,13 +294,13 @@ impl Vcpu {
         plan.rip = self.cpu.s.rip;
         let keys: Vec<_> = plan.keys().collect();
         if !jit.request(plan) {
-            self.blocks.get_mut(id).heat = THRESHOLD / 2;
+            self.blocks.get_mut(id).heat = self.threshold / 2;
             return;
         }
         // None of them asks again while this region is on its way.
         for (gpa, mode) in keys {
             if let Some(id) = self.blocks.find(gpa, Mode(mode)) {
-                self.blocks.get_mut(id).heat = THRESHOLD + 1;
+                self.blocks.get_mut(id).heat = self.threshold + 1;
             }
         }
     }
@@ -271,7 +310,7 @@ impl Vcpu {
         self.counts.blocks_run += 1;
         let block = self.blocks.get_mut(id);
         block.heat = block.heat.saturating_add(1);
-        if block.heat == THRESHOLD && self.jit.is_some() {
+        if block.heat == self.threshold && self.jit.is_some() {
             self.request_region(id);
         }
         let block = self.blocks.get(id);
@@ -329,12 +368,10 @@ impl Vcpu {
         if self.cpu.flush_jump_cache {
             self.flush_jump_cache();
         }
-        if std::mem::take(&mut self.cpu.triple_fault) {
-            return Err(TripleFault);
-        }
         match result {
             Err(Trap) => self.fault(),
-            Ok(()) if self.cpu.pending_debug != 0 => self.debug_trap(),
+            Ok(()) if std::mem::take(&mut self.cpu.late_fault) => self.fault(),
+            Ok(()) if self.debug_trap_due() => self.debug_trap(),
             Ok(()) => Ok(()),
         }
     }
@@ -349,54 +386,67 @@ impl Vcpu {
         self.cpu.pending_debug = 0;
         self.cpu.s.shadow = 0;
         self.cpu.counts.exceptions[usize::from(e.vector & 31)] += 1;
-        self.cpu.deliver(Event::Fault(e))
+        self.deliver(Event::Fault(e))
+    }
+
+    /// Whether debug conditions wait that may be reported now: MOV SS and POP SS hold them back until the instruction
+    /// behind them has completed (SDM vol. 3 §6.8.3).
+    fn debug_trap_due(&self) -> bool {
+        self.cpu.pending_debug != 0 && self.cpu.s.shadow & SHADOW_MOV_SS == 0
     }
 
     /// Delivers #DB as a trap for the conditions met by the instruction that has just completed.
     fn debug_trap(&mut self) -> Result<(), TripleFault> {
         let conditions = std::mem::take(&mut self.cpu.pending_debug);
         self.cpu.counts.exceptions[usize::from(vector::DB)] += 1;
-        self.cpu.deliver(Event::Trap(Exception { vector: vector::DB, error: None, payload: conditions }))
+        self.deliver(Event::Trap(Exception { vector: vector::DB, error: None, payload: conditions }))
     }
 
     /// Runs exactly one instruction, with single-step and breakpoint checks around it.
     pub(crate) fn step(&mut self) -> Result<(), TripleFault> {
+        if self.debug_trap_due() {
+            return self.debug_trap();
+        }
         self.counts.stepped += 1;
         let single_step = self.cpu.s.rflags & flag::TF != 0;
         let shadow = self.cpu.s.shadow;
-        let resume = self.cpu.s.rflags & flag::RF != 0;
         if self.cpu.s.dr[7] & 0xff != 0
-            && !resume
+            && self.cpu.s.rflags & flag::RF == 0
             && shadow & SHADOW_MOV_SS == 0
             && let Some(hit) = self.cpu.execute_breakpoint()
         {
             self.cpu.counts.exceptions[usize::from(vector::DB)] += 1;
             let e = Exception { vector: vector::DB, error: None, payload: hit };
-            return self.cpu.deliver(Event::Fault(e));
+            return self.deliver(Event::Fault(e));
         }
         let insn = match self.find_block().map(|id| self.blocks.get(id).insns.first().copied()) {
-            Ok(Some(insn)) => insn,
+            Ok(Some(insn)) if self.inside_code_segment(u64::from(insn.len)) => Ok(insn),
+            Ok(Some(_)) => self.fetch_one(),
             Ok(None) => return Ok(()),
-            Err(Trap) => return self.fault(),
+            Err(Trap) => Err(Trap),
         };
+        let Ok(insn) = insn else { return self.fault() };
         let cpu = &mut self.cpu;
         let start = cpu.s.rip;
         cpu.ip_base = start;
         cpu.stop_block = false;
         cpu.again = false;
         cpu.s.shadow = 0;
-        cpu.s.rip = cpu.next_ip_value(&insn);
+        // RF is cleared at the start of the instruction; IRET and task switches load it for the next one, and repeated
+        // string instructions set it until their last iteration (SDM vol. 3 §17.3.1.1).
+        cpu.s.rflags &= !flag::RF;
+        let next = cpu.next_ip_value(&insn);
+        cpu.s.rip = next;
         self.counts.interpreted += 1;
         let result = (insn.run)(cpu, &insn);
-        // RF lasts for one instruction; IRET and task switches, which load it, have left it set for the next one.
-        if resume && !loads_resume_flag(&insn) {
-            cpu.s.rflags &= !flag::RF;
-        }
         if result.is_err() {
             cpu.s.rip = start;
             return self.after(result);
         }
-        if single_step && cpu.s.shadow & SHADOW_MOV_SS == 0 {
+        // With IA32_DEBUGCTL.BTF only branches taken are stepped (SDM vol. 3 §17.4.3).
+        let stepped = cpu.s.msr.debugctl & DEBUGCTL_BTF == 0 || (cpu.s.rip != next && cpu.s.rip != start);
+        let traps = cpu.s.rflags & flag::TF != 0 || !clears_trap_flag(&insn);
+        if single_step && stepped && traps && cpu.s.shadow & SHADOW_MOV_SS == 0 {
             cpu.pending_debug |= DR6_BS;
         }
         self.after(Ok(()))
@@ -482,7 +532,8 @@ impl Vcpu {
         if let Some(page) = block.next_page {
             // The second page must be the one that was decoded. Having been asked for, its translation can't change
             // without the entry being dropped, as for the first.
-            let (next, len) = (linear.wrapping_add(u64::from(block.len) - 1), block.len);
+            let next = self.cpu.wrap_linear(linear.wrapping_add(u64::from(block.len) - 1));
+            let len = block.len;
             if self.cpu.translate_code(next & !PAGE_MASK)? & !PAGE_MASK != page {
                 let first = gpa & !PAGE_MASK;
                 self.invalidate(first, crate::mem::granule_mask(gpa & PAGE_MASK, u64::from(len)));
@@ -530,13 +581,15 @@ impl Vcpu {
             off = u64::from(insn.len);
             let linear = self.linear_rip();
             if off > room {
-                next_page = Some(self.cpu.translate_code(linear.wrapping_add(room))? & !PAGE_MASK);
+                let next = self.cpu.wrap_linear(linear.wrapping_add(room));
+                next_page = Some(self.cpu.translate_code(next)? & !PAGE_MASK);
             }
             insns.push(insn);
         }
         if self.blocks.is_full(insns.len()) {
             self.blocks.clear(&self.cpu.ram);
-            if let Some(jit) = &self.jit {
+            if let Some(jit) = &mut self.jit {
+                jit.cancel_pending();
                 jit.mark(None, &self.cpu.ram);
             }
             self.flush_jump_cache();
@@ -593,6 +646,8 @@ impl Vcpu {
 pub const SHADOW_STI: u8 = 1;
 /// Interrupt and debug shadow of MOV SS and POP SS.
 pub const SHADOW_MOV_SS: u8 = 2;
+/// IA32_DEBUGCTL.BTF: single-step on branches.
+const DEBUGCTL_BTF: u64 = 1 << 1;
 /// DR6.BS: single step.
 pub const DR6_BS: u64 = 1 << 14;
 
@@ -603,10 +658,6 @@ pub enum Event {
     Fault(Exception),
     /// A trap-class exception: RIP is behind the instruction.
     Trap(Exception),
-    /// INT n, INT3, INTO: gate DPL is checked, RIP is behind the instruction.
-    Software(u8),
-    /// INT1: as a trap without the DPL check.
-    Privileged(u8),
     /// An external interrupt.
     Interrupt(u8),
     /// The non-maskable interrupt.
@@ -630,7 +681,9 @@ fn mode_cut(mode: Mode, ip: u64) -> u64 {
     }
 }
 
-fn loads_resume_flag(insn: &Insn) -> bool {
-    use iced_x86::Code::*;
-    matches!(insn.iced_code(), Iretw | Iretd | Iretq)
+/// Whether an instruction that clears TF is not single-stepped: software interrupts, whose delivery clears it, and
+/// SYSCALL and SYSRET, which are judged by the flag they leave.
+fn clears_trap_flag(insn: &Insn) -> bool {
+    use iced_x86::Mnemonic::*;
+    matches!(insn.iced_code().mnemonic(), Int | Int1 | Int3 | Into | Syscall | Sysret | Sysretq)
 }

@@ -649,7 +649,9 @@ impl<'a> JitEmit<'a> {
             let base = self.seg_base(s);
             return Ok(self.b.ins().iadd(base, ea));
         }
-        if i.flat || self.plan.mode.has(Mode::FLAT) { Ok(ea) } else { Err(Unsupported) }
+        // Outside 64-bit mode CS may not be written, and perhaps not read: `i.flat` says so.
+        let plain = i.flat || (s != seg::CS && self.plan.mode.has(Mode::FLAT));
+        if plain { Ok(ea) } else { Err(Unsupported) }
     }
 
     /// The host address of `bytes` bytes at `linear`, by the TLB's `tag`; `slow` gives it on a miss.

@@ -299,6 +299,12 @@ impl Jit {
         }
     }
 
+    /// Drops what is queued or being compiled: to be called when the marks of its code have been cleared, so that
+    /// stores to it would not be noticed.
+    pub fn cancel_pending(&mut self) {
+        self.pending.values_mut().for_each(|p| p.cancelled = true);
+    }
+
     /// Puts a region into the arena and links it with the others.
     fn place(&mut self, id: RegionId, plan: &Plan, compiled: Compiled) -> Option<()> {
         let Compiled { mut code, branches, insns, addresses, nanos } = compiled;

@@ -15,6 +15,8 @@ use crate::width::Width;
 use tlb::{CHECKED, Class, EMPTY, GLOBAL, JumpFlush, LARGE, SLOW, Table, TlbEntry, WATCHED};
 use walk::{Access, Paging, Walk, walk};
 
+/// Address bits in the large pages that kernels use, 2 MiB.
+const LARGE_BITS: u32 = 21;
 /// Entries of the code TLB.
 const CODE_ENTRIES: usize = 1024;
 
@@ -39,6 +41,8 @@ pub struct Mmu {
     /// Whether instructions were fetched in the upper half through a translation that is not global: what is keyed by
     /// such an address holds in this address space only.
     private_upper: bool,
+    /// The same for fetches from large pages, by 2 MiB: INVLPG of any address in one removes all of it.
+    fetched_large: [u64; 16],
     /// Counters for statistics.
     pub counts: MmuCounts,
 }
@@ -63,13 +67,32 @@ impl Mmu {
             pdpte: [0; 4],
             fetched: [0; 16],
             private_upper: false,
+            fetched_large: [0; 16],
             counts: MmuCounts::default(),
         }
     }
 
-    fn fetched_bit(linear: u64) -> (usize, u64) {
-        let h = (linear >> 12) ^ (linear >> 22);
+    fn fetched_bit(number: u64) -> (usize, u64) {
+        let h = number ^ number >> 10;
         ((h >> 6 & 15) as usize, 1 << (h & 63))
+    }
+
+    fn note_fetch(&mut self, linear: u64, page_bits: u32) {
+        let (word, bit) = Mmu::fetched_bit(linear >> 12);
+        self.fetched[word] |= bit;
+        if page_bits == LARGE_BITS {
+            let (word, bit) = Mmu::fetched_bit(linear >> LARGE_BITS);
+            self.fetched_large[word] |= bit;
+        } else if page_bits > LARGE_BITS {
+            self.fetched_large = [u64::MAX; 16];
+        }
+    }
+
+    /// Whether an instruction may have been fetched from the page, of whatever size, that holds `linear`.
+    fn fetched_from(&self, linear: u64) -> bool {
+        let (word, bit) = Mmu::fetched_bit(linear >> 12);
+        let (large_word, large_bit) = Mmu::fetched_bit(linear >> LARGE_BITS);
+        self.fetched[word] & bit != 0 || self.fetched_large[large_word] & large_bit != 0
     }
 }
 
@@ -136,7 +159,8 @@ impl Cpu {
     #[inline(always)]
     pub fn load_linear_rmw<W: Width>(&mut self, linear: u64) -> Result<u64, Trap> {
         let e = self.tlb_entry(linear);
-        if e.write & !PAGE_MASK != linear & !PAGE_MASK || linear & PAGE_MASK > PAGE_SIZE - W::BYTES {
+        let known = e.write != EMPTY && e.write & !PAGE_MASK == linear & !PAGE_MASK;
+        if !known || linear & PAGE_MASK > PAGE_SIZE - W::BYTES {
             self.check_alignment(linear, W::BYTES)?;
             self.probe_write(linear, W::BYTES)?;
         }
@@ -407,7 +431,7 @@ impl Cpu {
             read: page | mmio | watched,
             write: if w.writable { page | mmio | code | watched } else { EMPTY },
             addend: host_page.map_or(0, |h| (h as u64).wrapping_sub(page)),
-            phys: w.gpa & !PAGE_MASK | if w.global { GLOBAL } else { 0 } | if w.large { LARGE } else { 0 },
+            phys: w.gpa & !PAGE_MASK | if w.global { GLOBAL } else { 0 } | if w.page_bits > 12 { LARGE } else { 0 },
         };
         self.mmu.tlb.table(class).insert(linear, entry);
         Translated { gpa: w.gpa, host: host_page.map(|h| h.wrapping_add((linear & PAGE_MASK) as usize)) }
@@ -452,8 +476,7 @@ impl Cpu {
         }
         let w = walk(&self.ram, &self.paging(), linear, Access::Execute, self.s.cpl == 3, false)
             .map_err(|e| self.raise(e))?;
-        let (word, bit) = Mmu::fetched_bit(linear);
-        self.mmu.fetched[word] |= bit;
+        self.mmu.note_fetch(linear, w.page_bits);
         self.mmu.code[(linear >> 12) as usize & (CODE_ENTRIES - 1)] =
             CodeEntry { key: self.code_key(linear & !PAGE_MASK), gpa_page: w.gpa & !PAGE_MASK };
         self.mmu.private_upper |= linear >> 63 != 0 && !w.global;
@@ -465,6 +488,7 @@ impl Cpu {
         self.mmu.code.fill(CodeEntry { key: EMPTY, gpa_page: 0 });
         self.mmu.fetched = [0; 16];
         self.mmu.private_upper = false;
+        self.mmu.fetched_large = [0; 16];
         self.flush_jump_cache = true;
         self.stop_block = true;
     }
@@ -480,8 +504,7 @@ impl Cpu {
     pub fn flush_tlb_page(&mut self, linear: u64) {
         self.mmu.counts.page_flushes += 1;
         self.mmu.tlb.flush_page(linear);
-        let (word, bit) = Mmu::fetched_bit(linear);
-        if self.mmu.fetched[word] & bit != 0 || self.s.cr0 & cr::CR0_PG == 0 {
+        if self.mmu.fetched_from(linear) || self.s.cr0 & cr::CR0_PG == 0 {
             self.flush_code_translations();
         }
     }

@@ -65,8 +65,8 @@ pub struct Walk {
     pub writable: bool,
     /// Whether the translation is global.
     pub global: bool,
-    /// Whether it comes from a page larger than 4 KiB.
-    pub large: bool,
+    /// Address bits inside the page: 12, 21, 22 or 30; 32 without paging.
+    pub page_bits: u32,
 }
 
 /// Where the entries of one level are and what they may hold.
@@ -97,7 +97,7 @@ pub fn walk(
     smap: bool,
 ) -> Result<Walk, Exception> {
     if p.cr0 & cr::CR0_PG == 0 {
-        return Ok(Walk { gpa: linear & 0xffff_ffff, writable: true, global: false, large: true });
+        return Ok(Walk { gpa: linear & 0xffff_ffff, writable: true, global: false, page_bits: 32 });
     }
     let nxe = p.efer & cr::EFER_NXE != 0;
     let long = p.efer & cr::EFER_LMA != 0;
@@ -181,7 +181,7 @@ pub fn walk(
             gpa: frame | (linear & offset_mask),
             writable: (writable || (!user && !wp)) && entry & pte::D != 0,
             global: entry & pte::G != 0 && p.cr4 & cr::CR4_PGE != 0,
-            large: is_large,
+            page_bits: level.shift,
         });
     }
     Err(fault(0))

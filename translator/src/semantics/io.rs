@@ -109,6 +109,8 @@ fn element(
     if repeated {
         set_index(cpu, i, gpr::RCX, count.wrapping_sub(1));
         if W64::zext(count) != 1 {
+            // As for the other string instructions.
+            cpu.s.rflags |= flag::RF;
             cpu.s.rip = cpu.cut_ip(cpu.ip_base.wrapping_add(u64::from(i.off)));
         }
     }

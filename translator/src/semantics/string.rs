@@ -78,21 +78,24 @@ fn repeat(
         return elements(cpu, 1).map(|_| ());
     }
     let mut budget = BATCH;
+    // A single step is one iteration (SDM vol. 3 §17.3.1.4).
+    let single_step = cpu.s.rflags & flag::TF != 0;
     loop {
         let count = index(cpu, i, gpr::RCX);
         if count == 0 {
             return Ok(());
         }
-        let (done, more) = elements(cpu, count)?;
+        let (done, more) = elements(cpu, if single_step { 1 } else { count })?;
         let left = count - done;
         set_index(cpu, i, gpr::RCX, left);
         if left == 0 || !more {
             return Ok(());
         }
         budget = budget.saturating_sub(done.min(64));
-        let must_stop = cpu.stop_block || cpu.kick.pending() != 0 || cpu.s.rflags & flag::TF != 0;
-        if must_stop || budget == 0 {
-            // The instruction goes on when it is reached again.
+        if cpu.stop_block || cpu.kick.pending() != 0 || single_step || budget == 0 {
+            // The instruction goes on when it is reached again. Until it has ended, events push RF=1 and instruction
+            // breakpoints do not stop it anew (SDM vol. 3 §17.3.1.1).
+            cpu.s.rflags |= flag::RF;
             cpu.stop_block = true;
             cpu.again = true;
             cpu.s.rip = cpu.cut_ip(cpu.ip_base.wrapping_add(u64::from(i.off)));

@@ -9,12 +9,11 @@ use crate::insn::{Insn, Mode, Opnd};
 use crate::mmu::walk::{PHYSICAL_BITS, load_pdptes};
 use crate::state::{Segment, cr, flag, gpr, seg};
 use crate::system::descriptor::{is_null, kind};
-use crate::vcpu::{Event, SHADOW_MOV_SS, SHADOW_STI};
+use crate::vcpu::{SHADOW_MOV_SS, SHADOW_STI};
 use crate::width::{W8, W16, W32, W64, Width};
 
-const CR4_SUPPORTED: u64 = cr::CR4_VME
-    | cr::CR4_PVI
-    | cr::CR4_TSD
+/// CR4 bits of features that CPUID reports on some model. VME and PVI it never does.
+const CR4_SUPPORTED: u64 = cr::CR4_TSD
     | cr::CR4_DE
     | cr::CR4_PSE
     | cr::CR4_PAE
@@ -102,9 +101,14 @@ pub fn write_cr0(cpu: &mut Cpu, v: u64) -> Result<(), Trap> {
     let cs_long = cpu.s.seg[usize::from(seg::CS)].attr & Segment::L != 0;
     let lme = cpu.s.efer & cr::EFER_LME != 0;
     if pg && !was_pg {
-        if lme && (cpu.s.cr4 & cr::CR4_PAE == 0 || cs_long) {
+        let tss16 = cpu.s.tr.kind() & 8 == 0;
+        if lme && (cpu.s.cr4 & cr::CR4_PAE == 0 || cs_long || tss16) {
             return Err(cpu.gp(0));
         }
+    }
+    let cached = cr::CR0_PG | cr::CR0_CD | cr::CR0_NW;
+    if pg && (v ^ cpu.s.cr0) & cached != 0 {
+        // SDM vol. 3 §4.4.1.
         if !lme && cpu.s.cr4 & cr::CR4_PAE != 0 {
             let Some(p) = load_pdptes(&cpu.ram, cpu.s.cr3) else { return Err(cpu.gp(0)) };
             cpu.mmu.pdpte = p;
@@ -338,7 +342,9 @@ fn global_system(cpu: &mut Cpu, selector: u16) -> Result<crate::system::descript
         return Err(cpu.selector_fault(vector::GP, selector, false));
     }
     let d = cpu.descriptor(selector, vector::GP, false)?;
-    if d.is_segment() { Err(cpu.selector_fault(vector::GP, selector, false)) } else { Ok(d) }
+    // The type field of the upper half of a 16-byte descriptor must be zero, its base canonical (SDM vol. 3 §7.2.3).
+    let bad_high = d.high >> 40 & 0x1f != 0 || (cpu.s.long_mode() && !is_canonical(d.base()));
+    if d.is_segment() || bad_high { Err(cpu.selector_fault(vector::GP, selector, false)) } else { Ok(d) }
 }
 
 /// MOV from a segment register.
@@ -449,35 +455,24 @@ fn iopl(cpu: &Cpu) -> u8 {
     (cpu.s.rflags >> 12 & 3) as u8
 }
 
-/// Whether CPL 3 code sees virtual interrupts: VME in virtual-8086 mode, PVI in protected mode (SDM vol. 3 §20.3–4).
-fn virtual_interrupts(cpu: &Cpu) -> bool {
-    if cpu.s.vm86() { cpu.s.cr4 & cr::CR4_VME != 0 } else { cpu.s.cpl == 3 && cpu.s.cr4 & cr::CR4_PVI != 0 }
-}
-
-/// CLI.
+/// CLI. There are no virtual interrupts: CR4.VME and CR4.PVI are reserved.
 pub fn cli(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
-    if !cpu.s.protected() || iopl(cpu) >= cpu.s.cpl {
-        cpu.s.rflags &= !flag::IF;
-    } else if virtual_interrupts(cpu) {
-        cpu.s.rflags &= !flag::VIF;
-    } else {
+    if cpu.s.protected() && iopl(cpu) < cpu.s.cpl {
         return Err(cpu.gp(0));
     }
+    cpu.s.rflags &= !flag::IF;
     Ok(())
 }
 
 /// STI.
 pub fn sti(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
-    if !cpu.s.protected() || iopl(cpu) >= cpu.s.cpl {
-        if cpu.s.rflags & flag::IF == 0 {
-            cpu.s.rflags |= flag::IF;
-            cpu.s.shadow = SHADOW_STI;
-            cpu.stop_block = true;
-        }
-    } else if virtual_interrupts(cpu) && cpu.s.rflags & flag::VIP == 0 {
-        cpu.s.rflags |= flag::VIF;
-    } else {
+    if cpu.s.protected() && iopl(cpu) < cpu.s.cpl {
         return Err(cpu.gp(0));
+    }
+    if cpu.s.rflags & flag::IF == 0 {
+        cpu.s.rflags |= flag::IF;
+        cpu.s.shadow = SHADOW_STI;
+        cpu.stop_block = true;
     }
     Ok(())
 }
@@ -502,8 +497,12 @@ pub fn popf(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     if cpu.s.cpl == 0 {
         mask |= flag::IOPL;
     }
-    // POPF clears RF (SDM vol. 2).
-    let merged = cpu.s.flags() & !mask & !flag::RF | v & mask;
+    // POPF clears RF, and at CPL 0 VIP and VIF (SDM vol. 2, POPF).
+    let mut cleared = flag::RF;
+    if cpu.s.cpl == 0 && i.osize != 2 {
+        cleared |= flag::VIP | flag::VIF;
+    }
+    let merged = cpu.s.flags() & !mask & !cleared | v & mask;
     cpu.s.set_flags(merged);
     cpu.set_stack_pointer(i, sp);
     cpu.mode_changed();
@@ -623,34 +622,27 @@ pub fn fs_gs_base(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     Ok(())
 }
 
-/// INT n.
+/// INT n. In virtual-8086 mode it alone is sensitive to IOPL (SDM vol. 3 §20.3.3).
 pub fn int_n(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    software(cpu, Event::Software(i.imm as u8))
+    if cpu.s.vm86() && iopl(cpu) < 3 {
+        return Err(cpu.gp(0));
+    }
+    cpu.deliver_software(i.imm as u8, false)
 }
 
 /// INT3.
 pub fn int3(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
-    software(cpu, Event::Software(vector::BP))
+    cpu.deliver_software(vector::BP, false)
 }
 
 /// INTO.
 pub fn into(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
-    if cpu.s.flags() & flag::OF != 0 { software(cpu, Event::Software(vector::OF)) } else { Ok(()) }
+    if cpu.s.flags() & flag::OF != 0 { cpu.deliver_software(vector::OF, false) } else { Ok(()) }
 }
 
 /// INT1.
 pub fn int1(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
-    software(cpu, Event::Privileged(vector::DB))
-}
-
-/// Delivers a software interrupt. RIP is behind the instruction; a fault on the way is reported at the instruction,
-/// which delivery does by itself, so this never fails as an instruction.
-fn software(cpu: &mut Cpu, event: Event) -> Result<(), Trap> {
-    if cpu.deliver(event).is_err() {
-        cpu.triple_fault = true;
-    }
-    cpu.stop_block = true;
-    Ok(())
+    cpu.deliver_software(vector::DB, true)
 }
 
 /// BOUND.
@@ -757,7 +749,12 @@ pub fn cpuid(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
     Ok(())
 }
 
-/// MONITOR and MWAIT: a hint that is not taken; #UD outside level 0 (SDM vol. 2).
-pub fn monitor(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
-    if cpu.s.cpl == 0 { Ok(()) } else { Err(cpu.ud()) }
+/// MONITOR (`aux` 0) and MWAIT (`aux` 1): hints that are not taken. MWAIT has the one extension that CPUID leaf 5
+/// reports, interrupts as break events whatever IF is.
+pub fn monitor(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
+    if cpu.s.cpl != 0 {
+        return Err(cpu.ud());
+    }
+    let extensions = u64::from(i.aux);
+    if cpu.gpr::<W32>(gpr::RCX) & !extensions != 0 { Err(cpu.gp(0)) } else { Ok(()) }
 }

@@ -65,10 +65,10 @@ pub fn mov_to_dr(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     }
     cpu.s.dr[n] = match n {
         6 => v & 0xe00f | 0xffff_0ff0,
-        7 => v & 0xffff_2bff | 0x400,
+        7 => v & 0xffff_23ff | 0x400,
         _ => v,
     };
-    cpu.watch = enabled(&cpu.s.dr).any(|(_, _, _, w)| matches!(w, Watch::Write | Watch::ReadWrite));
+    cpu.watch_changed();
     // Pages with watchpoints take the slow path; entries made before must not.
     cpu.flush_tlb_all();
     cpu.mode_changed();
@@ -76,6 +76,11 @@ pub fn mov_to_dr(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
 }
 
 impl Cpu {
+    /// To be called after DR0–DR3 or DR7 have changed. (TLB flushes are the caller's.)
+    pub fn watch_changed(&mut self) {
+        self.watch = enabled(&self.s.dr).any(|(_, _, _, w)| matches!(w, Watch::Write | Watch::ReadWrite));
+    }
+
     /// The DR6 bits of the instruction breakpoints at CS:RIP.
     pub fn execute_breakpoint(&self) -> Option<u64> {
         let base = if self.mode.has(Mode::CODE64) { 0 } else { self.s.seg[usize::from(seg::CS)].base };

@@ -65,8 +65,8 @@ pub fn jmp_far(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
             cpu.s.rip = offset;
             Ok(())
         }
-        Gate::Task => cpu.task_switch(d.gate_selector(), Cause::Jump, cpu.next_ip_value(i), false),
-        Gate::Tss => cpu.task_switch(selector, Cause::Jump, cpu.next_ip_value(i), false),
+        Gate::Task => switch(cpu, d.gate_selector(), Cause::Jump, cpu.next_ip_value(i)),
+        Gate::Tss => switch(cpu, selector, Cause::Jump, cpu.next_ip_value(i)),
     }
 }
 
@@ -78,7 +78,7 @@ pub fn call_far(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     let old_cs = u64::from(cpu.s.seg[usize::from(seg::CS)].selector);
     if !cpu.s.protected() || cpu.s.vm86() {
         let mut stack = Stack::current(cpu);
-        stack.check(cpu, 2 * u64::from(i.osize), 0)?;
+        check_pushes(cpu, &stack, i.osize, 2, 0)?;
         push(cpu, &mut stack, i.osize, old_cs)?;
         push(cpu, &mut stack, i.osize, ret)?;
         real_target(cpu, selector, offset)?;
@@ -97,8 +97,8 @@ pub fn call_far(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     }
     match gate_kind(cpu, &d, selector)? {
         Gate::Call => call_through_gate(cpu, i, &d, old_cs, ret),
-        Gate::Task => cpu.task_switch(d.gate_selector(), Cause::Call, ret, false),
-        Gate::Tss => cpu.task_switch(selector, Cause::Call, ret, false),
+        Gate::Task => switch(cpu, d.gate_selector(), Cause::Call, ret),
+        Gate::Tss => switch(cpu, selector, Cause::Call, ret),
     }
 }
 
@@ -148,6 +148,8 @@ pub fn iret(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
         }
         return iret_real(cpu, i);
     }
+    // NMIs are no longer blocked, even if the rest of the instruction faults (SDM vol. 3 §6.7.1, §25.3).
+    cpu.s.nmi_blocked = false;
     if cpu.s.rflags & flag::NT != 0 {
         if cpu.s.long_mode() {
             return Err(cpu.gp(0));
@@ -179,7 +181,6 @@ pub fn iret(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
         cpu.set_cs(cs.segment(), rpl);
         cpu.s.rip = ip;
     }
-    cpu.s.nmi_blocked = false;
     Ok(())
 }
 
@@ -225,9 +226,7 @@ fn iret_real(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
 
 fn iret_task(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     let link = cpu.load_system::<W16>(cpu.s.tr.base)? as u16;
-    cpu.task_switch(link, Cause::Return, cpu.next_ip_value(i), false)?;
-    cpu.s.nmi_blocked = false;
-    Ok(())
+    switch(cpu, link, Cause::Return, cpu.next_ip_value(i))
 }
 
 fn iret_to_vm86(cpu: &mut Cpu, mut stack: PopStack, ip: u64, cs: u16, flags: u64) -> Result<(), Trap> {
@@ -236,6 +235,9 @@ fn iret_to_vm86(cpu: &mut Cpu, mut stack: PopStack, ip: u64, cs: u16, flags: u64
     let mut data = [0u16; 4];
     for s in &mut data {
         *s = stack.pop(cpu, 4)? as u16;
+    }
+    if ip > 0xffff {
+        return Err(cpu.gp(0));
     }
     cpu.s.set_flags(flags);
     cpu.s.cpl = 3;
@@ -246,8 +248,7 @@ fn iret_to_vm86(cpu: &mut Cpu, mut stack: PopStack, ip: u64, cs: u16, flags: u64
         cpu.load_real_segment(r, selector);
     }
     cpu.s.gpr[usize::from(gpr::RSP)] = esp;
-    cpu.s.rip = ip & 0xffff;
-    cpu.s.nmi_blocked = false;
+    cpu.s.rip = ip;
     cpu.mode_changed();
     Ok(())
 }
@@ -348,8 +349,8 @@ fn call_through_gate(cpu: &mut Cpu, i: &Insn, gate: &Descriptor, old_cs: u64, re
         2
     };
     let cpl = if cs.is_conforming() { cpu.s.cpl } else { cs.dpl() };
-    check_limit(cpu, &cs, offset)?;
     if cpl == cpu.s.cpl {
+        check_limit(cpu, &cs, offset)?;
         let sp = push_frame(cpu, i.stack_bytes, bytes, &[old_cs, ret])?;
         cpu.mark_accessed(&mut cs)?;
         sp.commit(cpu);
@@ -360,6 +361,7 @@ fn call_through_gate(cpu: &mut Cpu, i: &Insn, gate: &Descriptor, old_cs: u64, re
     let old_ss = cpu.s.seg[usize::from(seg::SS)];
     let old_sp = cpu.s.gpr[usize::from(gpr::RSP)];
     if long {
+        check_limit(cpu, &cs, offset)?;
         let tr = cpu.s.tr;
         let at = 4 + 8 * u64::from(cpl);
         if at + 7 > u64::from(tr.limit) {
@@ -395,7 +397,8 @@ fn call_through_gate(cpu: &mut Cpu, i: &Insn, gate: &Descriptor, old_cs: u64, re
     words.extend(copied.into_iter().rev());
     words.extend([old_cs, ret]);
     let mut stack = Stack::new(ss.segment(), sp, cpl);
-    stack.check(cpu, words.len() as u64 * u64::from(bytes), ss.error(false))?;
+    check_pushes(cpu, &stack, bytes, words.len(), ss.error(false))?;
+    check_limit(cpu, &cs, offset)?;
     for w in words {
         push(cpu, &mut stack, bytes, w)?;
     }
@@ -407,6 +410,16 @@ fn call_through_gate(cpu: &mut Cpu, i: &Insn, gate: &Descriptor, old_cs: u64, re
     cpu.set_cs(cs.segment(), cpl);
     cpu.s.rip = offset;
     Ok(())
+}
+
+/// A task switch by an instruction; a fault in the new task comes after the instruction.
+fn switch(cpu: &mut Cpu, selector: u16, cause: Cause, return_ip: u64) -> Result<(), Trap> {
+    let result = cpu.task_switch(selector, cause, return_ip, false);
+    cpu.late(result)
+}
+
+fn check_pushes(cpu: &mut Cpu, stack: &Stack, bytes: u8, n: usize, error: u32) -> Result<(), Trap> {
+    if bytes == 2 { stack.check::<W16>(cpu, n, error) } else { stack.check::<W32>(cpu, n, error) }
 }
 
 fn push(cpu: &mut Cpu, stack: &mut Stack, bytes: u8, v: u64) -> Result<(), Trap> {

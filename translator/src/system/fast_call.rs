@@ -5,6 +5,7 @@ use crate::cpu::Cpu;
 use crate::exception::Trap;
 use crate::insn::{Insn, Mode};
 use crate::state::{Segment, cr, flag, gpr, seg};
+use crate::vcpu::DR6_BS;
 
 /// A flat code segment.
 fn code(selector: u16, dpl: u8, long: bool) -> Segment {
@@ -52,6 +53,10 @@ pub fn sysret(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     }
     let flags = cpu.s.gpr[usize::from(gpr::R11)] & 0x3c_7fd7 & !flag::RF | 2;
     cpu.s.set_flags(flags);
+    if flags & flag::TF != 0 {
+        // TF is looked at after SYSRET, as if the SYSCALL had just completed.
+        cpu.pending_debug |= DR6_BS;
+    }
     cpu.s.rip = if long { rcx } else { rcx & 0xffff_ffff };
     let base = (cpu.s.msr.star >> 48) as u16;
     let cs = if long { base.wrapping_add(16) } else { base } | 3;

@@ -13,7 +13,7 @@ use crate::width::{W16, W32, W64, Width};
 struct Delivery {
     vector: u8,
     error: Option<u32>,
-    /// Software interrupts check the gate's DPL and push EXT=0 error codes for their own faults.
+    /// INT n, INT3 and INTO check the gate's DPL; the error codes of their own faults have EXT=0.
     software: bool,
     /// RF in the pushed flags.
     resume: bool,
@@ -47,15 +47,15 @@ impl Cpu {
     pub fn deliver(&mut self, event: Event) -> Result<(), TripleFault> {
         let mut d = match event {
             Event::Fault(e) => {
-                Delivery { vector: e.vector, error: e.error, software: false, resume: e.vector != vector::DF }
+                // Faults push RF=1, except those of instruction breakpoints (SDM vol. 3 §17.3.1.1).
+                let breakpoint = e.vector == vector::DB && e.payload & 15 != 0;
+                Delivery { vector: e.vector, error: e.error, software: false, resume: !breakpoint }
             }
             Event::Trap(e) => Delivery { vector: e.vector, error: e.error, software: false, resume: false },
-            Event::Software(vector) => Delivery { vector, error: None, software: true, resume: false },
-            Event::Privileged(vector) | Event::Interrupt(vector) => {
-                Delivery { vector, error: None, software: false, resume: false }
-            }
+            Event::Interrupt(vector) => Delivery { vector, error: None, software: false, resume: false },
             Event::Nmi => Delivery { vector: vector::NMI, error: None, software: false, resume: false },
         };
+        let mut double = false;
         // What the first event was decides whether a fault during its delivery is serial or doubles.
         let mut first = match event {
             Event::Fault(e) | Event::Trap(e) => {
@@ -67,8 +67,14 @@ impl Cpu {
         loop {
             self.mode_changed();
             let Err(Trap) = self.deliver_once(d) else { return Ok(()) };
+            // The exception is delivered where the failed delivery has left the CPU, be it in another task.
+            self.late_fault = false;
             let e = self.raised;
-            if d.vector == vector::DF {
+            if e.vector == vector::PF {
+                // CR2 follows even a page fault that is not delivered as one (SDM vol. 3 §6.15, interrupt 14).
+                self.s.cr2 = e.payload;
+            }
+            if double {
                 return Err(TripleFault);
             }
             let second = class(e.vector);
@@ -78,6 +84,7 @@ impl Cpu {
                 Class::PageFault => second != Class::Benign,
             };
             if doubled {
+                double = true;
                 d = Delivery { vector: vector::DF, error: Some(0), software: false, resume: false };
             } else {
                 self.note_payload(&e);
@@ -87,6 +94,23 @@ impl Cpu {
         }
     }
 
+    /// Delivers INT n, INT3 and INTO, or INT1 if `privileged`. RIP is behind the instruction. A fault on the way is a
+    /// fault of the instruction, which may be restarted.
+    pub fn deliver_software(&mut self, vector: u8, privileged: bool) -> Result<(), Trap> {
+        let result = self.deliver_once(Delivery { vector, error: None, software: !privileged, resume: false });
+        self.stop_block = true;
+        if privileged && result.is_ok() {
+            self.debug_handler_entered();
+        }
+        self.late(result)
+    }
+
+    /// DR7.GD and IA32_DEBUGCTL's LBR and BTF do not apply to the handler of #DB (SDM vol. 3 §17.2.4, §17.4.1).
+    fn debug_handler_entered(&mut self) {
+        self.s.dr[7] &= !(1 << 13);
+        self.s.msr.debugctl &= !3;
+    }
+
     /// CR2 and DR6 as the exception says.
     fn note_payload(&mut self, e: &Exception) {
         match e.vector {
@@ -94,7 +118,7 @@ impl Cpu {
             vector::DB => {
                 // B0–B3 report this exception only; BD, BS, BT are sticky (SDM vol. 3 §17.2.3).
                 self.s.dr[6] = (self.s.dr[6] & !15) | e.payload;
-                self.s.dr[7] &= !(1 << 13);
+                self.debug_handler_entered();
             }
             _ => {}
         }
@@ -119,6 +143,7 @@ impl Cpu {
         let flags = self.s.flags();
         let cs = self.s.seg[usize::from(seg::CS)].selector;
         let mut stack = Stack::current(self);
+        stack.check::<W16>(self, 3, 0)?;
         stack.push::<W16>(self, flags)?;
         stack.push::<W16>(self, u64::from(cs))?;
         stack.push::<W16>(self, self.s.rip)?;
@@ -279,9 +304,6 @@ impl Cpu {
     }
 
     fn deliver_protected(&mut self, d: Delivery) -> Result<(), Trap> {
-        if d.software && self.s.vm86() && self.s.rflags & flag::IOPL != flag::IOPL {
-            return Err(self.gp(0));
-        }
         let gate = self.gate(d)?;
         if gate.kind() == kind::TASK_GATE {
             return self.deliver_task(&gate, d);
@@ -314,14 +336,15 @@ impl Cpu {
         };
         words.extend([flags, u64::from(old[usize::from(seg::CS)].selector), self.s.rip]);
         words.extend(d.error.map(u64::from));
+        let error = if inner { cs_ss_error(&new_ss, d) } else { u32::from(d.ext()) };
+        if wide {
+            stack.check::<W32>(self, words.len(), error)?;
+        } else {
+            stack.check::<W16>(self, words.len(), error)?;
+        }
         if gate.gate_offset_legacy(wide) > u64::from(cs.limit()) {
             return Err(self.gp(u32::from(d.ext())));
         }
-        stack.check(
-            self,
-            words.len() as u64 * if wide { 4 } else { 2 },
-            if inner { cs_ss_error(&new_ss, d) } else { u32::from(d.ext()) },
-        )?;
         for w in words {
             if wide { stack.push::<W32>(self, w)? } else { stack.push::<W16>(self, w)? }
         }
@@ -352,8 +375,10 @@ impl Cpu {
         if let Some(error) = d.error {
             let mut stack = Stack::current(self);
             if self.s.tr.kind() & 8 != 0 {
+                stack.check::<W32>(self, 1, u32::from(d.ext()))?;
                 stack.push::<W32>(self, u64::from(error))?;
             } else {
+                stack.check::<W16>(self, 1, u32::from(d.ext()))?;
                 stack.push::<W16>(self, u64::from(error))?;
             }
             stack.commit(self);
@@ -398,16 +423,26 @@ impl Stack {
         Stack { segment, sp, mask, cpl }
     }
 
-    /// Checks that `bytes` fit, with #SS(`error`) if they don't.
-    pub fn check(&self, cpu: &mut Cpu, bytes: u64, error: u32) -> Result<(), Trap> {
-        let low = self.sp.wrapping_sub(bytes) & self.mask;
-        let high = self.sp.wrapping_sub(1) & self.mask;
-        let fits = if self.segment.attr & Segment::EXPAND_DOWN != 0 {
+    /// Whether `bytes` at `low` lie inside the segment. In real and virtual-8086 mode there are no types.
+    fn holds(&self, cpu: &Cpu, low: u64, bytes: u64) -> bool {
+        let high = low + bytes - 1;
+        let typed = cpu.s.protected() && !cpu.s.vm86() || cpu.s.cpl != self.cpl;
+        if typed && self.segment.attr & Segment::EXPAND_DOWN != 0 {
             low > u64::from(self.segment.limit) && high <= self.mask
         } else {
             high <= u64::from(self.segment.limit)
-        };
-        if fits && low <= high { Ok(()) } else { Err(cpu.raise(Exception::with_error(vector::SS, error))) }
+        }
+    }
+
+    /// Checks that `n` pushes of `W` bits fit, with #SS(`error`) if they don't. The pointer may wrap between two.
+    pub fn check<W: Width>(&self, cpu: &mut Cpu, n: usize, error: u32) -> Result<(), Trap> {
+        for k in 1..=n as u64 {
+            let low = self.sp.wrapping_sub(k * W::BYTES) & self.mask;
+            if !self.holds(cpu, low, W::BYTES) {
+                return Err(cpu.raise(Exception::with_error(vector::SS, error)));
+            }
+        }
+        Ok(())
     }
 
     /// Pushes `W` bits.
@@ -422,7 +457,7 @@ impl Stack {
     /// Pops `W` bits.
     pub fn pop<W: Width>(&mut self, cpu: &mut Cpu) -> Result<u64, Trap> {
         let sp = self.sp & self.mask;
-        if sp + W::BYTES - 1 > u64::from(self.segment.limit) && self.segment.attr & Segment::EXPAND_DOWN == 0 {
+        if !self.holds(cpu, sp, W::BYTES) {
             return Err(cpu.raise(Exception::with_error(vector::SS, 0)));
         }
         let linear = self.segment.base.wrapping_add(sp) & 0xffff_ffff;

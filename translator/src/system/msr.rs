@@ -6,6 +6,7 @@ use crate::cpu::Cpu;
 use crate::emit::Emit;
 use crate::exception::Trap;
 use crate::insn::Insn;
+use crate::mmu::walk::PHYSICAL_BITS;
 use crate::state::{cr, gpr, seg};
 use crate::width::{W32, W64, Width};
 
@@ -220,6 +221,16 @@ fn write(cpu: &mut Cpu, n: u32, v: u64) -> Written {
         id::DEBUGCTL => m.debugctl = v & 3,
         id::MTRR_PHYS_FIRST..=id::MTRR_PHYS_LAST => {
             let k = (n - id::MTRR_PHYS_FIRST) as usize;
+            // A base has its type in the low byte, a mask its valid bit at 11 (SDM vol. 3 §11.11.2.3).
+            let frame = (1u64 << PHYSICAL_BITS) - 0x1000;
+            let valid = if k.is_multiple_of(2) {
+                v & !(frame | 0xff) == 0 && is_mtrr_type(v)
+            } else {
+                v & !(frame | 0x800) == 0
+            };
+            if !valid {
+                return Written::Invalid;
+            }
             m.mtrr_variable[k / 2][k % 2] = v;
         }
         id::PAT => {
@@ -228,7 +239,13 @@ fn write(cpu: &mut Cpu, n: u32, v: u64) -> Written {
             }
             m.pat = v;
         }
-        id::MTRR_DEF_TYPE => m.mtrr_def_type = v & 0xcff,
+        id::MTRR_DEF_TYPE => {
+            // The type, FE and E (SDM vol. 3 §11.11.2.1).
+            if v & !0xcff != 0 || !is_mtrr_type(v) {
+                return Written::Invalid;
+            }
+            m.mtrr_def_type = v;
+        }
         id::MC_FIRST..=id::MC_LAST => {
             let k = (n - id::MC_FIRST) as usize;
             // Status registers can only be cleared; controls take all ones or zeros as they are.
@@ -239,7 +256,12 @@ fn write(cpu: &mut Cpu, n: u32, v: u64) -> Written {
         }
         id::EFER => return write_efer(cpu, v),
         id::STAR => m.star = v,
-        id::FMASK => m.fmask = W32::zext(v),
+        id::FMASK => {
+            if v >> 32 != 0 {
+                return Written::Invalid;
+            }
+            m.fmask = v;
+        }
         id::TSC_AUX => {
             if v >> 32 != 0 {
                 return Written::Invalid;
@@ -247,11 +269,17 @@ fn write(cpu: &mut Cpu, n: u32, v: u64) -> Written {
             m.tsc_aux = v;
         }
         n => match MTRR_FIXED.iter().position(|&f| f == n) {
+            Some(_) if !v.to_le_bytes().iter().all(|&t| is_mtrr_type(u64::from(t))) => return Written::Invalid,
             Some(k) => m.mtrr_fixed[k] = v,
             None => return Written::Unknown,
         },
     }
     Written::Yes
+}
+
+/// Whether the low byte is a memory type that MTRRs may hold: UC, WC, WT, WP, WB (SDM vol. 3 table 11-8).
+fn is_mtrr_type(v: u64) -> bool {
+    matches!(v as u8, 0 | 1 | 4 | 5 | 6)
 }
 
 fn write_efer(cpu: &mut Cpu, v: u64) -> Written {

@@ -7,6 +7,9 @@ use crate::state::{Segment, cr, flag, seg};
 use crate::system::descriptor::{Descriptor, is_null, kind};
 use crate::width::{W8, W16, W32};
 
+/// DR6.BT: the new task's T flag.
+const DR6_BT: u64 = 1 << 15;
+
 /// What starts a task switch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cause {
@@ -73,14 +76,26 @@ impl Cpu {
         self.s.tr = tr;
         self.s.cr0 |= cr::CR0_TS;
         self.load_image(&image, matches!(cause, Cause::Call | Cause::Event), wide);
-        self.load_task_segments(&image)?;
+        let result = self.enter_task(&image, ext);
+        self.mode_changed();
+        self.late_fault = result.is_err();
+        result
+    }
+
+    fn enter_task(&mut self, image: &Image, ext: bool) -> Result<(), Trap> {
+        self.load_task_segments(image, ext)?;
         if image.trap {
-            self.pending_debug |= 1 << 15;
+            self.pending_debug |= DR6_BT;
         }
         if self.s.rip > u64::from(self.s.seg[usize::from(seg::CS)].limit) {
-            return Err(self.gp(0));
+            return Err(self.gp(u32::from(ext)));
         }
         Ok(())
+    }
+
+    /// Makes a fault of an instruction that has already switched tasks one that follows it.
+    pub fn late(&mut self, result: Result<(), Trap>) -> Result<(), Trap> {
+        if self.late_fault { Ok(()) } else { result }
     }
 
     fn read_tss(&mut self, base: u64, wide: bool) -> Result<Image, Trap> {
@@ -156,6 +171,7 @@ impl Cpu {
         self.s.set_flags(image.flags | nt);
         self.s.rip = image.ip;
         self.s.dr[7] &= !0x155;
+        self.watch_changed();
         for (r, &selector) in image.seg.iter().enumerate() {
             self.s.seg[r] = Segment { selector, ..Segment::default() };
         }
@@ -163,11 +179,11 @@ impl Cpu {
         self.mode_changed();
     }
 
-    fn load_task_segments(&mut self, image: &Image) -> Result<(), Trap> {
+    fn load_task_segments(&mut self, image: &Image, ext: bool) -> Result<(), Trap> {
         if !is_null(image.ldt) {
             let d = match self.try_global(image.ldt)? {
                 Some(d) if !d.is_segment() && d.kind() == kind::LDT && d.present() => d,
-                _ => return Err(self.selector_fault(vector::TS, image.ldt, false)),
+                _ => return Err(self.selector_fault(vector::TS, image.ldt, ext)),
             };
             self.s.ldtr = d.segment();
         }
@@ -185,12 +201,14 @@ impl Cpu {
             image.seg[usize::from(seg::SS)],
             |d| !d.is_code() && d.rw() && d.dpl() == cpl && (d.selector & 3) as u8 == cpl,
             vector::SS,
+            ext,
         )?;
         self.s.seg[usize::from(seg::SS)] = ss;
         let cs = self.task_segment(
             cs_selector,
             |d| d.is_code() && if d.is_conforming() { d.dpl() <= cpl } else { d.dpl() == cpl },
             vector::NP,
+            ext,
         )?;
         self.s.seg[usize::from(seg::CS)] = cs;
         for r in [seg::ES, seg::DS, seg::FS, seg::GS] {
@@ -203,6 +221,7 @@ impl Cpu {
                 selector,
                 |d| (!d.is_code() || d.rw()) && ((d.is_code() && d.is_conforming()) || d.dpl() >= rpl.max(cpl)),
                 vector::NP,
+                ext,
             )?;
             self.s.seg[usize::from(r)] = s;
         }
@@ -219,13 +238,14 @@ impl Cpu {
         selector: u16,
         allowed: impl FnOnce(&Descriptor) -> bool,
         absent: u8,
+        ext: bool,
     ) -> Result<Segment, Trap> {
-        let mut d = self.descriptor(selector, vector::TS, false)?;
+        let mut d = self.descriptor(selector, vector::TS, ext)?;
         if !d.is_segment() || !allowed(&d) {
-            return Err(self.selector_fault(vector::TS, selector, false));
+            return Err(self.selector_fault(vector::TS, selector, ext));
         }
         if !d.present() {
-            return Err(self.selector_fault(absent, selector, false));
+            return Err(self.selector_fault(absent, selector, ext));
         }
         self.mark_accessed(&mut d)?;
         Ok(d.segment())

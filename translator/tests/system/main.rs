@@ -1,0 +1,13 @@
+//! System behaviour, by the manual: each case is a small guest that runs on every engine.
+
+mod control;
+mod debug;
+mod exceptions;
+mod gates;
+mod machine;
+mod paging;
+mod real;
+mod segments;
+mod smc;
+mod tasks;
+mod vm86;
