@@ -3,6 +3,7 @@
 //! The fast path is one compare and one add; everything else (misses, page crossings, MMIO, stores to pages that
 //! hold translated code) is in the slow path here.
 
+mod fetched;
 pub mod tlb;
 pub mod walk;
 
@@ -12,11 +13,10 @@ use crate::exception::{Exception, Trap, vector};
 use crate::mem::granule_mask;
 use crate::state::{cr, flag, seg};
 use crate::width::Width;
+use fetched::Fetched;
 use tlb::{CHECKED, Class, EMPTY, GLOBAL, JumpFlush, LARGE, SLOW, Table, TlbEntry, WATCHED};
 use walk::{Access, Paging, Walk, walk};
 
-/// Address bits in the large pages that kernels use, 2 MiB.
-const LARGE_BITS: u32 = 21;
 /// Entries of the code TLB.
 const CODE_ENTRIES: usize = 1024;
 
@@ -35,14 +35,11 @@ pub struct Mmu {
     code: Box<[CodeEntry; CODE_ENTRIES]>,
     /// PDPTE registers.
     pub pdpte: [u64; 4],
-    /// One bit per hash of a linear page that an instruction was fetched from since the jump cache was last emptied:
-    /// INVLPG of any other page leaves the jump cache alone.
-    fetched: [u64; 16],
+    /// Linear pages that instructions were fetched from since the jump cache was last emptied.
+    fetched: Fetched,
     /// Whether instructions were fetched in the upper half through a translation that is not global: what is keyed by
     /// such an address holds in this address space only.
     private_upper: bool,
-    /// The same for fetches from large pages, by 2 MiB: INVLPG of any address in one removes all of it.
-    fetched_large: [u64; 16],
     /// Counters for statistics.
     pub counts: MmuCounts,
 }
@@ -65,34 +62,10 @@ impl Mmu {
             tlb: tlb::Tlb::new(),
             code: Box::new([CodeEntry { key: EMPTY, gpa_page: 0 }; CODE_ENTRIES]),
             pdpte: [0; 4],
-            fetched: [0; 16],
+            fetched: Fetched::default(),
             private_upper: false,
-            fetched_large: [0; 16],
             counts: MmuCounts::default(),
         }
-    }
-
-    fn fetched_bit(number: u64) -> (usize, u64) {
-        let h = number ^ number >> 10;
-        ((h >> 6 & 15) as usize, 1 << (h & 63))
-    }
-
-    fn note_fetch(&mut self, linear: u64, page_bits: u32) {
-        let (word, bit) = Mmu::fetched_bit(linear >> 12);
-        self.fetched[word] |= bit;
-        if page_bits == LARGE_BITS {
-            let (word, bit) = Mmu::fetched_bit(linear >> LARGE_BITS);
-            self.fetched_large[word] |= bit;
-        } else if page_bits > LARGE_BITS {
-            self.fetched_large = [u64::MAX; 16];
-        }
-    }
-
-    /// Whether an instruction may have been fetched from the page, of whatever size, that holds `linear`.
-    fn fetched_from(&self, linear: u64) -> bool {
-        let (word, bit) = Mmu::fetched_bit(linear >> 12);
-        let (large_word, large_bit) = Mmu::fetched_bit(linear >> LARGE_BITS);
-        self.fetched[word] & bit != 0 || self.fetched_large[large_word] & large_bit != 0
     }
 }
 
@@ -476,7 +449,7 @@ impl Cpu {
         }
         let w = walk(&self.ram, &self.paging(), linear, Access::Execute, self.s.cpl == 3, false)
             .map_err(|e| self.raise(e))?;
-        self.mmu.note_fetch(linear, w.page_bits);
+        self.mmu.fetched.note(linear, w.page_bits);
         self.mmu.code[(linear >> 12) as usize & (CODE_ENTRIES - 1)] =
             CodeEntry { key: self.code_key(linear & !PAGE_MASK), gpa_page: w.gpa & !PAGE_MASK };
         self.mmu.private_upper |= linear >> 63 != 0 && !w.global;
@@ -486,9 +459,8 @@ impl Cpu {
     /// Forgets fetch translations and asks for the jump cache to be emptied.
     pub(crate) fn flush_code_translations(&mut self) {
         self.mmu.code.fill(CodeEntry { key: EMPTY, gpa_page: 0 });
-        self.mmu.fetched = [0; 16];
+        self.mmu.fetched.clear();
         self.mmu.private_upper = false;
-        self.mmu.fetched_large = [0; 16];
         self.flush_jump_cache = true;
         self.stop_block = true;
     }
@@ -504,7 +476,7 @@ impl Cpu {
     pub fn flush_tlb_page(&mut self, linear: u64) {
         self.mmu.counts.page_flushes += 1;
         self.mmu.tlb.flush_page(linear);
-        if self.mmu.fetched_from(linear) || self.s.cr0 & cr::CR0_PG == 0 {
+        if self.mmu.fetched.covers(linear) || self.s.cr0 & cr::CR0_PG == 0 {
             self.flush_code_translations();
         }
     }
