@@ -45,8 +45,8 @@ impl Bench {
         let mut completed = 0;
         let warm: Vec<Machine> = cases.iter().take(3).map(|c| c.before.clone()).collect();
         self.host.load(code);
-        self.interpreter.load(code, &[]);
-        self.compiler.load(code, &warm);
+        self.interpreter.load(code, &[])?;
+        self.compiler.load(code, &warm)?;
         for Case { before, undefined, undefined_at_fault } in cases {
             let expected = self.host.run(before);
             completed += usize::from(expected.fault.is_none());

@@ -12,6 +12,8 @@ use super::{
 use crate::addr::PAGE_SIZE;
 use crate::exception::vector;
 use crate::insn::Mode;
+use crate::jit::compile::Compiler;
+use crate::jit::region::Plan;
 use crate::jit::{Jit, THRESHOLD};
 use crate::state::{CpuState, Segment, Table, cr, seg};
 use crate::vcpu::Vcpu;
@@ -84,8 +86,9 @@ impl Engine {
         Engine { compile, vcpu: Vcpu::new(cpu, jit), memory, start: s, page: CODE_PAGES.start, len: 0 }
     }
 
-    /// Puts code in place. Compiled, it is so from now on; `warm` are states that reach the parts that matter.
-    pub(crate) fn load(&mut self, code: &[u8], warm: &[Machine]) {
+    /// Puts code in place. Compiled, it is so from now on, or says why not; `warm` are states that reach the parts that
+    /// matter.
+    pub(crate) fn load(&mut self, code: &[u8], warm: &[Machine]) -> Result<(), String> {
         if self.page + PAGE_SIZE >= CODE_PAGES.end {
             *self = Engine::new(self.compile);
         }
@@ -100,9 +103,7 @@ impl Engine {
         self.memory.write_obj(self.page | 7, GuestAddress(entry)).unwrap();
         self.vcpu.cpu.flush_tlb_page(CODE);
         self.vcpu.flush_jump_cache();
-        if self.compile {
-            self.warm(warm);
-        }
+        if self.compile { self.warm(warm) } else { Ok(()) }
     }
 
     fn gpa(&self) -> u64 {
@@ -110,7 +111,7 @@ impl Engine {
     }
 
     /// Interprets the code from some states, then has it compiled.
-    fn warm(&mut self, warm: &[Machine]) {
+    fn warm(&mut self, warm: &[Machine]) -> Result<(), String> {
         for state in warm {
             self.run(state);
         }
@@ -122,13 +123,28 @@ impl Engine {
             }
         }
         let (entries, deadline) = (self.vcpu.counts.entries, Instant::now() + Duration::from_secs(60));
+        let failed = |vcpu: &Vcpu| vcpu.jit.as_ref().map_or(0, |j| j.counts.failed);
+        let failures = failed(&self.vcpu);
         loop {
             self.run(&warm[0]);
             if self.vcpu.counts.entries > entries {
-                break;
+                return Ok(());
             }
-            assert!(Instant::now() < deadline, "nothing was compiled");
+            if failed(&self.vcpu) > failures || Instant::now() > deadline {
+                return Err(self.why_not());
+            }
             std::thread::sleep(Duration::from_micros(20));
+        }
+    }
+
+    /// Why the code in place does not compile.
+    fn why_not(&self) -> String {
+        let Some(plan) = Plan::grow(&self.vcpu.blocks, self.gpa(), self.vcpu.cpu.mode, false) else {
+            return "there is nothing to compile".into();
+        };
+        match Compiler::new().and_then(|mut c| c.compile(&plan)) {
+            Ok(_) => "it was not compiled in time".into(),
+            Err(why) => format!("not compiled: {why}"),
         }
     }
 
