@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use diglot_runtime::memory::{MIN_RAM, parse_size};
-use diglot_runtime::{Backend, CpuModel};
+use diglot_runtime::{Backend, CpuModel, TraceFilter};
 
 /// The exit codes the user is promised.
 pub mod exit {
@@ -75,6 +75,16 @@ pub struct RunArgs {
     #[arg(last = true, value_name = "CMD", requires = "guest", conflicts_with = "serial")]
     pub command: Vec<OsString>,
 
+    /// Debian release or backports that the debian guest comes from, such as trixie or bookworm-backports; by default
+    /// what the host's package sources say
+    #[arg(long, value_name = "NAME", requires = "guest", value_parser = suite)]
+    pub suite: Option<String>,
+
+    /// Run nothing, but write the debian guest's kernel and initial RAM disk to DIR (vmlinuz, initrd), for use with
+    /// --kernel and --initrd or with another monitor
+    #[arg(long, value_name = "DIR", requires = "guest", conflicts_with = "command")]
+    pub export: Option<PathBuf>,
+
     /// Kernel to boot: a Linux bzImage or a PVH ELF file
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
@@ -99,7 +109,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "MODEL", default_value = "max", value_parser = cpu_model)]
     pub cpu: CpuModel,
 
-    /// What executes guest code: auto, jit or interp
+    /// What executes guest code: auto, jit, interp or kvm
     #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = backend)]
     pub backend: Backend,
 
@@ -134,6 +144,24 @@ pub struct RunArgs {
     /// Repeat every run of compiled code interpreted, and stop at the first difference (slow)
     #[arg(long)]
     pub lockstep: bool,
+
+    /// Write each guest instruction that executes to standard error; FILTER: 0xADDRESS, 0xSTART-0xEND, user, kernel,
+    /// names of instructions, separated by commas. The guest is interpreted (slow)
+    #[arg(long, value_name = "FILTER", num_args = 0..=1, require_equals = true, default_missing_value = "",
+          value_parser = TraceFilter::parse, conflicts_with = "lockstep")]
+    pub trace: Option<TraceFilter>,
+
+    /// Write the trace to a file instead
+    #[arg(long, value_name = "PATH", requires = "trace")]
+    pub trace_file: Option<PathBuf>,
+
+    /// Write the registers before each traced instruction
+    #[arg(long, requires = "trace")]
+    pub trace_registers: bool,
+
+    /// Write /tmp/perf-PID.map, by which Linux perf names compiled guest code; it is yours to delete
+    #[arg(long)]
+    pub perf_map: bool,
 }
 
 /// Guests with a name.
@@ -182,6 +210,9 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Parsed {
 fn try_parse(args: impl IntoIterator<Item = OsString>) -> Result<RunArgs, clap::Error> {
     match Cli::try_parse_from(args)?.command {
         Some(Command::Run(run)) => {
+            if run.trace.is_some() && !matches!(run.backend, Backend::Auto | Backend::Interp) {
+                return Err(clap::Error::raw(ErrorKind::ArgumentConflict, "--trace needs --backend interp"));
+            }
             if run.append.is_some() && run.kernel.is_none() && run.guest.is_none() {
                 return Err(clap::Error::raw(ErrorKind::MissingRequiredArgument, "--append needs --kernel or debian"));
             }
@@ -230,8 +261,8 @@ fn backend(text: &str) -> Result<Backend, String> {
         "auto" => Ok(Backend::Auto),
         "jit" => Ok(Backend::Jit),
         "interp" => Ok(Backend::Interp),
-        "kvm" => Err("kvm is not available yet; choose auto, jit or interp".into()),
-        _ => Err("the engines are auto, jit and interp".into()),
+        "kvm" => Ok(Backend::Kvm),
+        _ => Err("the engines are auto, jit, interp and kvm".into()),
     }
 }
 
@@ -242,6 +273,13 @@ fn serial(text: &str) -> Result<Serial, String> {
         Some(("file", path)) if !path.is_empty() => Ok(Serial::File(path.into())),
         _ => Err("write stdio, null or file:PATH".into()),
     }
+}
+
+/// Names the cache's directory too, so that nothing but a name will do.
+fn suite(text: &str) -> Result<String, String> {
+    let named = text.starts_with(|c: char| c.is_ascii_lowercase())
+        && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+    if named { Ok(text.into()) } else { Err("write a name such as trixie or bookworm-backports".into()) }
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
@@ -302,8 +340,17 @@ mod tests {
             ("run --code-cache 0", "at least 1M"),
             ("run --cpus 0", "0"),
             ("run --cpu pentium", "x86-64-v2"),
-            ("run --backend kvm", "not available yet"),
-            ("run --backend tcg", "auto, jit and interp"),
+            ("run --backend tcg", "auto, jit, interp and kvm"),
+            ("run debian --suite ../x", "bookworm-backports"),
+            ("run debian --suite -x", "-x"),
+            ("run --suite trixie", "GUEST"),
+            ("run --export x", "GUEST"),
+            ("run --trace=frob", "frob"),
+            ("run --trace=0x2-0x1", "0x2-0x1"),
+            ("run --trace --backend jit", "--backend interp"),
+            ("run --trace --lockstep", "--lockstep"),
+            ("run --trace-file x", "--trace"),
+            ("run --trace-registers", "--trace"),
             ("run --serial tcp:1", "file:PATH"),
             ("run --serial file:", "file:PATH"),
             ("run --timeout 0", "above 0"),

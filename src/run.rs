@@ -1,15 +1,16 @@
 //! One run: the machine is built, connected to the host's console, signals and clock, and its end becomes an exit code.
 
-use std::fs::File;
-use std::io::{self, IsTerminal, Write};
+use std::fs::{self, File};
+use std::io::{self, BufWriter, IsTerminal, Write};
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use diglot_runtime::{
     Boot, Console, Controller, Initrd, Machine, MachineConfig, Outcome, RebootPolicy, RuntimeError, Stats, StopReason,
+    Trace,
 };
 use thiserror::Error;
 
@@ -31,6 +32,10 @@ enum RunError {
     Stats { path: PathBuf, source: io::Error },
     #[error("cannot write serial output to {place}: {source}")]
     Serial { place: String, source: io::Error },
+    #[error("cannot write the trace to {path}: {source}", path = .path.display())]
+    Trace { path: PathBuf, source: io::Error },
+    #[error("cannot export to {path}: {source}", path = .path.display())]
+    Export { path: PathBuf, source: io::Error },
     #[error("cannot start a thread: {0}")]
     Thread(io::Error),
     #[error("ended by {} before the guest started", signals::name(*.0))]
@@ -52,7 +57,11 @@ impl RunError {
 pub fn run(args: &RunArgs) -> u8 {
     // From here on a signal lets the run end by itself, so that no file is left behind.
     signals::on_stop(|_| ());
-    match try_run(args) {
+    let result = match &args.export {
+        Some(directory) => export(args, directory).map(|()| (exit::OK, None)),
+        None => try_run(args),
+    };
+    match result {
         Ok((code, message)) => {
             if let Some(message) = message {
                 say(&message);
@@ -117,6 +126,7 @@ fn try_run(args: &RunArgs) -> Result<(u8, Option<String>), RunError> {
         Some(path) => Some(StatsFile::create(path).map_err(|source| RunError::Stats { path: path.clone(), source })?),
         None => None,
     };
+    let trace = open_trace(args)?;
     let controller = Arc::new(OnceLock::new());
     let (output, place) = open_output(&args.serial, &controller)?;
     let plan = plan(args)?;
@@ -135,6 +145,8 @@ fn try_run(args: &RunArgs) -> Result<(u8, Option<String>), RunError> {
         reboot: plan.reboot,
         code_cache_bytes: args.code_cache,
         lockstep: args.lockstep,
+        trace,
+        perf_map: args.perf_map,
     };
     let machine = Machine::new(config, Console { output: Box::new(serial) })?;
     let handle = controller.get_or_init(|| machine.controller()).clone();
@@ -174,6 +186,19 @@ fn try_run(args: &RunArgs) -> Result<(u8, Option<String>), RunError> {
     Ok(verdict(&outcome, &observed, plan.markers.is_some() && !args.command.is_empty()))
 }
 
+/// Writes what would be booted to a directory.
+fn export(args: &RunArgs, directory: &Path) -> Result<(), RunError> {
+    let Boot::Linux { kernel, initrd: Some(Initrd::Bytes(initrd)), .. } = plan(args)?.boot else { return Ok(()) };
+    let error = |path: &Path| {
+        let path = path.to_owned();
+        move |source| RunError::Export { path, source }
+    };
+    fs::create_dir_all(directory).map_err(error(directory))?;
+    let (to, initrd_to) = (directory.join("vmlinuz"), directory.join("initrd"));
+    fs::copy(kernel, &to).map_err(error(&to))?;
+    fs::write(&initrd_to, initrd).map_err(error(&initrd_to))
+}
+
 /// Opens the place for serial output, and names it.
 fn open_output(serial: &Serial, controller: &Arc<OnceLock<Controller>>) -> Result<(Option<Output>, String), RunError> {
     let (file, place) = match serial {
@@ -190,6 +215,19 @@ fn open_output(serial: &Serial, controller: &Arc<OnceLock<Controller>>) -> Resul
     };
     let output = Output::new(file.map_err(error)?, on_error).map_err(RunError::Thread)?;
     Ok((Some(output), place))
+}
+
+/// Opens the place for traced instructions.
+fn open_trace(args: &RunArgs) -> Result<Option<Trace>, RunError> {
+    let Some(filter) = args.trace.clone() else { return Ok(None) };
+    let output: Box<dyn Write + Send> = match &args.trace_file {
+        Some(path) => {
+            let file = File::create(path).map_err(|source| RunError::Trace { path: path.clone(), source })?;
+            Box::new(BufWriter::new(file))
+        }
+        None => Box::new(BufWriter::new(Stderr)),
+    };
+    Ok(Some(Trace::new(filter, args.trace_registers, output)))
 }
 
 fn plan(args: &RunArgs) -> Result<Plan, RunError> {
@@ -209,13 +247,15 @@ fn plan(args: &RunArgs) -> Result<Plan, RunError> {
         return Ok(Plan { boot: Boot::Embedded, reboot, markers: None, input: false, end_of_file: false });
     };
 
-    let files = debian::files()?;
+    let files = debian::files(args.suite.as_deref())?;
     let boot = |session: &Session, own: &str| Boot::Linux {
         kernel: files.kernel.clone(),
         initrd: Some(Initrd::Bytes(debian::initramfs(&files.busybox, session))),
         cmdline: cmdline(own),
     };
-    if args.command.is_empty() && (!input || io::stdin().is_terminal()) {
+    // Another monitor knows nothing of markers, so what is exported is the shell too.
+    let shell = !input || io::stdin().is_terminal() || args.export.is_some();
+    if args.command.is_empty() && shell {
         let terminal = std::env::var("TERM").unwrap_or_else(|_| "vt100".into());
         let session = Session::Shell { terminal: &terminal, size: terminal::size() };
         let boot = boot(&session, "console=ttyS0 quiet");
@@ -275,7 +315,7 @@ fn verdict(outcome: &Outcome, observed: &Observed, command: bool) -> (u8, Option
     match outcome {
         Outcome::TripleFault { detail } => crash(&format!("triple fault, {detail}")),
         Outcome::Reset => crash("it asked for a reset"),
-        Outcome::Difference(text) => (exit::FAILED, Some(format!("interpreter and compiler differ: {text}"))),
+        Outcome::Failed(why) => (exit::FAILED, Some(why.clone())),
         Outcome::Stopped(StopReason::Timeout) => (exit::TIMEOUT, Some("the time given by --timeout is over".into())),
         Outcome::Stopped(StopReason::Signal(libc::SIGPIPE)) => {
             (signals::exit_code(libc::SIGPIPE), Some("nobody reads the output any more; the guest was stopped".into()))

@@ -164,3 +164,61 @@ fn set_modes(modes: &libc::termios) {
     // SAFETY: `modes` is a valid termios that outlives the call.
     unsafe { libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, modes) };
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+    use std::os::unix::process::CommandExt;
+    use std::process::{Command, Stdio};
+
+    fn local_modes(terminal: &OwnedFd) -> libc::tcflag_t {
+        let mut modes = MaybeUninit::<libc::termios>::zeroed();
+        // SAFETY: tcgetattr fills the structure, for which all zeroes is a valid value too.
+        unsafe {
+            assert_eq!(libc::tcgetattr(terminal.as_raw_fd(), modes.as_mut_ptr()), 0);
+            modes.assume_init().c_lflag
+        }
+    }
+
+    /// Panics with the terminal raw and nothing but the hook to put it back.
+    #[test]
+    #[ignore = "started by the test below, in a process with a terminal"]
+    fn panics_with_a_raw_terminal() {
+        restore_on_panic();
+        std::mem::forget(RawMode::new());
+        let raw = modes().is_some_and(|m| m.c_lflag & (libc::ICANON | libc::ECHO) == 0);
+        println!("raw: {raw}");
+        panic!("as the test wants");
+    }
+
+    #[test]
+    fn a_panic_puts_the_terminal_back() {
+        let (mut master, mut terminal) = (0, 0);
+        let (name, modes, size) = (std::ptr::null_mut(), std::ptr::null(), std::ptr::null());
+        // SAFETY: the two descriptors are written on success only, and are nobody else's.
+        let (_master, terminal) = unsafe {
+            assert_eq!(libc::openpty(&mut master, &mut terminal, name, modes, size), 0);
+            (OwnedFd::from_raw_fd(master), OwnedFd::from_raw_fd(terminal))
+        };
+        let before = local_modes(&terminal);
+        assert_ne!(before & libc::ECHO, 0);
+        let mut command = Command::new(std::env::current_exe().expect("this program"));
+        command.args(["--exact", "terminal::tests::panics_with_a_raw_terminal", "--ignored", "--nocapture"]);
+        command.stdin(Stdio::from(terminal.try_clone().expect("a descriptor")));
+        // SAFETY: the two calls are async-signal-safe, as everything between fork and exec has to be.
+        unsafe {
+            command.pre_exec(|| {
+                libc::setsid();
+                libc::ioctl(libc::STDIN_FILENO, libc::TIOCSCTTY, 0);
+                Ok(())
+            })
+        };
+        let output = command.output().expect("the test program");
+        let stdout = String::from_utf8_lossy(&output.stdout);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(stdout.contains("raw: true"), "{stdout} {stderr}");
+        assert!(stderr.contains("as the test wants") && !output.status.success(), "{stderr}");
+        assert_eq!(local_modes(&terminal), before);
+    }
+}

@@ -1,21 +1,13 @@
 //! The command line as a user meets it: every mistake gives one line, its exit code, and leaves nothing behind.
 
+mod support;
+
 use std::fs;
 use std::io::{Read, Write};
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::Stdio;
 
-fn diglot(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_diglot"));
-    command.args(args).stdin(Stdio::null()).env_remove("DIGLOT_LOG");
-    command
-}
-
-fn output(command: &mut Command) -> (Option<i32>, String, String) {
-    let Output { status, stdout, stderr } = command.output().expect("diglot starts");
-    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("text");
-    (status.code(), text(stdout), text(stderr))
-}
+use support::{diglot, guest, output, power_off, text, write};
 
 /// Runs diglot with arguments that are wrong, and checks its exit code and that its one line contains `part`.
 #[track_caller]
@@ -29,7 +21,7 @@ fn refused(args: &[&str], code: i32, part: &str) {
 
 #[test]
 fn wrong_usage_is_code_2() {
-    let cases: [(&[&str], &str); 14] = [
+    let cases: [(&[&str], &str); 15] = [
         (&["--frob"], "--frob"),
         (&["frob"], "frob"),
         (&["run", "--frob"], "--frob"),
@@ -39,7 +31,8 @@ fn wrong_usage_is_code_2() {
         (&["run", "--memory", "much"], "not understood"),
         (&["run", "--cpus", "0"], "--cpus"),
         (&["run", "--cpu", "i386"], "x86-64-v2"),
-        (&["run", "--backend", "kvm"], "not available yet"),
+        (&["run", "--backend", "tcg"], "auto, jit, interp and kvm"),
+        (&["run", "--trace=frob"], "frob"),
         (&["run", "--serial", "tcp:1"], "file:PATH"),
         (&["run", "--timeout", "0"], "above 0"),
         (&["run", "--initrd", "x"], "--kernel"),
@@ -75,10 +68,33 @@ fn a_kernel_that_cannot_be_booted_is_code_125() {
     }
 }
 
+/// A file that ends in the middle of what its headers promise, and initial RAM disks that are none or too large.
+#[test]
+fn files_that_do_not_fit_are_code_125() {
+    let directory = tempfile::tempdir().expect("directory");
+    let kernel = guest(directory.path(), "kernel", power_off);
+    let whole = fs::read(&kernel).expect("the kernel");
+    for (len, part) in [(60, "truncated"), (170, "truncated"), (whole.len() - 1, "truncated")] {
+        let cut = write(directory.path(), "cut", &whole[..len]);
+        refused(&["run", "--kernel", text(&cut)], 125, part);
+    }
+    let large = write(directory.path(), "large", &vec![1; 4 << 20]);
+    let empty = write(directory.path(), "empty", b"");
+    for (initrd, part) in
+        [(text(&large), "does not fit"), (text(&empty), "is empty"), ("/no/such/initrd", "cannot open")]
+    {
+        refused(&["run", "--memory", "4M", "--kernel", text(&kernel), "--initrd", initrd], 125, part);
+    }
+    // Where it fits, it is taken.
+    let args = ["run", "--memory", "16M", "--kernel", text(&kernel), "--initrd", text(&large)];
+    assert_eq!(output(&mut diglot(&args)).0, Some(0));
+}
+
 #[test]
 fn what_cannot_be_written_is_told_before_the_guest_starts() {
     refused(&["run", "--stats-json", "/no/such/directory/stats.json"], 125, "/no/such/directory/stats.json");
     refused(&["run", "--serial", "file:/no/such/directory/log"], 125, "/no/such/directory/log");
+    refused(&["run", "--trace", "--trace-file", "/no/such/directory/trace"], 125, "/no/such/directory/trace");
     let directory = tempfile::tempdir().expect("directory");
     let stats = directory.path().join("stats.json");
     refused(
@@ -87,6 +103,11 @@ fn what_cannot_be_written_is_told_before_the_guest_starts() {
         "/no/such/kernel",
     );
     assert_eq!(files(directory.path()), Vec::<String>::new());
+}
+
+#[test]
+fn an_engine_that_is_not_built_is_code_125() {
+    refused(&["run", "--backend", "kvm"], 125, "the KVM engine is not built yet");
 }
 
 #[test]

@@ -12,13 +12,16 @@ pub const PM1A_CONTROL: u16 = 0x604;
 pub const PM_TIMER: u16 = 0x608;
 /// GPE0 block: 2 bytes of status, 2 of enable.
 pub const GPE0: u16 = 0x620;
-/// The SLP_TYP value of S5.
+/// The interrupt of all of these, level-triggered.
+pub const SCI: u8 = 9;
+/// The SLP_TYP value of S5, in bits 10–12 of the PM1a control register.
 pub const SLEEP_TYPE_S5: u8 = 5;
 /// PM timer frequency.
 pub const PM_TIMER_HZ: u64 = 3_579_545;
 
 const SCI_EN: u16 = 1;
-const SLP_EN: u16 = 1 << 13;
+/// Of the PM1a control register: goes to sleep in the state that SLP_TYP names.
+pub const SLP_EN: u16 = 1 << 13;
 
 /// The register blocks.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

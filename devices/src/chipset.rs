@@ -16,10 +16,12 @@ use crate::pic::Pic;
 use crate::pit::Pit;
 use crate::rtc::Rtc;
 use crate::serial::{COM1, Serial, SerialState};
-use crate::system_control::SystemControl;
+use crate::system_control::{self, SystemControl};
 
-const IOAPIC_BASE: u64 = 0xfec0_0000;
-const HPET_BASE: u64 = 0xfed0_0000;
+/// Where the I/O APIC answers.
+pub const IOAPIC_BASE: u64 = 0xfec0_0000;
+/// Where the HPET answers.
+pub const HPET_BASE: u64 = 0xfed0_0000;
 const PAGE: u64 = 0x1000;
 /// Version of [`ChipsetState`].
 const STATE_VERSION: u32 = 1;
@@ -263,7 +265,7 @@ impl Chipset {
         if inside && AcpiPm::claims(port) {
             return self.pm.read(port, now) & mask;
         }
-        if inside && (0xcf8..0xd00).contains(&port) && !(port == 0xcf9 && size == 1) {
+        if inside && (0xcf8..0xd00).contains(&port) && !(port == system_control::RESET && size == 1) {
             return self.pci.port_read(port) & mask;
         }
         let v = (0..u16::from(size.min(4)))
@@ -274,7 +276,7 @@ impl Chipset {
 
     /// Writes `size` (1, 2 or 4) bytes at a port.
     pub fn port_write(&mut self, port: u16, size: u8, value: u32, now: Nanos) {
-        if (0xcf8..0xd00).contains(&port) && !(port == 0xcf9 && size == 1) {
+        if (0xcf8..0xd00).contains(&port) && !(port == system_control::RESET && size == 1) {
             self.pci.port_write(port, size, value);
         } else {
             for k in 0..u16::from(size.min(4)) {
@@ -289,7 +291,7 @@ impl Chipset {
             0x20 | 0x21 | 0xa0 | 0xa1 | 0x4d0 | 0x4d1 => self.pic.read(port),
             0x40..=0x43 => self.pit.read(port - 0x40, now),
             0x60 | 0x64 => self.keyboard.read(port),
-            0x61 | 0x80 | 0x92 | 0xcf9 => {
+            0x61 | 0x80 | 0x92 | system_control::RESET => {
                 let timer2 = self.pit.output2(now);
                 self.control.read(port, timer2, now)
             }
@@ -305,7 +307,7 @@ impl Chipset {
             0x20 | 0x21 | 0xa0 | 0xa1 | 0x4d0 | 0x4d1 => self.pic.write(port, v),
             0x40..=0x43 => self.pit.write(port - 0x40, v, now),
             0x60 | 0x64 => self.keyboard.write(port, v),
-            0x61 | 0x80 | 0x92 | 0xcf9 => {
+            0x61 | 0x80 | 0x92 | system_control::RESET => {
                 self.control.write(port, v);
                 self.pit.set_gate2(self.control.gate2(), now);
             }

@@ -6,6 +6,8 @@ use crate::bus::{Nanos, scale, scale_up};
 
 /// Frequency of the timer's input clock and of the time-stamp counter.
 pub const TIMER_HZ: u64 = 1_000_000_000;
+/// Where a local APIC answers after RESET.
+pub const DEFAULT_BASE: u64 = 0xfee0_0000;
 const NANOS: u64 = 1_000_000_000;
 
 /// IA32_APIC_BASE bits.
@@ -131,7 +133,7 @@ impl Lapic {
         lvt[LVT_LINT1] = 0x400;
         Lapic {
             id: u32::from(id),
-            apic_base: 0xfee0_0000 | base::ENABLE | bsp,
+            apic_base: DEFAULT_BASE | base::ENABLE | bsp,
             tpr: 0,
             svr: 0x1ff,
             ldr: 0,

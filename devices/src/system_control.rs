@@ -4,6 +4,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::bus::Nanos;
 
+/// The reset control register (ACPI 6.5 §4.8.3.6).
+pub const RESET: u16 = 0xcf9;
+/// The value that resets the machine when written to [`RESET`].
+pub const RESET_VALUE: u8 = 6;
+
 /// The registers behind these ports.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SystemControl {

@@ -1,7 +1,7 @@
 //! The ACPI tables by which the guest finds processors, interrupt controllers, timers and power management
 //! (ACPI Specification 6.5; section numbers below are its own).
 //!
-//! They describe the machine as built elsewhere: whoever moves a device changes the constant here as well.
+//! Ports and addresses are those of the devices crate; sizes and what has no constant there are said here.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{self, AddressSpaceCacheable};
@@ -13,34 +13,15 @@ use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
+use diglot_devices::{acpi_pm, chipset, lapic, serial, system_control};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use crate::memory::{ECAM_BASE, ECAM_SIZE, PCI_HOLE_BASE, PCI_HOLE_END};
 
-/// Ports and values of the power management hardware (§4.8) and the reset register.
-pub mod ports {
-    /// PM1a status and enable registers, 2 bytes each.
-    pub const PM1A_EVENT: u16 = 0x600;
-    /// PM1a control register, 2 bytes.
-    pub const PM1A_CONTROL: u16 = 0x604;
-    /// Power management timer, 4 bytes, 32 bits wide.
-    pub const PM_TIMER: u16 = 0x608;
-    /// General-purpose event status and enable registers, 2 bytes each.
-    pub const GPE0: u16 = 0x620;
-    /// Reset control register.
-    pub const RESET: u16 = 0xcf9;
-    /// The value that resets the machine when written to [`RESET`].
-    pub const RESET_VALUE: u8 = 6;
-    /// The sleep type that turns the machine off, in bits 10–12 of the PM1a control register.
-    pub const SLEEP_TYPE_S5: u8 = 5;
-    /// Interrupt of all of these, level-triggered.
-    pub const SCI: u8 = 9;
-}
-
-const LOCAL_APIC: u32 = 0xfee0_0000;
-const IOAPIC: u32 = 0xfec0_0000;
-const HPET: u32 = 0xfed0_0000;
+const LOCAL_APIC: u32 = lapic::DEFAULT_BASE as u32;
+const IOAPIC: u32 = chipset::IOAPIC_BASE as u32;
+const HPET: u32 = chipset::HPET_BASE as u32;
 /// The low half of the HPET's capability register: 8086h, legacy routing, 64 bits wide, three timers, revision 1.
 const HPET_ID: u32 = 0x8086_a201;
 
@@ -148,25 +129,25 @@ fn fadt(dsdt: u64) -> impl Aml {
     fadt.firmware_ctrl = (FACS_AT as u32).into();
     fadt.dsdt = (dsdt as u32).into();
     fadt.x_dsdt = dsdt.into();
-    fadt.sci_int = u16::from(ports::SCI).into();
-    fadt.pm1a_evt_blk = u32::from(ports::PM1A_EVENT).into();
+    fadt.sci_int = u16::from(acpi_pm::SCI).into();
+    fadt.pm1a_evt_blk = u32::from(acpi_pm::PM1A_EVENT).into();
     fadt.pm1_evt_len = 4;
-    fadt.x_pm1a_evt_blk = io(ports::PM1A_EVENT, 4, AccessSize::WordAccess);
-    fadt.pm1a_cnt_blk = u32::from(ports::PM1A_CONTROL).into();
+    fadt.x_pm1a_evt_blk = io(acpi_pm::PM1A_EVENT, 4, AccessSize::WordAccess);
+    fadt.pm1a_cnt_blk = u32::from(acpi_pm::PM1A_CONTROL).into();
     fadt.pm1_cnt_len = 2;
-    fadt.x_pm1a_cnt_blk = io(ports::PM1A_CONTROL, 2, AccessSize::WordAccess);
-    fadt.pm_tmr_blk = u32::from(ports::PM_TIMER).into();
+    fadt.x_pm1a_cnt_blk = io(acpi_pm::PM1A_CONTROL, 2, AccessSize::WordAccess);
+    fadt.pm_tmr_blk = u32::from(acpi_pm::PM_TIMER).into();
     fadt.pm_tmr_len = 4;
-    fadt.x_pm_tmr_blk = io(ports::PM_TIMER, 4, AccessSize::DwordAccess);
-    fadt.gpe0_blk = u32::from(ports::GPE0).into();
+    fadt.x_pm_tmr_blk = io(acpi_pm::PM_TIMER, 4, AccessSize::DwordAccess);
+    fadt.gpe0_blk = u32::from(acpi_pm::GPE0).into();
     fadt.gpe0_blk_len = 4;
-    fadt.x_gpe0_blk = io(ports::GPE0, 4, AccessSize::ByteAccess);
+    fadt.x_gpe0_blk = io(acpi_pm::GPE0, 4, AccessSize::ByteAccess);
     fadt.p_lvl2_lat = NO_C2.into();
     fadt.p_lvl3_lat = NO_C3.into();
     fadt.century = CENTURY;
     fadt.iapc_boot_arch = (LEGACY_DEVICES | KEYBOARD_8042).into();
-    fadt.reset_reg = io(ports::RESET, 1, AccessSize::ByteAccess);
-    fadt.reset_value = ports::RESET_VALUE;
+    fadt.reset_reg = io(system_control::RESET, 1, AccessSize::ByteAccess);
+    fadt.reset_value = system_control::RESET_VALUE;
     fadt.finalize()
 }
 
@@ -193,7 +174,7 @@ fn madt(cpus: u8) -> Sdt {
     // The IOAPIC's id need not differ from the local APICs' since they left the common bus, and 0 is what it resets to.
     IoApic::new(0, IOAPIC, 0).to_aml_bytes(&mut entries);
     // The timer is wired to pin 2; the SCI is not what an ISA interrupt is.
-    for (irq, gsi, flags) in [(0, 2, CONFORMS), (ports::SCI, ports::SCI.into(), LEVEL_HIGH)] {
+    for (irq, gsi, flags) in [(0, 2, CONFORMS), (acpi_pm::SCI, acpi_pm::SCI.into(), LEVEL_HIGH)] {
         entries.extend([SOURCE_OVERRIDE, 10, ISA, irq]);
         entries.extend(u32::to_le_bytes(gsi));
         entries.extend(u16::to_le_bytes(flags));
@@ -246,7 +227,7 @@ fn dsdt(cpus: u8) -> Sdt {
     dsdt.append_slice(&aml::Scope::raw("\\_SB_".into(), code));
     // Only "off" (S5) is there (§7.4.2); the second value is for a PM1b register, which is not.
     let mut s5 = Vec::new();
-    let sleep_type = aml::Package::new(vec![&ports::SLEEP_TYPE_S5, &ports::SLEEP_TYPE_S5]);
+    let sleep_type = aml::Package::new(vec![&acpi_pm::SLEEP_TYPE_S5, &acpi_pm::SLEEP_TYPE_S5]);
     aml::Name::new("\\_S5_".into(), &sleep_type).to_aml_bytes(&mut s5);
     dsdt.append_slice(&s5);
     dsdt
@@ -298,8 +279,8 @@ fn board(code: &mut Vec<u8>) {
         0,
         &[
             &aml::Memory32Fixed::new(true, ECAM_BASE as u32, ECAM_SIZE as u32),
-            &aml::IO::new(ports::PM1A_EVENT, ports::PM1A_EVENT, 1, 12),
-            &aml::IO::new(ports::GPE0, ports::GPE0, 1, 4),
+            &aml::IO::new(acpi_pm::PM1A_EVENT, acpi_pm::PM1A_EVENT, 1, 12),
+            &aml::IO::new(acpi_pm::GPE0, acpi_pm::GPE0, 1, 4),
         ],
     );
 }
@@ -308,7 +289,7 @@ fn board(code: &mut Vec<u8>) {
 fn legacy_devices(code: &mut Vec<u8>) {
     let port = |base: u16, len: u8| aml::IO::new(base, base, 1, len);
     let irq = |number: u32| aml::Interrupt::new(true, true, false, false, number);
-    device(code, "COM1", &aml::EISAName::new("PNP0501"), 1, &[&port(0x3f8, 8), &irq(4)]);
+    device(code, "COM1", &aml::EISAName::new("PNP0501"), 1, &[&port(serial::COM1, 8), &irq(4)]);
     device(code, "RTC_", &aml::EISAName::new("PNP0B00"), 0, &[&port(0x70, 2), &irq(8)]);
     device(code, "KBD_", &aml::EISAName::new("PNP0303"), 0, &[&port(0x60, 1), &port(0x64, 1), &irq(1)]);
     let registers = aml::Memory32Fixed::new(true, HPET, 0x400);

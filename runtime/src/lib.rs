@@ -3,12 +3,15 @@
 pub mod acpi;
 pub mod boot;
 pub mod embedded;
+mod engine;
+mod footprint;
 pub mod machine;
 pub mod memory;
 mod platform;
 pub mod stats;
 
 pub use boot::InitrdSource as Initrd;
+pub use diglot_translator::trace::{Filter as TraceFilter, Trace};
 pub use machine::{
     Backend, Boot, Console, Controller, CpuModel, Machine, MachineConfig, Outcome, RebootPolicy, RuntimeError,
     StopReason,

@@ -6,21 +6,21 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use diglot_devices::chipset::{Chipset, ChipsetConfig, PowerEvent};
-use diglot_translator::cpu::Cpu;
-use diglot_translator::cpuid::{self, Level};
-use diglot_translator::jit::{Jit, JitError};
-use diglot_translator::mem::GuestRam as CpuRam;
-use diglot_translator::state::{CpuState, Segment, Table, cr, gpr, seg};
-use diglot_translator::vcpu::{Exit, Vcpu};
+use diglot_kvm_backend::KvmError;
+use diglot_translator::cpuid::Level;
+use diglot_translator::engine::{CpuState, EngineError, Exit, Vcpu, VcpuSetup, Vm};
+use diglot_translator::state::{Segment, Table, cr, gpr, seg};
+use diglot_translator::trace::Trace;
 use parking_lot::Mutex;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::acpi::{self, AcpiError};
 use crate::boot::{self, BootError, InitrdSource, Registers};
-use crate::embedded;
+use crate::footprint::Footprint;
 use crate::memory::{GuestRam, MemoryError, low_ram_end};
 use crate::platform::{Shared, VcpuPlatform};
 use crate::stats::Stats;
+use crate::{embedded, engine};
 
 /// What to build and boot.
 pub struct MachineConfig {
@@ -40,6 +40,10 @@ pub struct MachineConfig {
     pub code_cache_bytes: u64,
     /// Repeat every run of compiled code interpreted, and stop at the first difference.
     pub lockstep: bool,
+    /// Write every guest instruction that executes; the guest is interpreted.
+    pub trace: Option<Trace>,
+    /// Name compiled code for Linux perf.
+    pub perf_map: bool,
 }
 
 /// Instruction-set levels.
@@ -53,6 +57,16 @@ pub enum CpuModel {
     Max,
 }
 
+impl From<CpuModel> for Level {
+    fn from(model: CpuModel) -> Level {
+        match model {
+            CpuModel::V2 => Level::V2,
+            CpuModel::V3 => Level::V3,
+            CpuModel::Max => Level::Max,
+        }
+    }
+}
+
 /// Engines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backend {
@@ -62,6 +76,8 @@ pub enum Backend {
     Jit,
     /// The interpreter alone.
     Interp,
+    /// The host's own CPU.
+    Kvm,
 }
 
 /// What to boot.
@@ -119,8 +135,8 @@ pub enum Outcome {
         /// Where, for the user.
         detail: String,
     },
-    /// Lock-step found interpreter and compiler to differ.
-    Difference(String),
+    /// The engine found out that it is wrong, or cannot go on.
+    Failed(String),
     /// The user ended it.
     Stopped(StopReason),
 }
@@ -137,9 +153,12 @@ pub enum RuntimeError {
     /// The ACPI tables.
     #[error(transparent)]
     Acpi(#[from] AcpiError),
-    /// The compiler.
+    /// The engine.
     #[error(transparent)]
-    Jit(#[from] JitError),
+    Engine(#[from] EngineError),
+    /// The KVM engine.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
     /// The embedded guest could not be put into memory.
     #[error("cannot set up the embedded guest: {0}; give it more memory with --memory")]
     Embedded(String),
@@ -187,7 +206,14 @@ pub struct Machine {
     config: MachineConfig,
     shared: Arc<Shared>,
     output: SharedOutput,
-    vcpu: Vcpu,
+    parts: Parts,
+}
+
+/// What a reset builds anew.
+struct Parts {
+    ram: GuestRam,
+    vm: Box<dyn Vm>,
+    vcpu: Box<dyn Vcpu>,
 }
 
 impl Machine {
@@ -201,20 +227,13 @@ impl Machine {
         let epoch = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
         let chipset = Chipset::new(&chipset_config(&config, &ram, epoch), Box::new(output.clone()));
         let shared = Arc::new(Shared::new(chipset));
-        let vcpu = build_vcpu(&config, &ram, &shared)?;
-        Ok(Machine { config, shared, output, vcpu })
+        let parts = build(&config, ram, &shared)?;
+        Ok(Machine { config, shared, output, parts })
     }
 
     /// One line that says which engine runs the guest, and why.
     pub fn backend_line(&self) -> String {
-        let host = std::env::consts::ARCH;
-        match self.config.backend {
-            Backend::Interp => format!("backend: interpreter (as asked), x86_64 guest on {host} host"),
-            Backend::Jit => format!("backend: interpreter and compiler (as asked), x86_64 guest on {host} host"),
-            Backend::Auto => {
-                format!("backend: interpreter and compiler (KVM is not built yet), x86_64 guest on {host} host")
-            }
-        }
+        engine::choice(&self.config, &*self.parts.vm)
     }
 
     /// A handle for other threads.
@@ -234,7 +253,7 @@ impl Machine {
         let outcome = loop {
             match self.run_once() {
                 Outcome::Reset if self.config.reboot == RebootPolicy::Reset => {
-                    stats.add(&self.vcpu);
+                    stats.add(self.parts.vcpu.counters());
                     if let Err(e) = self.reset() {
                         self.shared.finish();
                         let _ = timer.join();
@@ -247,20 +266,20 @@ impl Machine {
         self.shared.finish();
         let _ = timer.join();
         let _ = self.output.flush();
-        stats.add(&self.vcpu);
+        stats.add(self.parts.vcpu.counters());
+        stats.add(self.shared.exits.counters());
+        stats.memory = Footprint::measure(self.parts.ram.mmap());
         stats.seconds = start.elapsed().as_secs_f64();
         Ok((outcome, stats))
     }
 
     fn run_once(&mut self) -> Outcome {
         loop {
-            match self.vcpu.run() {
+            match self.parts.vcpu.run() {
                 Exit::Halt => self.shared.sleep_until_event(),
-                Exit::Shutdown => return Outcome::TripleFault { detail: describe(&self.vcpu.cpu) },
+                Exit::Shutdown(detail) => return Outcome::TripleFault { detail },
+                Exit::Failed(why) => return Outcome::Failed(why),
                 Exit::Stopped => {
-                    if let Some(difference) = self.vcpu.difference.take() {
-                        return Outcome::Difference(difference);
-                    }
                     if let Some(event) = self.shared.power.lock().take() {
                         return match event {
                             PowerEvent::PowerOff => Outcome::PoweredOff,
@@ -282,7 +301,7 @@ impl Machine {
         let epoch = epoch.saturating_sub(self.shared.now() / 1_000_000_000);
         let chipset = Chipset::new(&chipset_config(&self.config, &ram, epoch), Box::new(self.output.clone()));
         *self.shared.chipset.lock() = chipset;
-        self.vcpu = build_vcpu(&self.config, &ram, &self.shared)?;
+        self.parts = build(&self.config, ram, &self.shared)?;
         Ok(())
     }
 }
@@ -296,38 +315,29 @@ fn chipset_config(config: &MachineConfig, ram: &GuestRam, epoch: u64) -> Chipset
     }
 }
 
-fn build_vcpu(config: &MachineConfig, ram: &GuestRam, shared: &Arc<Shared>) -> Result<Vcpu, RuntimeError> {
+/// Loads what is to be booted into `ram`, and gives that to an engine.
+fn build(config: &MachineConfig, ram: GuestRam, shared: &Arc<Shared>) -> Result<Parts, RuntimeError> {
     let rsdp = acpi::write_tables(ram.mmap(), config.cpus)?;
     let state = match &config.boot {
         Boot::Embedded => {
             let image = embedded::image().map_err(|e| RuntimeError::Embedded(e.to_string()))?;
-            let at = GuestAddress(embedded::LOAD);
-            ram.mmap().write_slice(&image, at).map_err(|e| RuntimeError::Embedded(e.to_string()))?;
-            embedded_state()
+            let at = GuestAddress(image.load_gpa);
+            ram.mmap().write_slice(&image.bytes, at).map_err(|e| RuntimeError::Embedded(e.to_string()))?;
+            embedded_state(image.entry)
         }
         Boot::Linux { kernel, initrd, cmdline } => {
             initial_state(&boot::load(ram.mmap(), kernel, initrd.clone(), cmdline, rsdp)?.entry.registers())
         }
     };
-    let level = match config.cpu_model {
-        CpuModel::V2 => Level::V2,
-        CpuModel::V3 => Level::V3,
-        CpuModel::Max => Level::Max,
-    };
-    let model = cpuid::CpuModel::new(level, u32::from(config.cpus), 0);
-    let platform = VcpuPlatform { shared: shared.clone(), cpu: 0 };
-    let mut cpu = Cpu::new(Arc::new(CpuRam::new(ram.mmap().clone())), Box::new(platform), model);
-    cpu.kick = shared.kick.clone();
-    cpu.set_state(state);
-    let jit = match config.backend {
-        Backend::Interp => None,
-        Backend::Auto | Backend::Jit => Some(Jit::new(config.code_cache_bytes as usize, 1)?),
-    };
-    let mut vcpu = Vcpu::new(cpu, jit);
-    if config.lockstep {
-        vcpu.enable_lockstep();
-    }
-    Ok(vcpu)
+    let mut vm = engine::open(config, ram.mmap().clone())?;
+    let vcpu = vm.create_vcpu(VcpuSetup {
+        state,
+        platform: Box::new(VcpuPlatform { shared: shared.clone(), cpu: 0 }),
+        kick: shared.kick.clone(),
+        index: 0,
+        count: u32::from(config.cpus),
+    })?;
+    Ok(Parts { ram, vm, vcpu })
 }
 
 /// The CPU state of a boot protocol's entry point.
@@ -352,29 +362,13 @@ fn initial_state(r: &Registers) -> CpuState {
 }
 
 /// The embedded guest's entry: 32-bit protected mode, flat segments, paging off.
-fn embedded_state() -> CpuState {
+fn embedded_state(entry: embedded::Entry32) -> CpuState {
     let flat = |attr| Segment { base: 0, limit: u32::MAX, attr, selector: 8 };
     let mut state = CpuState::reset();
     state.gpr = [0; 16];
-    state.rip = embedded::LOAD;
+    state.rip = u64::from(entry.eip);
     state.cr0 = cr::CR0_PE | cr::CR0_ET;
     state.seg = [Segment { selector: 16, ..flat(0xc093) }; 6];
     state.seg[usize::from(seg::CS)] = flat(0xc09b);
     state
-}
-
-/// Where a CPU that shut down was.
-fn describe(cpu: &Cpu) -> String {
-    let s = &cpu.s;
-    format!(
-        "last exception {} (error code {:#x}) at RIP {:#x}, RSP {:#x}, CR0 {:#x}, CR2 {:#x}, CR3 {:#x}, CR4 {:#x}",
-        cpu.raised.vector,
-        cpu.raised.error.unwrap_or(0),
-        s.rip,
-        s.gpr[usize::from(gpr::RSP)],
-        s.cr0,
-        s.cr2,
-        s.cr3,
-        s.cr4
-    )
 }

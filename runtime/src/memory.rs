@@ -7,12 +7,10 @@
 use std::sync::Arc;
 
 use thiserror::Error;
-use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
 
-/// Start of the PCI Express configuration window (256 buses of 1 MiB), and the most RAM there is below 4 GiB.
-pub const ECAM_BASE: u64 = 0xb000_0000;
-/// Length of the PCI Express configuration window.
-pub const ECAM_SIZE: u64 = 0x1000_0000;
+pub use diglot_devices::pci::{ECAM_BASE, ECAM_SIZE};
+
 /// First address of the window in which PCI devices get 32-bit memory BARs.
 pub const PCI_HOLE_BASE: u64 = ECAM_BASE + ECAM_SIZE;
 /// First address behind the 32-bit BAR window: the fixed devices (IOAPIC, HPET, local APIC) lie above.
@@ -105,6 +103,7 @@ impl GuestRam {
             .collect::<Result<Vec<_>, std::num::TryFromIntError>>()
             .map_err(|e| map_error(e.to_string()))?;
         let mmap = GuestMemoryMmap::from_ranges(&ranges).map_err(|e| map_error(e.to_string()))?;
+        mmap.iter().for_each(keep_apart);
         Ok(GuestRam { mmap: Arc::new(mmap), size: bytes })
     }
 
@@ -117,6 +116,15 @@ impl GuestRam {
     pub fn size(&self) -> u64 {
         self.size
     }
+}
+
+/// Keeps a region out of core dumps, where hundreds of megabytes of it would hide what is looked for. That also keeps
+/// the kernel from joining its mapping with a neighbour, so that what is resident of it can be told.
+fn keep_apart(region: &impl GuestMemoryRegion) {
+    let Ok(start) = region.get_host_address(MemoryRegionAddress(0)) else { return };
+    // SAFETY: the range is a whole mapping of ours, and the advice changes nothing of its content. A kernel that does
+    // not know it refuses, which is as good.
+    unsafe { libc::madvise(start.cast(), region.len() as usize, libc::MADV_DONTDUMP) };
 }
 
 /// First address behind the RAM that starts at 0; 0 when there is none.

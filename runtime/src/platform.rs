@@ -7,8 +7,7 @@ use std::time::{Duration, Instant};
 
 use diglot_devices::bus::Nanos;
 use diglot_devices::chipset::{Chipset, PowerEvent};
-use diglot_translator::cpu::Kick;
-use diglot_translator::platform::Platform;
+use diglot_translator::engine::{Kick, Platform};
 use parking_lot::{Condvar, Mutex};
 
 use crate::machine::StopReason;
@@ -29,9 +28,41 @@ pub(crate) struct Shared {
     armed: AtomicU64,
     timer: Mutex<TimerState>,
     timer_changed: Condvar,
+    /// What left guest code for a device.
+    pub exits: Exits,
     /// The halted vCPU waits here.
     idle: Mutex<()>,
     wake: Condvar,
+}
+
+/// Accesses of guest code to devices, and halts, for statistics.
+#[derive(Default)]
+pub(crate) struct Exits {
+    halts: AtomicU64,
+    port_reads: AtomicU64,
+    port_writes: AtomicU64,
+    mmio_reads: AtomicU64,
+    mmio_writes: AtomicU64,
+    apic_accesses: AtomicU64,
+}
+
+impl Exits {
+    /// The counters by name.
+    pub fn counters(&self) -> [(&'static str, u64); 6] {
+        [
+            ("halts", &self.halts),
+            ("port_reads", &self.port_reads),
+            ("port_writes", &self.port_writes),
+            ("mmio_reads", &self.mmio_reads),
+            ("mmio_writes", &self.mmio_writes),
+            ("apic_accesses", &self.apic_accesses),
+        ]
+        .map(|(name, count)| (name, count.load(Ordering::Relaxed)))
+    }
+}
+
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
 }
 
 #[derive(Default)]
@@ -51,6 +82,7 @@ impl Shared {
             armed: AtomicU64::new(u64::MAX),
             timer: Mutex::new(TimerState::default()),
             timer_changed: Condvar::new(),
+            exits: Exits::default(),
             idle: Mutex::new(()),
             wake: Condvar::new(),
         }
@@ -100,6 +132,7 @@ impl Shared {
 
     /// Sleeps until a kick or the next timer.
     pub fn sleep_until_event(&self) {
+        count(&self.exits.halts);
         let deadline = self.chipset.lock().next_deadline();
         let mut guard = self.idle.lock();
         if self.kick.pending() != 0 {
@@ -184,6 +217,7 @@ impl VcpuPlatform {
 
 impl Platform for VcpuPlatform {
     fn port_in(&mut self, port: u16, size: u8) -> u32 {
+        count(&self.shared.exits.port_reads);
         let shared = self.shared.clone();
         self.with(|c, now| {
             let v = c.port_read(port, size, now);
@@ -193,14 +227,17 @@ impl Platform for VcpuPlatform {
     }
 
     fn port_out(&mut self, port: u16, size: u8, value: u32) {
+        count(&self.shared.exits.port_writes);
         self.with(|c, now| c.port_write(port, size, value, now));
     }
 
     fn mmio_read(&mut self, gpa: u64, size: u8) -> u64 {
+        count(&self.shared.exits.mmio_reads);
         self.with(|c, now| c.mmio_read(gpa, size, now))
     }
 
     fn mmio_write(&mut self, gpa: u64, size: u8, value: u64) {
+        count(&self.shared.exits.mmio_writes);
         self.with(|c, now| c.mmio_write(gpa, size, value, now));
     }
 
@@ -209,11 +246,13 @@ impl Platform for VcpuPlatform {
     }
 
     fn apic_msr_read(&mut self, msr: u32, tsc: u64) -> Option<u64> {
+        count(&self.shared.exits.apic_accesses);
         let cpu = self.cpu;
         self.with(|c, now| c.apic_msr_read(cpu, msr, tsc, now))
     }
 
     fn apic_msr_write(&mut self, msr: u32, value: u64, tsc: u64) -> Option<()> {
+        count(&self.shared.exits.apic_accesses);
         let cpu = self.cpu;
         self.with(|c, now| c.apic_msr_write(cpu, msr, value, tsc, now))
     }

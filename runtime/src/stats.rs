@@ -1,115 +1,114 @@
 //! What a run cost, for `--stats`.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
-use diglot_translator::vcpu::Vcpu;
 use serde::Serialize;
 
-/// Figures of a run, summed over resets.
+use crate::footprint::Footprint;
+
+/// A row of the report: its heading or what is counted.
+enum Row {
+    Heading(&'static str),
+    Count(&'static str, &'static str),
+}
+
+use Row::{Count, Heading};
+
+/// Every counter, by the name that an engine or the machine gives it, and what the report says instead of the name.
+const ROWS: [Row; 46] = [
+    Heading("guest instructions"),
+    Count("interpreted", "interpreted"),
+    Count("stepped", "of these, one by one"),
+    Count("compiled", "compiled"),
+    Heading("blocks of the interpreter"),
+    Count("blocks_decoded", "decoded"),
+    Count("blocks_run", "run"),
+    Count("blocks_invalidated", "invalidated"),
+    Count("block_cache_flushes", "block cache emptied for size"),
+    Heading("regions of the compiler"),
+    Count("regions", "compiled"),
+    Count("region_blocks", "guest blocks in them"),
+    Count("region_guest_bytes", "guest bytes in them"),
+    Count("region_code_bytes", "host code bytes of them"),
+    Count("compile_nanos", "compile time in nanoseconds"),
+    Count("regions_dropped", "overwritten before they were ready"),
+    Count("regions_invalidated", "overwritten afterwards"),
+    Count("regions_evicted", "evicted for size"),
+    Count("regions_failed", "not compiled"),
+    Heading("exits of guest code"),
+    Count("halts", "halts"),
+    Count("port_reads", "port reads"),
+    Count("port_writes", "port writes"),
+    Count("mmio_reads", "MMIO reads"),
+    Count("mmio_writes", "MMIO writes"),
+    Count("apic_accesses", "local APIC registers by MSR"),
+    Count("interrupts", "interrupts delivered"),
+    Count("page_faults", "page faults"),
+    Count("other_exceptions", "other exceptions"),
+    Count("undefined", "undefined instructions"),
+    Count("unknown_msr", "unknown MSRs"),
+    Heading("compiled code"),
+    Count("entries", "entries"),
+    Count("exits_next", "exits to code not yet compiled"),
+    Count("side_exits", "exits to interpret an instruction"),
+    Count("exits_fault", "exits by a helper's exception"),
+    Count("exits_stop", "exits by a helper that stops"),
+    Count("helper_calls", "instructions by helper"),
+    Count("slow_paths", "memory slow paths"),
+    Heading("caches"),
+    Count("jump_misses", "jump-cache misses"),
+    Count("tlb_misses", "data TLB misses"),
+    Count("code_tlb_misses", "code TLB misses"),
+    Count("tlb_flushes", "TLB flushes"),
+    Count("page_flushes", "TLB page flushes"),
+    Count("smc_stores", "stores to translated code"),
+];
+
+/// Figures of a run. Counts are summed over resets.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Stats {
     /// Wall time of the run in seconds.
     pub seconds: f64,
-    /// Guest instructions interpreted.
-    pub interpreted: u64,
-    /// Guest instructions run as compiled code.
-    pub compiled: u64,
-    /// Regions compiled and installed.
-    pub regions: u64,
-    /// Guest blocks in them.
-    pub region_blocks: u64,
-    /// Guest bytes in them.
-    pub region_guest_bytes: u64,
-    /// Host code bytes of them.
-    pub region_code_bytes: u64,
-    /// Time that the compile threads took, in nanoseconds.
-    pub compile_nanos: u64,
-    /// Regions evicted because code memory was full.
-    pub regions_evicted: u64,
-    /// Entries into compiled code from the dispatch loop.
-    pub entries: u64,
-    /// Exits of compiled code that left an instruction to the interpreter.
-    pub side_exits: u64,
-    /// Instructions of compiled code evaluated by helper.
-    pub helper_calls: u64,
-    /// Memory accesses of compiled code that missed the TLB's fast path.
-    pub slow_paths: u64,
-    /// Blocks that the interpreter ran.
-    pub blocks_run: u64,
-    /// Blocks decoded.
-    pub blocks_decoded: u64,
-    /// Blocks dropped because their bytes changed.
-    pub blocks_invalidated: u64,
-    /// Jump-cache misses.
-    pub jump_misses: u64,
-    /// Data TLB misses.
-    pub tlb_misses: u64,
-    /// Code TLB misses.
-    pub code_tlb_misses: u64,
-    /// TLB flushes.
-    pub tlb_flushes: u64,
-    /// Single-page TLB flushes.
-    pub page_flushes: u64,
-    /// Stores that overwrote translated code.
-    pub smc_stores: u64,
-    /// Interrupts delivered.
-    pub interrupts: u64,
-    /// Exceptions by vector.
-    pub exceptions: Vec<u64>,
-    /// Undefined instructions that a guest tried.
-    pub undefined: u64,
-    /// Accesses to unknown MSRs.
-    pub unknown_msr: u64,
-    /// Port accesses.
-    pub port_io: u64,
+    /// Memory at the end of the run, where the host says.
+    #[serde(flatten)]
+    pub memory: Option<Footprint>,
+    /// Counts by name.
+    #[serde(flatten)]
+    counts: BTreeMap<&'static str, u64>,
 }
 
 impl Stats {
-    /// Adds a vCPU's counters.
-    pub(crate) fn add(&mut self, v: &Vcpu) {
-        self.interpreted += v.counts.interpreted;
-        self.compiled += v.cpu.jit.count;
-        if let Some(jit) = &v.jit {
-            self.regions += jit.counts.regions;
-            self.region_blocks += jit.counts.region_blocks;
-            self.region_guest_bytes += jit.counts.guest_bytes;
-            self.region_code_bytes += jit.counts.code_bytes;
-            self.compile_nanos += jit.counts.compile_nanos;
-            self.regions_evicted += jit.counts.evicted;
+    /// Adds counters.
+    pub(crate) fn add(&mut self, counters: impl IntoIterator<Item = (&'static str, u64)>) {
+        for (name, n) in counters {
+            debug_assert!(ROWS.iter().any(|row| matches!(row, Count(known, _) if *known == name)), "{name}");
+            *self.counts.entry(name).or_default() += n;
         }
-        self.entries += v.counts.entries;
-        self.side_exits += v.counts.side_exits;
-        self.helper_calls += v.cpu.jit.helper_calls;
-        self.slow_paths += v.cpu.jit.slow_paths;
-        self.blocks_run += v.counts.blocks_run;
-        self.blocks_decoded += v.blocks.decoded;
-        self.blocks_invalidated += v.blocks.invalidated;
-        self.jump_misses += v.counts.jump_misses;
-        self.tlb_misses += v.cpu.mmu.counts.tlb_misses;
-        self.code_tlb_misses += v.cpu.mmu.counts.code_tlb_misses;
-        self.tlb_flushes += v.cpu.mmu.counts.flushes;
-        self.page_flushes += v.cpu.mmu.counts.page_flushes;
-        self.smc_stores += v.cpu.mmu.counts.smc_stores;
-        self.interrupts += v.cpu.counts.interrupts;
-        self.exceptions.resize(32, 0);
-        for (sum, n) in self.exceptions.iter_mut().zip(v.cpu.counts.exceptions) {
-            *sum += n;
-        }
-        self.undefined += v.cpu.counts.undefined;
-        self.unknown_msr += v.cpu.counts.unknown_msr;
-        self.port_io += v.cpu.counts.port_io;
+    }
+
+    /// A counter by name; 0 if nothing counted it.
+    pub fn count(&self, name: &str) -> u64 {
+        self.counts.get(name).copied().unwrap_or(0)
     }
 
     /// Millions of guest instructions a second.
     pub fn mips(&self) -> f64 {
-        (self.interpreted + self.compiled) as f64 / 1e6 / self.seconds.max(1e-9)
+        (self.count("interpreted") + self.count("compiled")) as f64 / 1e6 / self.seconds.max(1e-9)
     }
 
-    /// The figures as JSON.
+    /// Bytes of host code for each byte of guest code; `None` if nothing was compiled.
+    pub fn expansion(&self) -> Option<f64> {
+        let guest = self.count("region_guest_bytes");
+        (guest != 0).then(|| self.count("region_code_bytes") as f64 / guest as f64)
+    }
+
+    /// The figures as JSON: one object, its numbers by name.
     pub fn to_json(&self) -> serde_json::Value {
         let mut json = serde_json::to_value(self).unwrap_or_default();
         if let Some(map) = json.as_object_mut() {
             map.insert("mips".into(), self.mips().into());
+            map.insert("code_bytes_per_guest_byte".into(), self.expansion().into());
         }
         json
     }
@@ -117,39 +116,58 @@ impl Stats {
 
 impl fmt::Display for Stats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let rows = [
-            ("guest instructions interpreted", self.interpreted),
-            ("guest instructions compiled", self.compiled),
-            ("regions compiled", self.regions),
-            ("guest blocks in them", self.region_blocks),
-            ("guest bytes in them", self.region_guest_bytes),
-            ("host code bytes of them", self.region_code_bytes),
-            ("compile time in microseconds", self.compile_nanos / 1000),
-            ("regions evicted", self.regions_evicted),
-            ("entries into compiled code", self.entries),
-            ("exits to the interpreter", self.side_exits),
-            ("instructions by helper", self.helper_calls),
-            ("memory slow paths", self.slow_paths),
-            ("blocks run by the interpreter", self.blocks_run),
-            ("blocks decoded", self.blocks_decoded),
-            ("blocks invalidated", self.blocks_invalidated),
-            ("jump-cache misses", self.jump_misses),
-            ("data TLB misses", self.tlb_misses),
-            ("code TLB misses", self.code_tlb_misses),
-            ("TLB flushes", self.tlb_flushes),
-            ("TLB page flushes", self.page_flushes),
-            ("stores to translated code", self.smc_stores),
-            ("interrupts", self.interrupts),
-            ("page faults", self.exceptions.get(14).copied().unwrap_or(0)),
-            ("other exceptions", self.exceptions.iter().sum::<u64>() - self.exceptions.get(14).copied().unwrap_or(0)),
-            ("undefined instructions", self.undefined),
-            ("unknown MSRs", self.unknown_msr),
-            ("port accesses", self.port_io),
-        ];
-        for (name, n) in rows {
-            writeln!(f, "{name:32} {n:>16}")?;
+        for row in &ROWS {
+            match row {
+                Heading(text) => writeln!(f, "{text}")?,
+                Count(name, text) => {
+                    if let Some(n) = self.counts.get(name) {
+                        writeln!(f, "  {text:36} {n:>16}")?;
+                    }
+                }
+            }
         }
-        writeln!(f, "{:32} {:>16.3}", "seconds", self.seconds)?;
-        write!(f, "{:32} {:>16.1}", "million guest instructions/s", self.mips())
+        if let Some(ratio) = self.expansion() {
+            writeln!(f, "{:38} {ratio:>16.1}", "host code bytes per guest byte")?;
+        }
+        if let Some(m) = &self.memory {
+            writeln!(f, "memory at the end in KiB")?;
+            writeln!(f, "  {:36} {:>16}", "resident", m.resident_bytes / 1024)?;
+            writeln!(f, "  {:36} {:>16}", "of it touched guest RAM", m.guest_resident_bytes / 1024)?;
+            writeln!(f, "  {:36} {:>16}", "beyond it", m.beyond_guest_bytes / 1024)?;
+            writeln!(f, "  {:36} {:>16}", "most that was resident", m.peak_resident_bytes / 1024)?;
+        }
+        writeln!(f, "{:38} {:>16.3}", "seconds", self.seconds)?;
+        write!(f, "{:38} {:>16.1}", "million guest instructions/s", self.mips())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_add_up_and_each_has_its_row() {
+        let mut stats = Stats { seconds: 2.0, ..Stats::default() };
+        for _ in 0..2 {
+            stats.add([("interpreted", 3_000_000), ("compiled", 1_000_000), ("region_guest_bytes", 10)]);
+        }
+        stats.add([("region_code_bytes", 100)]);
+        assert_eq!((stats.mips(), stats.expansion()), (4.0, Some(5.0)));
+        let text = stats.to_string();
+        assert!(text.contains("  interpreted                                   6000000\n"), "{text}");
+        assert!(!text.contains("halts"), "what nothing counted has no row: {text}");
+        let json = stats.to_json();
+        assert_eq!((&json["compiled"], &json["code_bytes_per_guest_byte"]), (&2_000_000.into(), &5.0.into()));
+        assert_eq!(json["mips"], 4.0);
+    }
+
+    #[test]
+    fn names_are_used_once() {
+        let mut names: Vec<&str> =
+            ROWS.iter().filter_map(|r| if let Count(n, _) = r { Some(*n) } else { None }).collect();
+        let all = names.len();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), all);
     }
 }

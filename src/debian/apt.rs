@@ -33,8 +33,10 @@ APT::Sandbox::User "root";
 Acquire::Languages "none";
 "##;
 
-/// Debian's own packages win over others of the same name.
-const PREFERENCES: &str = "Package: *\nPin: release o=Debian\nPin-Priority: 990\n";
+/// Debian's own packages win over others of the same name; backports are among the sources only when asked for, and
+/// are then to win by their versions.
+const PREFERENCES: &str = "Package: *\nPin: release o=Debian\nPin-Priority: 990\n\n\
+                           Package: *\nPin: release o=Debian Backports\nPin-Priority: 990\n";
 
 /// Makes sure that the host has every program a fetch needs.
 pub fn check() -> Result<(), Error> {
@@ -42,9 +44,10 @@ pub fn check() -> Result<(), Error> {
     missing.map_or(Ok(()), |program| Err(Error::NoApt(program)))
 }
 
-/// Fetches the guest's files into `destination`, with `work` for everything else.
-pub fn fetch(work: &Path, destination: &Path) -> Result<(), Error> {
-    let apt = Apt::new(work)?;
+/// Fetches the guest's files into `destination`, with `work` for everything else. Without a `suite` the host's own
+/// package sources say which release they are of.
+pub fn fetch(work: &Path, destination: &Path, suite: Option<&str>) -> Result<(), Error> {
+    let apt = Apt::new(work, suite)?;
     let progress = progress_bar();
     apt.update(&progress)?;
     let kernel = apt.newest_kernel()?;
@@ -76,14 +79,14 @@ struct Apt {
 }
 
 impl Apt {
-    fn new(work: &Path) -> Result<Apt, Error> {
+    fn new(work: &Path, suite: Option<&str>) -> Result<Apt, Error> {
         for name in ["state/lists/partial", "cache/archives/partial", "packages"] {
             let path = work.join(name);
             fs::create_dir_all(&path).map_err(|e| cache_error("create", &path, e))?;
         }
-        let sources = match sources::debian_sources(Path::new(ETC)) {
+        let sources = match sources::debian_sources(Path::new(ETC), suite) {
             Some(sources) => sources,
-            None if Path::new(KEYRING).exists() => sources::default_sources(KEYRING),
+            None if Path::new(KEYRING).exists() => sources::default_sources(KEYRING, suite),
             None => return Err(Error::NoSources(KEYRING)),
         };
         let apt = Apt { work: work.to_owned(), sources: work.join("debian.sources") };

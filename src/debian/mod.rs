@@ -90,10 +90,12 @@ pub struct Files {
     pub busybox: Vec<u8>,
 }
 
-/// Returns the guest's files, fetching them if they aren't there yet.
-pub fn files() -> Result<Files, Error> {
+/// Returns the guest's files, fetching them if they aren't there yet. A `suite` is a release or backports of Debian's
+/// to take them from; without one the host's package sources decide.
+pub fn files(suite: Option<&str>) -> Result<Files, Error> {
     let cache = cache_directory()?;
-    let ready = cache.join("amd64");
+    let name = suite.map_or("amd64".into(), |suite| format!("amd64-{suite}"));
+    let ready = cache.join(&name);
     if let Some(packages) = read_manifest(&ready) {
         say(&format!("{packages}, from {} (no network used)", ready.display()));
         return open(&ready);
@@ -105,9 +107,9 @@ pub fn files() -> Result<Files, Error> {
     if read_manifest(&ready).is_none() {
         say(&format!("fetching Debian's kernel and BusyBox into {} (once)", cache.display()));
         let work = WorkDirectory::create(cache.join("fetch"))?;
-        let fetched = work.0.join("amd64");
+        let fetched = work.0.join(&name);
         fs::create_dir(&fetched).map_err(|e| cache_error("create", &fetched, e))?;
-        apt::fetch(&work.0, &fetched)?;
+        apt::fetch(&work.0, &fetched, suite)?;
         if ready.exists() {
             fs::remove_dir_all(&ready).map_err(|e| cache_error("replace", &ready, e))?;
         }

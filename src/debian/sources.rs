@@ -38,8 +38,9 @@ struct Entry {
 
 /// Debian's sources on this host as one deb822 text for packages of `amd64`; `None` if there aren't any.
 ///
-/// `etc` is apt's configuration directory.
-pub fn debian_sources(etc: &Path) -> Option<String> {
+/// `etc` is apt's configuration directory. With a `suite`, such as `trixie` or `bookworm-backports`, the host's mirror
+/// and keys serve for that suite instead.
+pub fn debian_sources(etc: &Path, suite: Option<&str>) -> Option<String> {
     let entries: Vec<Entry> = files(etc)
         .iter()
         .flat_map(|path| {
@@ -51,18 +52,34 @@ pub fn debian_sources(etc: &Path) -> Option<String> {
     // A mirror may hide Debian under another name; one that says `debian` is the better guess.
     let named = |entry: &Entry| entry.uris.iter().any(|uri| uri.contains("debian"));
     let any_named = entries.iter().any(named);
-    let text: String = entries.iter().filter(|entry| !any_named || named(entry)).map(write).collect();
+    let mut entries: Vec<Entry> = entries.into_iter().filter(|entry| !any_named || named(entry)).collect();
+    if let Some(suite) = suite {
+        // Updates and security are elsewhere on many mirrors; a whole release is where the others are too.
+        entries.retain(|entry| entry.suites.iter().any(|suite| RELEASES.contains(&&**suite)));
+        entries.truncate(1);
+        entries.iter_mut().for_each(|entry| entry.suites = with_base(suite));
+    }
+    let text: String = entries.iter().map(write).collect();
     (!text.is_empty()).then_some(text)
 }
 
+/// A suite, and the release that it adds to: backports don't have everything.
+fn with_base(suite: &str) -> Vec<String> {
+    let base = suite.strip_suffix("-backports");
+    base.into_iter().chain([suite]).map(str::to_owned).collect()
+}
+
 /// Debian's own servers, its packages verified with `keyring`.
-pub fn default_sources(keyring: &str) -> String {
+pub fn default_sources(keyring: &str, suite: Option<&str>) -> String {
     let entry = |uri: &str, suite: &str| Entry {
         uris: vec![uri.into()],
-        suites: vec![suite.into()],
+        suites: with_base(suite),
         components: vec!["main".into()],
         other: vec![("Signed-By".into(), keyring.into())],
     };
+    if let Some(suite) = suite {
+        return write(&entry("http://deb.debian.org/debian", suite));
+    }
     write(&entry("http://deb.debian.org/debian", "stable"))
         + &write(&entry("http://deb.debian.org/debian-security", "stable-security"))
 }
@@ -177,7 +194,7 @@ mod tests {
         fs::write(etc.path().join("sources.list"), list).expect("write");
         fs::write(etc.path().join("sources.list.d/x.sources"), sources).expect("write");
         fs::write(etc.path().join("sources.list.d/x.sources.save"), "deb http://saved/debian sid main").expect("write");
-        debian_sources(etc.path())
+        debian_sources(etc.path(), None)
     }
 
     /// URIs and suites of what was chosen, an entry a line.
@@ -239,6 +256,23 @@ mod tests {
              signed-by: /a.gpg /b.gpg\ntrusted: yes\n\n"
         );
         assert_eq!(read(line, "").as_deref(), Some(&*expected));
+    }
+
+    #[test]
+    fn a_suite_is_taken_from_the_hosts_mirror() {
+        let etc = tempfile::tempdir().expect("directory");
+        let list = "deb [signed-by=/k] http://m.example/debian bookworm main\n\
+                    deb http://m.example/debian bookworm-updates main\n\
+                    deb http://m.example/debian-security bookworm-security main\n";
+        fs::write(etc.path().join("sources.list"), list).expect("write");
+        for (suite, suites) in [("trixie", "trixie"), ("bookworm-backports", "bookworm bookworm-backports")] {
+            let expected = format!(
+                "{HEAD}http://m.example/debian\nSuites: {suites}\nComponents: main\nArchitectures: amd64\n\
+                 Targets: Packages\nsigned-by: /k\n\n"
+            );
+            assert_eq!(debian_sources(etc.path(), Some(suite)).as_deref(), Some(&*expected));
+            assert!(default_sources("/k", Some(suite)).contains(&format!("Suites: {suites}\n")));
+        }
     }
 
     #[test]

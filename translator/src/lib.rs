@@ -7,6 +7,7 @@ pub mod cpu;
 pub mod cpuid;
 pub mod decode;
 pub mod emit;
+pub mod engine;
 pub mod eval;
 pub mod exception;
 pub mod flags;
@@ -22,6 +23,7 @@ pub mod state;
 pub mod system;
 #[cfg(test)]
 pub mod testing;
+pub mod trace;
 pub mod vcpu;
 pub mod width;
 pub mod x87;

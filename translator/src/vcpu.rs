@@ -48,7 +48,8 @@ pub struct RunCounts {
     pub jump_misses: u64,
     pub stepped: u64,
     pub entries: u64,
-    pub side_exits: u64,
+    /// Returns of compiled code by [`reason`].
+    pub exits: [u64; 4],
 }
 
 /// One vCPU with its code caches.
@@ -60,7 +61,7 @@ pub struct Vcpu {
     jump: Box<[JumpEntry; JUMP_ENTRIES]>,
     /// The compiler, unless the vCPU only interprets.
     pub jit: Option<Jit>,
-    /// What a lock-step run found.
+    /// What a lock-step run found, or why a traced one cannot go on.
     pub difference: Option<String>,
     /// Statistics.
     pub counts: RunCounts,
@@ -86,6 +87,16 @@ impl Vcpu {
     /// Runs one block, region or event delivery; what ends [`Self::run`] if anything does.
     #[inline(always)]
     pub fn turn(&mut self) -> Option<Exit> {
+        if let Some(exit) = self.prepare() {
+            return Some(exit);
+        }
+        let result = if self.must_step() { self.step() } else { self.run_block() };
+        result.is_err().then_some(Exit::Shutdown)
+    }
+
+    /// What comes before guest code: requests of other threads, and the interrupt that waits.
+    #[inline(always)]
+    pub(crate) fn prepare(&mut self) -> Option<Exit> {
         if self.cpu.kick.pending() != 0 {
             if self.cpu.kick.take(Kick::STOP) != 0 {
                 return Some(Exit::Stopped);
@@ -97,11 +108,7 @@ impl Vcpu {
         if (self.cpu.irq_maybe || self.cpu.s.halted) && self.take_interrupt().is_err() {
             return Some(Exit::Shutdown);
         }
-        if self.cpu.s.halted {
-            return Some(Exit::Halt);
-        }
-        let result = if self.must_step() { self.step() } else { self.run_block() };
-        result.is_err().then_some(Exit::Shutdown)
+        self.cpu.s.halted.then_some(Exit::Halt)
     }
 
     /// Delivers an NMI or a maskable interrupt if one waits and may be taken now.
@@ -183,14 +190,12 @@ impl Vcpu {
             jit.enter(&mut self.cpu, code);
             self.cpu.fold_flags();
         }
+        self.counts.exits[self.cpu.jit.exit_reason as usize & 3] += 1;
         match self.cpu.jit.exit_reason {
-            reason::INTERPRET => {
-                self.counts.side_exits += 1;
-                match self.find_block() {
-                    Ok(id) => self.interpret(id),
-                    Err(Trap) => self.fault(),
-                }
-            }
+            reason::INTERPRET => match self.find_block() {
+                Ok(id) => self.interpret(id),
+                Err(Trap) => self.fault(),
+            },
             reason::FAULT => self.after(Err(Trap)),
             reason::STOP => self.after(Ok(())),
             _ => Ok(()),
@@ -246,7 +251,8 @@ impl Vcpu {
         if !Jit::compiles(block.mode) || block.next_page.is_some() {
             return;
         }
-        let Some(plan) = Plan::grow(&self.blocks, block.gpa, block.mode, jit.counted) else { return };
+        let Some(mut plan) = Plan::grow(&self.blocks, block.gpa, block.mode, jit.counted) else { return };
+        plan.rip = self.cpu.s.rip;
         let keys: Vec<_> = plan.keys().collect();
         if !jit.request(plan) {
             self.blocks.get_mut(id).heat = THRESHOLD / 2;
@@ -354,7 +360,7 @@ impl Vcpu {
     }
 
     /// Runs exactly one instruction, with single-step and breakpoint checks around it.
-    fn step(&mut self) -> Result<(), TripleFault> {
+    pub(crate) fn step(&mut self) -> Result<(), TripleFault> {
         self.counts.stepped += 1;
         let single_step = self.cpu.s.rflags & flag::TF != 0;
         let shadow = self.cpu.s.shadow;
@@ -410,7 +416,7 @@ impl Vcpu {
     }
 
     /// Fetches instruction bytes from `rip + have` up to the end of that page, of CS, or of `out`; at least one.
-    fn fetch(&mut self, have: usize, out: &mut [u8; MAX_LEN]) -> Result<usize, Trap> {
+    pub(crate) fn fetch(&mut self, have: usize, out: &mut [u8; MAX_LEN]) -> Result<usize, Trap> {
         let cpu = &mut self.cpu;
         let ip = cpu.s.rip.wrapping_add(have as u64);
         let mut n = MAX_LEN - have;

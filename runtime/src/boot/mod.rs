@@ -5,7 +5,8 @@
 //! (`bzimage.rs`), and an ELF file with a PVH entry note (`pvh.rs`).
 //!
 //! A kernel file is the user's, not the guest's; still its every field is checked before it is used, so that no file
-//! whatever gives more than an error. Nothing here depends on the host's instruction set.
+//! whatever gives more than an error. Nothing here depends on the host's instruction set: for that reason, of the
+//! linux-loader crate only the command line is used, as its loaders of x86 kernels are compiled on x86 hosts alone.
 
 mod bzimage;
 mod cmdline;

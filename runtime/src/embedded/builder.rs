@@ -72,8 +72,10 @@ pub(super) struct Routines {
     /// Prints RAX in decimal, and in hexadecimal. Clobbers RAX, RCX, RDX, RSI.
     pub decimal: CodeLabel,
     pub hexadecimal: CodeLabel,
-    /// Ends the guest: a check found RAX, not RCX.
+    /// Ends the guest in a crash: a check found RAX, not RCX.
     pub fail: CodeLabel,
+    /// Ends the guest in a crash.
+    pub crash: CodeLabel,
     /// Turns the machine off.
     pub power_off: CodeLabel,
     /// Local APIC register ECX: written from EAX, read to EAX. Clobber RCX, RDX.
@@ -116,6 +118,7 @@ impl Builder {
             decimal: a.create_label(),
             hexadecimal: a.create_label(),
             fail: a.create_label(),
+            crash: a.create_label(),
             power_off: a.create_label(),
             apic_write: a.create_label(),
             apic_read: a.create_label(),

@@ -1,16 +1,16 @@
 //! What the guest says and how it ends: the serial port, numbers, failure, and power-off.
 
+use diglot_devices::acpi_pm;
+use diglot_devices::serial::COM1;
 use iced_x86::code_asm::*;
 
 use super::builder::{Builder, Emit};
-use crate::acpi::ports;
 
-const COM1: u16 = 0x3f8;
 const LINE_STATUS: u16 = COM1 + 5;
 /// Line status: the transmitter holding register is empty.
 const EMPTY: i32 = 1 << 5;
 /// PM1a control (ACPI 6.5 §4.8.3.2.1): the sleep type S5 in bits 10–12, and SLP_EN.
-const OFF: u32 = (ports::SLEEP_TYPE_S5 as u32) << 10 | 1 << 13;
+const OFF: u32 = (acpi_pm::SLEEP_TYPE_S5 as u32) << 10 | acpi_pm::SLP_EN as u32;
 
 /// Sets the 16550 to 115200 baud, 8 data bits, no parity, FIFOs on, no interrupts.
 pub(super) fn init(b: &mut Builder) -> Emit {
@@ -29,6 +29,7 @@ pub(super) fn routines(b: &mut Builder) -> Emit {
     number(b, b.call.decimal, 10)?;
     number(b, b.call.hexadecimal, 16)?;
     fail(b)?;
+    crash(b)?;
     power_off(b)
 }
 
@@ -96,7 +97,17 @@ fn fail(b: &mut Builder) -> Emit {
     b.a.pop(rax)?;
     b.a.call(b.call.hexadecimal)?;
     b.say("\r\n")?;
-    b.a.jmp(b.call.power_off)
+    b.a.jmp(b.call.crash)
+}
+
+/// A machine on which a check fails must not look as if it had powered off in good order: with an interrupt table of
+/// no entries the next exception is a triple fault, which every monitor reports.
+fn crash(b: &mut Builder) -> Emit {
+    let mut crash = b.call.crash;
+    let no_table = b.data.words(&[0, 0]);
+    b.a.set_label(&mut crash)?;
+    b.a.lidt(ptr(no_table))?;
+    b.a.ud2()
 }
 
 /// Prints the beginning of a line about a failure.
@@ -110,7 +121,7 @@ fn power_off(b: &mut Builder) -> Emit {
     let mut power_off = b.call.power_off;
     let mut halt = b.a.create_label();
     b.a.set_label(&mut power_off)?;
-    b.a.mov(edx, u32::from(ports::PM1A_CONTROL))?;
+    b.a.mov(edx, u32::from(acpi_pm::PM1A_CONTROL))?;
     b.a.mov(eax, OFF)?;
     b.a.out(dx, ax)?;
     // The machine may take a moment.

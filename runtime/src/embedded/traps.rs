@@ -123,7 +123,7 @@ fn exception(b: &mut Builder, common: &mut CodeLabel) -> Emit {
     b.a.mov(rax, cr2)?;
     b.a.call(b.call.hexadecimal)?;
     b.say("\r\n")?;
-    b.a.jmp(b.call.power_off)
+    b.a.jmp(b.call.crash)
 }
 
 /// What the pushed instruction pointer must be.

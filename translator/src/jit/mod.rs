@@ -24,7 +24,7 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::addr::PAGE_MASK;
 use crate::block::{AddressHasher, AddressMap};
-use crate::code::{ArenaError, CodeArena, HostIsa, Slot, add_link_cells, elide_frame};
+use crate::code::{ArenaError, CodeArena, HostIsa, PerfMap, Slot, add_link_cells, elide_frame};
 use crate::cpu::Cpu;
 use crate::insn::{Insn, Mode};
 use crate::mem::GuestRam;
@@ -166,6 +166,8 @@ pub struct Jit {
     pub changes: Vec<Change>,
     /// Whether regions count the guest instructions they complete.
     pub counted: bool,
+    /// Names regions for Linux perf.
+    perf: Option<PerfMap>,
     /// Statistics.
     pub counts: JitCounts,
 }
@@ -210,6 +212,7 @@ impl Jit {
             thunks,
             changes: Vec::new(),
             counted: true,
+            perf: None,
             counts: JitCounts::default(),
         };
         for _ in 0..workers.max(1) {
@@ -228,6 +231,12 @@ impl Jit {
     /// Addresses of the code through which regions call helpers.
     pub fn thunks(&self) -> [u64; HELPERS] {
         std::array::from_fn(|n| self.thunks[n].code)
+    }
+
+    /// Writes the names of all regions from now on to the file in which Linux perf looks for them.
+    pub fn write_perf_map(&mut self) -> std::io::Result<()> {
+        self.perf = Some(PerfMap::create()?);
+        Ok(())
     }
 
     /// Whether code of this mode can be compiled.
@@ -339,6 +348,12 @@ impl Jit {
             self.arena.patch_branch(site, target);
         }
         self.arena.publish(&region.slot);
+        if let Some(perf) = &self.perf
+            && let Err(e) = perf.record(self.arena.exec_ptr(start), code.len(), &plan.name())
+        {
+            tracing::warn!("the map for perf ends here, at the region of {:#x}: {e}", plan.gpa);
+            self.perf = None;
+        }
         self.count(plan, code.len(), nanos);
         let entry = Entry { region: id, code: self.arena.exec_ptr(start) as u64, tail: start + skip };
         self.changes.extend(region.blocks.iter().copied().map(Change::Cool));

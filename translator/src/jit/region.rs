@@ -67,6 +67,8 @@ impl RegionBlock {
 pub struct Plan {
     /// Guest physical address of the entry.
     pub gpa: u64,
+    /// RIP at the entry when the region was planned, for its name; other address spaces may map it elsewhere.
+    pub rip: u64,
     /// Decode mode.
     pub mode: Mode,
     /// Blocks; the first is the entry.
@@ -81,6 +83,11 @@ impl Plan {
     /// Index of the block at a page offset.
     pub fn find(&self, off: i64) -> Option<usize> {
         self.blocks.iter().position(|b| b.off as i64 == off)
+    }
+
+    /// What profilers call it: the guest's address, and where that was in guest memory.
+    pub fn name(&self) -> String {
+        format!("guest {:#x} (physical {:#x}, {} bit)", self.rip, self.gpa, self.mode.bits())
     }
 
     /// Bytes of guest code.
@@ -117,7 +124,7 @@ impl Plan {
         let page = gpa & !PAGE_MASK;
         let seed = cache.get(cache.find(gpa, mode)?);
         let warm = seed.heat / 16;
-        let mut plan = Plan { gpa, mode, blocks: Vec::new(), granules: 0, counted };
+        let mut plan = Plan { gpa, rip: 0, mode, blocks: Vec::new(), granules: 0, counted };
         let mut insns = 0;
         let mut returns = Vec::new();
         let mut queue = std::collections::VecDeque::from([(gpa & PAGE_MASK) as i64]);

@@ -2,7 +2,7 @@
 //!
 //! It enters long mode, handles exceptions and timer interrupts, runs a program in ring 3, does integer and SSE2 work
 //! whose results it checks, reports its own speed, and powers the machine off by ACPI. What it finds wrong it says in a
-//! line that begins with `FAIL`. The expected results are computed here, in Rust, while the guest is assembled.
+//! line that begins with `FAIL`, and then ends in a triple fault, so that the monitor's exit code tells. The expected results are computed here, in Rust, while the guest is assembled.
 
 mod builder;
 mod console;

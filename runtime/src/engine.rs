@@ -1,0 +1,187 @@
+//! Engines: which one runs the guest, and the translator behind the trait that all of them share.
+//!
+//! The machine drives guests through [`Vm`] and [`Vcpu`] only; this is the one file that knows what stands behind them.
+
+use std::sync::Arc;
+
+use diglot_translator::cpu::Cpu;
+use diglot_translator::cpuid::{CpuModel, Level};
+use diglot_translator::engine::{CpuState, EngineError, Exit, Vcpu, VcpuSetup, Vm};
+use diglot_translator::jit::Jit;
+use diglot_translator::jit::frame::reason;
+use diglot_translator::mem::GuestRam as CpuRam;
+use diglot_translator::state::gpr;
+use diglot_translator::trace::Trace;
+use diglot_translator::vcpu;
+use vm_memory::GuestMemoryMmap;
+
+use crate::machine::{Backend, MachineConfig, RuntimeError};
+
+/// Gives a machine's memory to the engine that its configuration asks for.
+pub(crate) fn open(config: &MachineConfig, ram: Arc<GuestMemoryMmap>) -> Result<Box<dyn Vm>, RuntimeError> {
+    let compiler = match config.backend {
+        Backend::Kvm => return Ok(diglot_kvm_backend::open(ram)?),
+        Backend::Interp => None,
+        // A trace is of instructions one by one, which only the interpreter runs.
+        Backend::Auto if config.trace.is_some() => None,
+        Backend::Auto | Backend::Jit => {
+            Some(CompilerOptions { code_bytes: config.code_cache_bytes as usize, perf_map: config.perf_map })
+        }
+    };
+    Ok(Box::new(Translator {
+        ram,
+        level: config.cpu_model.into(),
+        compiler,
+        lockstep: config.lockstep,
+        trace: config.trace.clone(),
+    }))
+}
+
+/// One line that says which engine runs the guest, and why.
+pub(crate) fn choice(config: &MachineConfig, vm: &dyn Vm) -> String {
+    let why = match (config.backend, diglot_kvm_backend::probe()) {
+        (Backend::Auto, _) if config.trace.is_some() => "for --trace",
+        (Backend::Auto, Err(diglot_kvm_backend::KvmError::NotBuilt)) => "KVM is not built yet",
+        _ => "as asked",
+    };
+    format!("backend: {} ({why}), x86_64 guest on {} host", vm.name(), std::env::consts::ARCH)
+}
+
+struct CompilerOptions {
+    code_bytes: usize,
+    perf_map: bool,
+}
+
+/// The interpreter, with the compiler or without.
+struct Translator {
+    ram: Arc<GuestMemoryMmap>,
+    level: Level,
+    compiler: Option<CompilerOptions>,
+    lockstep: bool,
+    trace: Option<Trace>,
+}
+
+impl Vm for Translator {
+    fn name(&self) -> &'static str {
+        if self.compiler.is_some() { "interpreter and compiler" } else { "interpreter" }
+    }
+
+    fn create_vcpu(&mut self, setup: VcpuSetup) -> Result<Box<dyn Vcpu>, EngineError> {
+        let model = CpuModel::new(self.level, setup.count, setup.index);
+        let mut cpu = Cpu::new(Arc::new(CpuRam::new(self.ram.clone())), setup.platform, model);
+        cpu.kick = setup.kick;
+        cpu.set_state(setup.state);
+        let jit = match &self.compiler {
+            None => None,
+            Some(options) => {
+                let mut jit = Jit::new(options.code_bytes, 1).map_err(|e| EngineError(e.to_string()))?;
+                if options.perf_map {
+                    let error = |e| EngineError(format!("cannot write the map for perf: {e}; run without --perf-map"));
+                    jit.write_perf_map().map_err(error)?;
+                }
+                Some(jit)
+            }
+        };
+        let mut vcpu = vcpu::Vcpu::new(cpu, jit);
+        if self.lockstep {
+            vcpu.enable_lockstep();
+        }
+        Ok(Box::new(Translated { vcpu, trace: self.trace.clone() }))
+    }
+}
+
+struct Translated {
+    vcpu: vcpu::Vcpu,
+    trace: Option<Trace>,
+}
+
+impl Vcpu for Translated {
+    fn run(&mut self) -> Exit {
+        let exit = match &mut self.trace {
+            Some(trace) => self.vcpu.run_traced(trace),
+            None => self.vcpu.run(),
+        };
+        match exit {
+            vcpu::Exit::Halt => Exit::Halt,
+            vcpu::Exit::Shutdown => Exit::Shutdown(describe(&self.vcpu.cpu)),
+            vcpu::Exit::Stopped => match self.vcpu.difference.take() {
+                None => Exit::Stopped,
+                Some(why) if self.trace.is_some() => Exit::Failed(why),
+                Some(difference) => Exit::Failed(format!("interpreter and compiler differ: {difference}")),
+            },
+        }
+    }
+
+    fn state(&self) -> CpuState {
+        let mut state = self.vcpu.cpu.s.clone();
+        // Equal flags have one form.
+        state.set_flags(state.flags());
+        state
+    }
+
+    fn set_state(&mut self, state: &CpuState) {
+        self.vcpu.cpu.set_state(state.clone());
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let v = &self.vcpu;
+        let (run, cpu, mmu) = (&v.counts, &v.cpu.counts, &v.cpu.mmu.counts);
+        let mut all = vec![
+            ("interpreted", run.interpreted),
+            ("compiled", v.cpu.jit.count),
+            ("stepped", run.stepped),
+            ("blocks_run", run.blocks_run),
+            ("blocks_decoded", v.blocks.decoded),
+            ("blocks_invalidated", v.blocks.invalidated),
+            ("block_cache_flushes", v.blocks.flushes),
+            ("entries", run.entries),
+            ("exits_next", run.exits[reason::NEXT as usize]),
+            ("side_exits", run.exits[reason::INTERPRET as usize]),
+            ("exits_fault", run.exits[reason::FAULT as usize]),
+            ("exits_stop", run.exits[reason::STOP as usize]),
+            ("helper_calls", v.cpu.jit.helper_calls),
+            ("slow_paths", v.cpu.jit.slow_paths),
+            ("jump_misses", run.jump_misses),
+            ("tlb_misses", mmu.tlb_misses),
+            ("code_tlb_misses", mmu.code_tlb_misses),
+            ("tlb_flushes", mmu.flushes),
+            ("page_flushes", mmu.page_flushes),
+            ("smc_stores", mmu.smc_stores),
+            ("interrupts", cpu.interrupts),
+            ("page_faults", cpu.exceptions[14]),
+            ("other_exceptions", cpu.exceptions.iter().sum::<u64>() - cpu.exceptions[14]),
+            ("undefined", cpu.undefined),
+            ("unknown_msr", cpu.unknown_msr),
+        ];
+        if let Some(jit) = &v.jit {
+            all.extend([
+                ("regions", jit.counts.regions),
+                ("region_blocks", jit.counts.region_blocks),
+                ("region_guest_bytes", jit.counts.guest_bytes),
+                ("region_code_bytes", jit.counts.code_bytes),
+                ("compile_nanos", jit.counts.compile_nanos),
+                ("regions_dropped", jit.counts.dropped),
+                ("regions_evicted", jit.counts.evicted),
+                ("regions_invalidated", jit.counts.invalidated),
+                ("regions_failed", jit.counts.failed),
+            ]);
+        }
+        all
+    }
+}
+
+/// Where a CPU that shut down was.
+fn describe(cpu: &Cpu) -> String {
+    let s = &cpu.s;
+    format!(
+        "last exception {} (error code {:#x}) at RIP {:#x}, RSP {:#x}, CR0 {:#x}, CR2 {:#x}, CR3 {:#x}, CR4 {:#x}",
+        cpu.raised.vector,
+        cpu.raised.error.unwrap_or(0),
+        s.rip,
+        s.gpr[usize::from(gpr::RSP)],
+        s.cr0,
+        s.cr2,
+        s.cr3,
+        s.cr4
+    )
+}
