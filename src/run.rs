@@ -146,6 +146,7 @@ fn try_run(args: &RunArgs) -> Result<(u8, Option<String>), RunError> {
         code_cache_bytes: args.code_cache,
         lockstep: args.lockstep,
         trace,
+        counted: args.stats || args.stats_json.is_some(),
         perf_map: args.perf_map,
     };
     let machine = Machine::new(config, Console { output: Box::new(serial) })?;

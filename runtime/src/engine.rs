@@ -24,9 +24,11 @@ pub(crate) fn open(config: &MachineConfig, ram: Arc<GuestMemoryMmap>) -> Result<
         Backend::Interp => None,
         // A trace is of instructions one by one, which only the interpreter runs.
         Backend::Auto if config.trace.is_some() => None,
-        Backend::Auto | Backend::Jit => {
-            Some(CompilerOptions { code_bytes: config.code_cache_bytes as usize, perf_map: config.perf_map })
-        }
+        Backend::Auto | Backend::Jit => Some(CompilerOptions {
+            code_bytes: config.code_cache_bytes as usize,
+            perf_map: config.perf_map,
+            counted: config.counted,
+        }),
     };
     Ok(Box::new(Translator {
         ram,
@@ -50,6 +52,7 @@ pub(crate) fn choice(config: &MachineConfig, vm: &dyn Vm) -> String {
 struct CompilerOptions {
     code_bytes: usize,
     perf_map: bool,
+    counted: bool,
 }
 
 /// The interpreter, with the compiler or without.
@@ -75,6 +78,7 @@ impl Vm for Translator {
             None => None,
             Some(options) => {
                 let mut jit = Jit::new(options.code_bytes, 1).map_err(|e| EngineError(e.to_string()))?;
+                jit.counted = options.counted;
                 if options.perf_map {
                     let error = |e| EngineError(format!("cannot write the map for perf: {e}; run without --perf-map"));
                     jit.write_perf_map().map_err(error)?;

@@ -42,6 +42,8 @@ pub struct MachineConfig {
     pub lockstep: bool,
     /// Write every guest instruction that executes; the guest is interpreted.
     pub trace: Option<Trace>,
+    /// Count the guest instructions that compiled code completes.
+    pub counted: bool,
     /// Name compiled code for Linux perf.
     pub perf_map: bool,
 }

@@ -49,8 +49,12 @@ pub enum Cmp {
     Ne,
     /// Unsigned less than.
     Ltu,
+    /// Unsigned greater than or equal.
+    Geu,
     /// Signed less than.
     Lts,
+    /// Signed greater than or equal.
+    Ges,
 }
 
 /// What an instruction did to the arithmetic flags. Operands and results are of width `W` of the call.
@@ -99,6 +103,17 @@ pub enum Flags<V> {
     Dec {
         /// Operand.
         a: V,
+        /// Result.
+        r: V,
+    },
+    /// `a` shifted by a constant from 1 to the width less 1.
+    Shift {
+        /// SHL, SHR or SAR.
+        op: Bin,
+        /// Operand.
+        a: V,
+        /// Count.
+        n: u32,
         /// Result.
         r: V,
     },

@@ -37,7 +37,9 @@ pub fn cmp<W: Width>(op: Cmp, a: u64, b: u64) -> bool {
         Cmp::Eq => a == b,
         Cmp::Ne => a != b,
         Cmp::Ltu => a < b,
+        Cmp::Geu => a >= b,
         Cmp::Lts => (W::sext(a) as i64) < W::sext(b) as i64,
+        Cmp::Ges => (W::sext(a) as i64) >= W::sext(b) as i64,
     }
 }
 

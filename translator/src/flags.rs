@@ -36,6 +36,21 @@ pub fn materialise<E: Emit, W: Width>(e: &mut E, f: Flags<E::V>) -> (E::V, E::V,
             let borrows = e.and::<W>(not_a, r);
             keep_carry::<E, W>(e, r, borrows)
         }
+        Flags::Shift { op, a, n, r } => {
+            let cf = shifted_out::<E, W>(e, op, a, n);
+            // The rule for a count of 1, which processors follow for all.
+            let of = match op {
+                Bin::Shl => {
+                    let sign = e.bit::<W>(r, W::BITS - 1);
+                    e.xor::<W8>(cf, sign)
+                }
+                Bin::Shr => e.bit::<W>(a, W::BITS - 1),
+                _ => e.imm::<W8>(0),
+            };
+            let r = e.sext::<W, W64>(r);
+            let co = carry_overflow(e, cf, of);
+            (r, r, co)
+        }
         Flags::Result { r, cf, of } => {
             let r = e.sext::<W, W64>(r);
             let co = carry_overflow(e, cf, of);
@@ -170,57 +185,84 @@ fn less<E: Emit>(e: &mut E, sp: E::V, co: E::V) -> E::V {
     e.bit::<W64>(mixed, 63)
 }
 
+/// CF of a shift by a constant: the bit that fell out last.
+#[inline(always)]
+fn shifted_out<E: Emit, W: Width>(e: &mut E, op: Bin, a: E::V, n: u32) -> E::V {
+    e.bit::<W>(a, if op == Bin::Shl { W::BITS - n } else { n - 1 })
+}
+
+/// Whether `a == b` or, if `not`, differs.
+#[inline(always)]
+fn equal<E: Emit, W: Width>(e: &mut E, a: E::V, b: E::V, not: bool) -> E::V {
+    e.cmp::<W>(if not { Cmp::Ne } else { Cmp::Eq }, a, b)
+}
+
 /// The condition straight from the operands of a comparison, where that is possible: what lets a compiler fuse
 /// CMP/TEST with the branch behind it.
 #[inline(always)]
 pub fn fused<E: Emit, W: Width>(e: &mut E, f: &Flags<E::V>, c: Cond) -> Option<E::V> {
-    let positive = match (*f, Cond::from_bits(c as u8 & !1)) {
-        (Flags::Cmp { a, b, .. }, Cond::E) => e.cmp::<W>(Cmp::Eq, a, b),
-        (Flags::Cmp { a, b, .. }, Cond::B) => e.cmp::<W>(Cmp::Ltu, a, b),
-        (Flags::Cmp { a, b, .. }, Cond::L) => e.cmp::<W>(Cmp::Lts, a, b),
-        // a ≤ b is not b < a.
-        (Flags::Cmp { a, b, .. }, Cond::Be) => {
-            let above = e.cmp::<W>(Cmp::Ltu, b, a);
-            e.bin_imm::<W8>(Bin::Xor, above, 1)
-        }
-        (Flags::Cmp { a, b, .. }, Cond::Le) => {
-            let greater = e.cmp::<W>(Cmp::Lts, b, a);
-            e.bin_imm::<W8>(Bin::Xor, greater, 1)
-        }
-        (Flags::Logic { r }, Cond::E) => e.is_zero::<W>(r),
-        (Flags::Logic { r }, Cond::S | Cond::L) => e.bit::<W>(r, W::BITS - 1),
-        (Flags::Logic { r }, Cond::Le) => {
-            let one = e.imm::<W>(1);
-            e.cmp::<W>(Cmp::Lts, r, one)
-        }
-        (Flags::Logic { .. }, Cond::B | Cond::O) => e.imm::<W8>(0),
-        (Flags::Logic { r }, Cond::Be) => e.is_zero::<W>(r),
+    let not = c as u8 & 1 != 0;
+    let base = Cond::from_bits(c as u8 & !1);
+    let either = |positive, negative| if not { negative } else { positive };
+    // Comparisons, which have their opposites.
+    let compared = match (*f, base) {
+        (Flags::Cmp { a, b, .. }, Cond::E) => Some(equal::<E, W>(e, a, b, not)),
+        (Flags::Cmp { a, b, .. }, Cond::B) => Some(e.cmp::<W>(either(Cmp::Ltu, Cmp::Geu), a, b)),
+        (Flags::Cmp { a, b, .. }, Cond::L) => Some(e.cmp::<W>(either(Cmp::Lts, Cmp::Ges), a, b)),
+        // a ≤ b is b ≥ a.
+        (Flags::Cmp { a, b, .. }, Cond::Be) => Some(e.cmp::<W>(either(Cmp::Geu, Cmp::Ltu), b, a)),
+        (Flags::Cmp { a, b, .. }, Cond::Le) => Some(e.cmp::<W>(either(Cmp::Ges, Cmp::Lts), b, a)),
         (
-            Flags::Add { r, .. }
+            Flags::Logic { r }
+            | Flags::Add { r, .. }
+            | Flags::Sub { r, .. }
+            | Flags::Inc { r, .. }
+            | Flags::Dec { r, .. }
+            | Flags::Shift { r, .. }
+            | Flags::Result { r, .. },
+            Cond::E,
+        )
+        | (Flags::Logic { r }, Cond::Be) => {
+            let zero = e.imm::<W>(0);
+            Some(equal::<E, W>(e, r, zero, not))
+        }
+        (
+            Flags::Logic { r }
+            | Flags::Add { r, .. }
             | Flags::Sub { r, .. }
             | Flags::Cmp { r, .. }
             | Flags::Inc { r, .. }
             | Flags::Dec { r, .. }
+            | Flags::Shift { r, .. }
             | Flags::Result { r, .. },
             Cond::S,
-        ) => e.bit::<W>(r, W::BITS - 1),
-        (
-            Flags::Add { r, .. }
-            | Flags::Sub { r, .. }
-            | Flags::Inc { r, .. }
-            | Flags::Dec { r, .. }
-            | Flags::Result { r, .. },
-            Cond::E,
-        ) => e.is_zero::<W>(r),
+        )
+        | (Flags::Logic { r }, Cond::L) => {
+            let zero = e.imm::<W>(0);
+            Some(e.cmp::<W>(either(Cmp::Lts, Cmp::Ges), r, zero))
+        }
+        (Flags::Logic { r }, Cond::Le) => {
+            let one = e.imm::<W>(1);
+            Some(e.cmp::<W>(either(Cmp::Lts, Cmp::Ges), r, one))
+        }
+        _ => None,
+    };
+    if compared.is_some() {
+        return compared;
+    }
+    // Booleans.
+    let positive = match (*f, base) {
+        (Flags::Logic { .. }, Cond::B | Cond::O) => e.imm::<W8>(0),
         (Flags::Ordered { less, .. }, Cond::B) => less,
         (Flags::Ordered { equal, .. }, Cond::E) => equal,
         (Flags::Ordered { less, equal }, Cond::Be) => e.or::<W8>(less, equal),
         (Flags::Ordered { .. }, Cond::P) => e.imm::<W8>(0),
+        (Flags::Shift { op, a, n, .. }, Cond::B) => shifted_out::<E, W>(e, op, a, n),
         (Flags::Result { cf, .. } | Flags::CfOf { cf, .. } | Flags::Cf { cf }, Cond::B) => cf,
         (Flags::Result { of, .. } | Flags::CfOf { of, .. }, Cond::O) => of,
         _ => return None,
     };
-    Some(if c as u8 & 1 == 0 { positive } else { e.bin_imm::<W8>(Bin::Xor, positive, 1) })
+    Some(if not { e.bin_imm::<W8>(Bin::Xor, positive, 1) } else { positive })
 }
 
 impl Cond {

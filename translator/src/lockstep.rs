@@ -56,6 +56,9 @@ impl Vcpu {
     /// Turns lock-step on. Compiled code then never reads clocks or devices: those instructions are interpreted.
     pub fn enable_lockstep(&mut self) {
         self.cpu.journal = Some(Journal::default());
+        if let Some(jit) = &mut self.jit {
+            jit.counted = true;
+        }
         self.cpu.flush_tlb_all();
     }
 

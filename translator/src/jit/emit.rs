@@ -111,8 +111,8 @@ pub struct JitEmit<'a> {
     done: i64,
     /// Index of the block being emitted.
     current: usize,
-    /// Whether the flags are needed behind the current block.
-    flags_live_out: bool,
+    /// Whether the flags are needed on entry to each block.
+    flags_live_in: Vec<bool>,
     /// Host address that the last `load_rmw` of this instruction resolved.
     rmw_host: Option<Value>,
     /// Whether the block has its terminator.
@@ -205,7 +205,7 @@ impl<'a> JitEmit<'a> {
             off: plan.blocks[0].off,
             done: 0,
             current: 0,
-            flags_live_out: true,
+            flags_live_in: flags_live_on_entry(plan),
             rmw_host: None,
             ended: false,
             fp_ready: false,
@@ -262,7 +262,6 @@ impl<'a> JitEmit<'a> {
     pub fn emit(mut self) -> (FunctionBuilder<'a>, Emitted) {
         let plan = self.plan;
         let dirty_in = dirty_on_entry(plan);
-        let live_in = flags_live_on_entry(plan);
         for (k, block) in plan.blocks.iter().enumerate() {
             let target = self.blocks[k];
             self.b.switch_to_block(target);
@@ -273,7 +272,6 @@ impl<'a> JitEmit<'a> {
             self.ended = false;
             self.fp_ready = false;
             self.fp_unused = (self.dirty.x, self.dirty.y);
-            self.flags_live_out = flags_live_behind(plan, &live_in, k, block);
             for (n, i) in block.insns.iter().enumerate() {
                 self.off = u64::from(i.off);
                 self.done = n as i64;
@@ -518,9 +516,7 @@ impl<'a> JitEmit<'a> {
     /// Ends the current (cold) block by a side exit.
     fn leave_to_interpreter(&mut self) {
         self.store_dirty();
-        if self.flags_dirty && !matches!(self.flags, FlagVal::Memory) {
-            self.store_flags_copy();
-        }
+        self.store_pending_flags();
         let mut arguments = vec![BlockArg::Value(self.b.ins().iconst(I64, self.off as i64))];
         if let Some(var) = self.count {
             let count = self.b.use_var(var);
@@ -564,6 +560,8 @@ impl<'a> JitEmit<'a> {
         self.b.ins().brif(kick, out, &[], go_on, &[]);
         self.b.switch_to_block(out);
         self.store_dirty();
+        // An interrupt will push them.
+        self.store_pending_flags();
         let rip = self.ip_at(off);
         self.b.ins().store(aligned(), rip, self.cpu, at!(s.rip));
         self.add_count(0);
@@ -586,6 +584,7 @@ impl<'a> JitEmit<'a> {
         if let Some(k) = self.plan.find(off) {
             return self.go_to_block(k);
         }
+        self.store_pending_flags();
         let rip = self.ip_at(off);
         self.leave_to(rip);
         let name = if (0..=PAGE_MASK as i64).contains(&off) {
@@ -605,11 +604,24 @@ impl<'a> JitEmit<'a> {
     }
 
     fn go_to_block(&mut self, k: usize) {
+        let dirty = self.flags_dirty;
+        if self.flags_live_in[k] {
+            self.store_pending_flags();
+            self.flags_dirty = false;
+        }
         if k <= self.current {
             self.poll(self.plan.blocks[k].off as i64);
         }
+        self.flags_dirty = dirty;
         let target = self.blocks[k];
         self.b.ins().jump(target, &[]);
+    }
+
+    /// The stores of [`Self::store_flags`] on one of several ways out of a block.
+    fn store_pending_flags(&mut self) {
+        if self.flags_dirty {
+            self.store_flags_copy();
+        }
     }
 
     /// Stores what leaving the region for `rip` needs in the CPU state.
@@ -621,9 +633,6 @@ impl<'a> JitEmit<'a> {
 
     /// Goes on at a page offset unconditionally.
     fn go(&mut self, off: i64) {
-        if self.flags_live_out {
-            self.store_flags();
-        }
         self.count_block();
         self.edge(off);
         self.ended = true;
@@ -740,6 +749,17 @@ impl<'a> JitEmit<'a> {
         let dfg = &self.b.func.dfg;
         match dfg.insts[dfg.value_def(v).inst()?] {
             InstructionData::UnaryImm { opcode: Opcode::Iconst, imm } => Some(imm.bits() as u64),
+            _ => None,
+        }
+    }
+
+    /// The boolean whose opposite a value is known to be.
+    fn negated(&self, v: Value) -> Option<Value> {
+        let dfg = &self.b.func.dfg;
+        match dfg.insts[dfg.value_def(v).inst()?] {
+            InstructionData::Binary { opcode: Opcode::Bxor, args: [c, one] } if self.constant(one) == Some(1) => {
+                Some(c)
+            }
             _ => None,
         }
     }
@@ -966,7 +986,9 @@ impl Emit for JitEmit<'_> {
             Cmp::Eq => IntCC::Equal,
             Cmp::Ne => IntCC::NotEqual,
             Cmp::Ltu => IntCC::UnsignedLessThan,
+            Cmp::Geu => IntCC::UnsignedGreaterThanOrEqual,
             Cmp::Lts => IntCC::SignedLessThan,
+            Cmp::Ges => IntCC::SignedGreaterThanOrEqual,
         };
         if let (Some(x), Some(y)) = (self.constant(x), self.constant(y)) {
             return self.imm::<W8>(eval::cmp::<W>(op, x, y).into());
@@ -1332,12 +1354,12 @@ impl Emit for JitEmit<'_> {
     }
 
     fn branch_rel(&mut self, i: &Insn, c: Value) -> Result<(), Unsupported> {
-        if self.flags_live_out {
-            self.store_flags();
-        }
         self.count_block();
         let (taken, next) = (self.b.create_block(), self.b.create_block());
-        self.b.ins().brif(c, taken, &[], next, &[]);
+        match self.negated(c) {
+            Some(c) => self.b.ins().brif(c, next, &[], taken, &[]),
+            None => self.b.ins().brif(c, taken, &[], next, &[]),
+        };
         self.b.switch_to_block(taken);
         self.edge(i.next_off() as i64 + i.imm as i64);
         self.b.switch_to_block(next);

@@ -164,7 +164,7 @@ pub struct Jit {
     thunks: Vec<Stub>,
     /// What the vCPU has not been told yet.
     pub changes: Vec<Change>,
-    /// Whether regions count the guest instructions they complete.
+    /// Whether regions count the guest instructions they complete, for statistics and lock-step; it costs a few percent.
     pub counted: bool,
     /// Names regions for Linux perf.
     perf: Option<PerfMap>,
@@ -211,7 +211,7 @@ impl Jit {
             lookup,
             thunks,
             changes: Vec::new(),
-            counted: true,
+            counted: false,
             perf: None,
             counts: JitCounts::default(),
         };

@@ -104,8 +104,24 @@ fn top<E: Emit>(e: &mut E, v: E::V) -> E::V {
     e.bit::<W64>(v, 63)
 }
 
+/// A shift by a constant that leaves something of the operand, if this is one.
+#[inline(always)]
+fn by_constant<E: Emit, W: Width>(e: &mut E, i: &Insn, op: Bin) -> Option<Result<(), E::Trap>> {
+    let n = match count::<E, W>(e, i, 1) {
+        Count::Fixed(n) if (1..u64::from(W::BITS)).contains(&n) => n,
+        _ => return None,
+    };
+    Some(e.modify::<W>(i, 0, |e, a| {
+        let r = e.bin_imm::<W>(op, a, n);
+        (r, Some(Flags::Shift { op, a, n: n as u32, r }))
+    }))
+}
+
 #[inline(always)]
 fn shl<E: Emit, W: Width>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
+    if let Some(done) = by_constant::<E, W>(e, i, Bin::Shl) {
+        return done;
+    }
     shift::<E, W>(e, i, 1, false, |e, a, k| {
         // In a 64-bit word whose top holds the operand, the last bit shifted out is the top one before the last step.
         let wide = e.zext::<W, W64>(a);
@@ -133,6 +149,9 @@ fn right<E: Emit, W: Width>(e: &mut E, op: Bin, wide: E::V, k: E::V) -> (E::V, E
 
 #[inline(always)]
 fn shr<E: Emit, W: Width>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
+    if let Some(done) = by_constant::<E, W>(e, i, Bin::Shr) {
+        return done;
+    }
     shift::<E, W>(e, i, 1, false, |e, a, k| {
         let wide = e.zext::<W, W64>(a);
         let (r, cf) = right::<E, W>(e, Bin::Shr, wide, k);
@@ -143,6 +162,9 @@ fn shr<E: Emit, W: Width>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
 
 #[inline(always)]
 fn sar<E: Emit, W: Width>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
+    if let Some(done) = by_constant::<E, W>(e, i, Bin::Sar) {
+        return done;
+    }
     shift::<E, W>(e, i, 1, false, |e, a, k| {
         let wide = e.sext::<W, W64>(a);
         let (r, cf) = right::<E, W>(e, Bin::Sar, wide, k);
