@@ -374,8 +374,9 @@ impl Vcpu {
             let e = Exception { vector: vector::DB, error: None, payload: hit };
             return self.cpu.deliver(Event::Fault(e));
         }
-        let insn = match self.fetch_one() {
-            Ok(insn) => insn,
+        let insn = match self.find_block().map(|id| self.blocks.get(id).insns.first().copied()) {
+            Ok(Some(insn)) => insn,
+            Ok(None) => return Ok(()),
             Err(Trap) => return self.fault(),
         };
         let cpu = &mut self.cpu;
