@@ -23,7 +23,7 @@ pub enum Exit {
 }
 
 /// Entries of the jump cache.
-pub(crate) const JUMP_ENTRIES: usize = 4096;
+pub(crate) const JUMP_ENTRIES: usize = 16384;
 /// A key that no address has.
 const NO_KEY: u64 = u64::MAX;
 const NO_ENTRY: JumpEntry = JumpEntry { key: NO_KEY, code: 0, block: 0 };
@@ -474,22 +474,22 @@ impl Vcpu {
             self.flush_jump_cache();
         }
         let gpa = self.cpu.translate_code(linear)?;
-        let id = match self.blocks.find(gpa, self.cpu.mode) {
+        let mut id = match self.blocks.find(gpa, self.cpu.mode) {
             Some(id) => id,
             None => self.decode_block(gpa)?,
         };
         let block = self.blocks.get(id);
         if let Some(page) = block.next_page {
-            // Whether the second page still is what was decoded is asked each time, so the entry is not cached.
-            let next = linear.wrapping_add(u64::from(block.len) - 1);
-            let len = block.len;
+            // The second page must be the one that was decoded. Having been asked for, its translation can't change
+            // without the entry being dropped, as for the first.
+            let (next, len) = (linear.wrapping_add(u64::from(block.len) - 1), block.len);
             if self.cpu.translate_code(next & !PAGE_MASK)? & !PAGE_MASK != page {
                 let first = gpa & !PAGE_MASK;
                 self.invalidate(first, crate::mem::granule_mask(gpa & PAGE_MASK, u64::from(len)));
-                return self.decode_block(gpa);
+                id = self.decode_block(gpa)?;
             }
-            return Ok(id);
         }
+        let block = self.blocks.get(id);
         let stub = self.jit.as_ref().map_or(0, Jit::stub);
         let code = if block.code != 0 && self.cpu.journal.is_none() { block.code } else { stub };
         self.jump[jump_index(linear)] = JumpEntry { key: self.cpu.code_key(linear), code, block: id };

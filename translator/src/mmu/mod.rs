@@ -16,7 +16,7 @@ use tlb::{CHECKED, Class, EMPTY, GLOBAL, JumpFlush, LARGE, SLOW, Table, TlbEntry
 use walk::{Access, Paging, Walk, walk};
 
 /// Entries of the code TLB.
-const CODE_ENTRIES: usize = 256;
+const CODE_ENTRIES: usize = 1024;
 
 /// One translation for instruction fetch.
 #[derive(Clone, Copy)]

@@ -200,7 +200,8 @@ impl Tlb {
         let s = &mut self.slots[victim];
         s.pcid = pcid;
         s.last_use = self.clock;
-        s.tables.iter_mut().for_each(Table::flush);
+        // Global translations are those of every address space.
+        s.tables.iter_mut().for_each(Table::flush_non_global);
         self.current = victim;
         self.retag(victim)
     }
