@@ -184,12 +184,11 @@ impl Cpu {
                 mode |= Mode::FLAT;
             }
         }
-        let fpu = s.cr0 & (cr::CR0_EM | cr::CR0_TS) == 0;
-        if fpu && s.cr4 & cr::CR4_OSFXSR != 0 {
+        if s.cr0 & (cr::CR0_EM | cr::CR0_TS) == 0 && s.cr4 & cr::CR4_OSFXSR != 0 {
             mode |= Mode::SSE;
-            if s.cr4 & cr::CR4_OSXSAVE != 0 && s.xcr0 & 6 == 6 {
-                mode |= Mode::AVX;
-            }
+        }
+        if s.cr0 & cr::CR0_TS == 0 && s.avx_enabled() {
+            mode |= Mode::AVX;
         }
         self.mode = Mode(mode);
         self.class = self.access_class();

@@ -343,6 +343,22 @@ mod tests {
         assert_eq!(max.cpuid(0xd, 2, &s), [256, 576, 0, 0]);
     }
 
+    /// The levels of the x86-64 psABI (chapter 3.1.1), as sets of instruction classes.
+    #[test]
+    fn levels_are_the_abis() {
+        let v2 = [F::CMOV, F::CX8, F::FPU, F::FXSR, F::MMX, F::SYSCALL, F::SSE, F::SSE2, F::CMPXCHG16B, F::POPCNT];
+        let v2 = v2.into_iter().chain([F::SSE3, F::SSE4_1, F::SSE4_2, F::SSSE3]);
+        let v3 = [F::AVX, F::AVX2, F::BMI1, F::BMI2, F::F16C, F::FMA, F::LZCNT, F::MOVBE, F::XSAVE];
+        for f in v2 {
+            assert!(CpuModel::new(V2, 1, 0).supports(f), "{f:?}");
+        }
+        for f in v3 {
+            assert!(!CpuModel::new(V2, 1, 0).supports(f) && CpuModel::new(V3, 1, 0).supports(f), "{f:?}");
+        }
+        let [_, _, ecx, _] = CpuModel::new(V2, 1, 0).cpuid(0x8000_0001, 0, &CpuState::reset());
+        assert_eq!(ecx & 1, 1, "LAHF and SAHF in 64-bit mode");
+    }
+
     #[test]
     fn instructions_follow_the_bits() {
         let [v2, v3, max] = [V2, V3, Max].map(|l| CpuModel::new(l, 1, 0));

@@ -57,7 +57,7 @@ impl Mode {
     pub const FLAT: u8 = 8;
     /// SSE instructions run (CR0.EM=0, CR0.TS=0, CR4.OSFXSR=1).
     pub const SSE: u8 = 16;
-    /// AVX instructions run too (CR4.OSXSAVE=1, XCR0 has SSE and AVX).
+    /// AVX instructions run (protected mode, CR0.TS=0, CR4.OSXSAVE=1, XCR0 has SSE and AVX).
     pub const AVX: u8 = 32;
 
     /// Whether a bit of the constants above is set.

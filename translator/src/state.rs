@@ -347,6 +347,13 @@ impl CpuState {
         self.long_mode() && self.seg[usize::from(seg::CS)].attr & Segment::L != 0
     }
 
+    /// Whether AVX instructions exist here and now, CR0.TS aside: neither CR0.EM nor CR4.OSFXSR matters to them, but
+    /// real-address and virtual-8086 mode have no VEX prefix (SDM vol. 2 §2.4, §2.3.5).
+    #[inline(always)]
+    pub fn avx_enabled(&self) -> bool {
+        self.protected() && !self.vm86() && self.cr4 & cr::CR4_OSXSAVE != 0 && self.xcr0 & 6 == 6
+    }
+
     /// Whether the CPU is in virtual-8086 mode.
     #[inline(always)]
     pub fn vm86(&self) -> bool {

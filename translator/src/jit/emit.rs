@@ -25,7 +25,7 @@ use crate::insn::{Insn, Mode};
 use crate::jit::Unsupported;
 use crate::jit::frame::{lazy, reason};
 use crate::jit::region::{End, Plan, RegionBlock};
-use crate::jit::usage::Regs;
+use crate::jit::usage::{Regs, Usage};
 use crate::mmu::tlb::{TLB_ENTRIES, TlbEntry};
 use crate::simd::fp::FpFmt;
 use crate::state::seg;
@@ -119,6 +119,13 @@ pub struct JitEmit<'a> {
     ended: bool,
     /// Whether the host's MXCSR is the guest's at this point.
     pub(super) fp_ready: bool,
+    /// Vector registers whose value may be a floating-point result that nothing has used yet: bits of low and high
+    /// halves. What sets flags in MXCSR must be computed even if its result is overwritten.
+    pub(super) fp_unused: (u16, u16),
+    /// The same of registers that the instruction being emitted has read.
+    pub(super) fp_read: (u16, u16),
+    /// Whether the instruction being emitted computes such results.
+    pub(super) fp_result: bool,
     emitted: Emitted,
 }
 
@@ -202,6 +209,9 @@ impl<'a> JitEmit<'a> {
             rmw_host: None,
             ended: false,
             fp_ready: false,
+            fp_unused: (0, 0),
+            fp_read: (0, 0),
+            fp_result: false,
             emitted: Emitted::default(),
         };
         let off = e.b.ins().band_imm_u(rip, PAGE_MASK as i64);
@@ -261,10 +271,12 @@ impl<'a> JitEmit<'a> {
             self.flags_dirty = false;
             self.ended = false;
             self.fp_ready = false;
+            self.fp_unused = (self.dirty.x, self.dirty.y);
             for (n, i) in block.insns.iter().enumerate() {
                 self.off = u64::from(i.off);
                 self.done = n as i64;
                 self.rmw_host = None;
+                (self.fp_result, self.fp_read) = (false, (0, 0));
                 self.instruction(i);
             }
             if !self.ended {
@@ -280,7 +292,9 @@ impl<'a> JitEmit<'a> {
     fn instruction(&mut self, i: &Insn) {
         // The instruction may turn out to have no compiled form halfway: what it emitted so far has no effect then.
         let saved = (self.dirty, self.flags.clone(), self.flags_dirty, self.fp_ready);
-        if let Some(f) = i.sem.jit {
+        // Only what usage has seen to the end has all its registers declared.
+        let whole = i.sem.usage.is_some_and(|f| f(&mut Usage::default(), i).is_ok());
+        if let Some(f) = i.sem.jit.filter(|_| whole) {
             self.done += 1;
             let result = f(self, i);
             self.done -= 1;
@@ -398,6 +412,7 @@ impl<'a> JitEmit<'a> {
                     self.b.ins().store(plain(), value, cpu, offset);
                 }
             };
+            self.fp_unused = (0, 0);
             put(self.gpr[r], d.gpr, gpr_at(r));
             put(self.x[r], d.x, x_at(r));
             put(self.y[r], d.y, x_at(r) + 16);
@@ -768,6 +783,17 @@ impl<'a> JitEmit<'a> {
         vars[usize::from(r & 15)].unwrap_or(Variable::from_u32(0))
     }
 
+    /// Keeps the value of a variable that is about to be overwritten from being dropped as unused.
+    fn use_result(&mut self, var: Variable) {
+        let v = self.b.use_var(var);
+        self.keep(v);
+    }
+
+    /// Keeps the computation of a value whose flags in MXCSR matter: the value itself goes where nothing looks for it.
+    pub(super) fn keep(&mut self, v: Value) {
+        self.b.ins().store(plain(), v, self.cpu, at!(jit.bounce));
+    }
+
     /// Bitcasts a vector to another lane type.
     pub fn lanes(&mut self, v: Value, t: Type) -> Value {
         let flags = MemFlagsData::new().with_endianness(cranelift_codegen::ir::Endianness::Little);
@@ -1106,24 +1132,36 @@ impl Emit for JitEmit<'_> {
     }
 
     fn xmm(&mut self, r: u8) -> Value {
+        self.fp_read.0 |= 1 << (r & 15);
         let v = self.var(&self.x, r);
         self.b.use_var(v)
     }
 
     fn set_xmm(&mut self, r: u8, v: Value) {
+        let bit = 1 << (r & 15);
         let var = self.var(&self.x, r);
+        if self.fp_unused.0 & bit != 0 {
+            self.use_result(var);
+        }
+        self.fp_unused.0 = self.fp_unused.0 & !bit | if self.fp_result { bit } else { 0 };
         let v = self.lanes(v, I8X16);
         self.b.def_var(var, v);
         self.dirty.x |= 1 << (r & 15);
     }
 
     fn ymm_high(&mut self, r: u8) -> Value {
+        self.fp_read.1 |= 1 << (r & 15);
         let v = self.var(&self.y, r);
         self.b.use_var(v)
     }
 
     fn set_ymm_high(&mut self, r: u8, v: Value) {
+        let bit = 1 << (r & 15);
         let var = self.var(&self.y, r);
+        if self.fp_unused.1 & bit != 0 {
+            self.use_result(var);
+        }
+        self.fp_unused.1 = self.fp_unused.1 & !bit | if self.fp_result { bit } else { 0 };
         let v = self.lanes(v, I8X16);
         self.b.def_var(var, v);
         self.dirty.y |= 1 << (r & 15);

@@ -9,7 +9,7 @@ use std::mem::offset_of;
 
 use cranelift_codegen::ir::condcodes::{FloatCC, IntCC};
 use cranelift_codegen::ir::types::{F32, F32X4, F64, F64X2, I8, I8X16, I16X8, I32, I32X4, I64, I64X2};
-use cranelift_codegen::ir::{InstBuilder, Type, Value};
+use cranelift_codegen::ir::{InstBuilder, MemFlagsData, Type, Value};
 
 use crate::code::HostIsa;
 use crate::cpu::Cpu;
@@ -424,6 +424,9 @@ impl JitEmit<'_> {
     /// Makes the guest's MXCSR the host's, unless it is already; leaves to the interpreter if the guest has unmasked
     /// an exception.
     fn begin_fp(&mut self) {
+        // What the operands were is part of the result; a shuffle would perhaps drop them.
+        self.fp_unused = (self.fp_unused.0 & !self.fp_read.0, self.fp_unused.1 & !self.fp_read.1);
+        self.fp_result = true;
         if self.fp_ready {
             return;
         }
@@ -470,6 +473,10 @@ impl JitEmit<'_> {
     ) -> Result<(Value, Option<Value>), Unsupported> {
         if !has_fp(op) {
             return Err(Unsupported);
+        }
+        if matches!(op, FpCall::Convert(_) | FpCall::Arith(FpOp::Sqrt, _)) {
+            // Their first operand is read for the lanes that they keep, which may be none.
+            self.fp_read = (0, 0);
         }
         self.begin_fp();
         let low = self.fp_lane(op, low)?;
@@ -646,16 +653,16 @@ impl JitEmit<'_> {
         self.begin_fp();
         let v = self.element(b, fmt);
         let limit = if wide { 63 } else { 31 };
-        let bound = if fmt.is_double() {
-            self.b.ins().f64const(2f64.powi(limit))
-        } else {
-            self.b.ins().f32const(2f32.powi(limit))
-        };
-        let size = self.b.ins().fabs(v);
-        let inside = self.b.ins().fcmp(FloatCC::LessThan, size, bound);
-        let outside = self.b.ins().icmp_imm_u(IntCC::Equal, inside, 0);
+        // The sizes are compared as integers, as a comparison of denormals raises what the conversion does not.
+        let (t, bound) =
+            if fmt.is_double() { (I64, 2f64.powi(limit).to_bits()) } else { (I32, 2f32.powi(limit).to_bits().into()) };
+        let bits = self.b.ins().bitcast(t, MemFlagsData::new(), v);
+        let sign = if fmt.is_double() { i64::MIN } else { 1 << 31 };
+        let size = self.b.ins().band_imm_u(bits, !sign & if fmt.is_double() { -1 } else { 0xffff_ffff });
+        let outside = self.b.ins().icmp_imm_u(IntCC::UnsignedGreaterThanOrEqual, size, bound as i64);
         self.side_exit_if(outside);
         let r = self.b.ins().fcvt_to_sint_sat(if wide { I64 } else { I32 }, v);
+        self.keep(r);
         Ok(if wide { r } else { self.b.ins().uextend(I64, r) })
     }
 

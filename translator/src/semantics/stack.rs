@@ -96,6 +96,7 @@ fn pusha(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
         bytes[at..at + n as usize].copy_from_slice(&cpu.s.gpr[r].to_le_bytes()[..n as usize]);
     }
     let linear = cpu.linearize(seg::SS, sp, 8 * n, true)?;
+    cpu.check_alignment(linear, n)?;
     cpu.store_bytes(linear, &bytes[..8 * n as usize])?;
     cpu.set_stack_pointer(i, sp);
     Ok(())
@@ -106,6 +107,7 @@ fn popa(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     let sp = cpu.stack_pointer(i);
     let linear = cpu.linearize(seg::SS, sp, 8 * n as u64, false)?;
     let mut bytes = [0; 32];
+    cpu.check_alignment(linear, n as u64)?;
     cpu.load_bytes(linear, &mut bytes[..8 * n])?;
     for r in (0..8u8).filter(|&r| r != gpr::RSP) {
         let at = (7 - usize::from(r)) * n;

@@ -25,15 +25,17 @@ impl Case {
 
 /// The three of them.
 pub(crate) struct Bench {
+    bits: u32,
     host: Native,
     interpreter: Engine,
     compiler: Engine,
 }
 
 impl Bench {
-    /// `None`, with the reason printed, where the host cannot serve.
-    pub(crate) fn new() -> Option<Bench> {
-        Some(Bench { host: Native::take()?, interpreter: Engine::new(false), compiler: Engine::new(true) })
+    /// For code of 32 or 64 bits; `None`, with the reason printed, where the host cannot serve.
+    pub(crate) fn new(bits: u32) -> Option<Bench> {
+        let host = Native::take(bits)?;
+        Some(Bench { bits, host, interpreter: Engine::new(false, bits), compiler: Engine::new(true, bits) })
     }
 
     /// Runs code from each state. The processor says what is right, but the engines must agree in what is undefined,
@@ -45,25 +47,36 @@ impl Bench {
         let mut completed = 0;
         let warm: Vec<Machine> = cases.iter().take(3).map(|c| c.before.clone()).collect();
         self.host.load(code);
-        self.interpreter.load(code, &[]);
-        self.compiler.load(code, &warm);
+        self.interpreter.load(code, &[])?;
+        self.compiler.load(code, &warm)?;
         for Case { before, undefined, undefined_at_fault } in cases {
             let expected = self.host.run(before);
             completed += usize::from(expected.fault.is_none());
             let undefined = if expected.fault.is_some() { *undefined_at_fault } else { *undefined };
-            let expected = normal(expected, undefined);
+            let bits = self.bits;
+            let expected = normal(expected, undefined, bits);
             let interpreted = self.interpreter.run(before);
             let compiled = self.compiler.run(before);
-            compare(before, "interpreted", "compiled", &normal(interpreted.clone(), 0), &normal(compiled, 0))?;
-            compare(before, "processor", "interpreted", &expected, &normal(interpreted, undefined))?;
+            compare(
+                before,
+                "interpreted",
+                "compiled",
+                &normal(interpreted.clone(), 0, bits),
+                &normal(compiled, 0, bits),
+            )?;
+            compare(before, "processor", "interpreted", &expected, &normal(interpreted, undefined, bits))?;
         }
         Ok(completed)
     }
 }
 
 /// Without what is the operating system's business, or undefined.
-fn normal(mut m: Machine, undefined: u64) -> Machine {
+fn normal(mut m: Machine, undefined: u64, bits: u32) -> Machine {
     m.flags &= (flag::STATUS | flag::DF) & !undefined;
+    if bits == 32 {
+        // What 32-bit code cannot see is undefined.
+        m.gpr = std::array::from_fn(|n| if n < 8 { m.gpr[n] & 0xffff_ffff } else { 0 });
+    }
     m
 }
 

@@ -12,6 +12,8 @@ use super::{
 use crate::addr::PAGE_SIZE;
 use crate::exception::vector;
 use crate::insn::Mode;
+use crate::jit::compile::Compiler;
+use crate::jit::region::Plan;
 use crate::jit::{Jit, THRESHOLD};
 use crate::state::{CpuState, Segment, Table, cr, seg};
 use crate::vcpu::Vcpu;
@@ -34,16 +36,18 @@ const USER_DATA: u16 = 0x1b;
 /// One engine with the code that it runs.
 pub(crate) struct Engine {
     compile: bool,
+    bits: u32,
     vcpu: Vcpu,
     memory: Arc<GuestMemoryMmap>,
     start: CpuState,
+    mode: Mode,
     page: u64,
     len: u64,
 }
 
 impl Engine {
-    /// The interpreter, or the compiler.
-    pub(crate) fn new(compile: bool) -> Engine {
+    /// The interpreter, or the compiler, for code of 32 (in compatibility mode) or 64 bits.
+    pub(crate) fn new(compile: bool, bits: u32) -> Engine {
         let Guest { mut cpu, memory } = Guest::code64();
         for n in 0..512 {
             let entry = match WINDOW + n * PAGE_SIZE {
@@ -73,21 +77,24 @@ impl Engine {
         s.gdtr = Table { base: GDT, limit: 0x27 };
         s.tr = Segment { base: TSS, limit: 0x67, attr: 0x8b, selector: 0x28 };
         s.seg = [Segment { base: 0, limit: u32::MAX, attr: 0xc0f3, selector: USER_DATA }; 6];
-        s.seg[usize::from(seg::CS)] = Segment { attr: 0xa0fb, selector: USER_CODE, ..s.seg[0] };
+        let code = if bits == 32 { 0xc0fb } else { 0xa0fb };
+        s.seg[usize::from(seg::CS)] = Segment { attr: code, selector: USER_CODE, ..s.seg[0] };
         s.cpl = 3;
         s.cr0 |= cr::CR0_WP | cr::CR0_AM | cr::CR0_NE | cr::CR0_MP;
         s.cr4 |= cr::CR4_OSXSAVE | cr::CR4_FSGSBASE;
         s.xcr0 = 7;
         s.rip = INSN;
         cpu.set_state(s.clone());
+        let mode = cpu.mode;
         let jit = compile.then(|| Jit::new(8 << 20, 1).unwrap());
-        Engine { compile, vcpu: Vcpu::new(cpu, jit), memory, start: s, page: CODE_PAGES.start, len: 0 }
+        Engine { compile, bits, vcpu: Vcpu::new(cpu, jit), memory, start: s, mode, page: CODE_PAGES.start, len: 0 }
     }
 
-    /// Puts code in place. Compiled, it is so from now on; `warm` are states that reach the parts that matter.
-    pub(crate) fn load(&mut self, code: &[u8], warm: &[Machine]) {
+    /// Puts code in place. Compiled, it is so from now on, or says why not; `warm` are states that reach the parts that
+    /// matter.
+    pub(crate) fn load(&mut self, code: &[u8], warm: &[Machine]) -> Result<(), String> {
         if self.page + PAGE_SIZE >= CODE_PAGES.end {
-            *self = Engine::new(self.compile);
+            *self = Engine::new(self.compile, self.bits);
         }
         self.page += PAGE_SIZE;
         self.len = code.len() as u64;
@@ -100,9 +107,7 @@ impl Engine {
         self.memory.write_obj(self.page | 7, GuestAddress(entry)).unwrap();
         self.vcpu.cpu.flush_tlb_page(CODE);
         self.vcpu.flush_jump_cache();
-        if self.compile {
-            self.warm(warm);
-        }
+        if self.compile { self.warm(warm) } else { Ok(()) }
     }
 
     fn gpa(&self) -> u64 {
@@ -110,11 +115,11 @@ impl Engine {
     }
 
     /// Interprets the code from some states, then has it compiled.
-    fn warm(&mut self, warm: &[Machine]) {
+    fn warm(&mut self, warm: &[Machine]) -> Result<(), String> {
         for state in warm {
             self.run(state);
         }
-        let (entry, mode) = (self.gpa(), self.vcpu.cpu.mode);
+        let (entry, mode) = (self.gpa(), self.mode);
         for at in entry..entry + self.len {
             if let Some(id) = self.vcpu.blocks.find(at, mode) {
                 // The entry asks for a region the next time it is interpreted, and the others belong to it.
@@ -122,13 +127,28 @@ impl Engine {
             }
         }
         let (entries, deadline) = (self.vcpu.counts.entries, Instant::now() + Duration::from_secs(60));
+        let failed = |vcpu: &Vcpu| vcpu.jit.as_ref().map_or(0, |j| j.counts.failed);
+        let failures = failed(&self.vcpu);
         loop {
             self.run(&warm[0]);
             if self.vcpu.counts.entries > entries {
-                break;
+                return Ok(());
             }
-            assert!(Instant::now() < deadline, "nothing was compiled");
+            if failed(&self.vcpu) > failures || Instant::now() > deadline {
+                return Err(self.why_not());
+            }
             std::thread::sleep(Duration::from_micros(20));
+        }
+    }
+
+    /// Why the code in place does not compile.
+    fn why_not(&self) -> String {
+        let Some(plan) = Plan::grow(&self.vcpu.blocks, self.gpa(), self.mode, false) else {
+            return "there is nothing to compile".into();
+        };
+        match Compiler::new().and_then(|mut c| c.compile(&plan)) {
+            Ok(_) => "it was not compiled in time".into(),
+            Err(why) => format!("not compiled: {why}"),
         }
     }
 

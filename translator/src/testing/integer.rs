@@ -508,7 +508,7 @@ pub(super) fn each(r: &mut Random, mut f: impl FnMut(&mut Random, &str, Operands
 
 #[test]
 fn as_the_processor_does() {
-    let Some(mut bench) = Bench::new() else { return };
+    let Some(mut bench) = Bench::new(64) else { return };
     let mut r = Random::new(1);
     let mut failures: Vec<String> = Vec::new();
     let mut skipped = std::collections::BTreeSet::new();

@@ -11,6 +11,10 @@ const PAGE: usize = 0x1000;
 /// Where a taken branch and a fault go on.
 const BRANCHED: u64 = FALL + 0x200;
 const FAULTED: u64 = FALL + 0x400;
+/// The prologue of 32-bit code.
+const START32: u64 = WINDOW + 0x200;
+/// 32-bit code goes on here, and from here to the 64-bit code at [`FALL`].
+const FALL32: u64 = FALL + 0x600;
 /// Registers, flags, the way out, the host's stack pointer and MXCSR, and what the signal handler notes.
 const CONTEXT: u64 = WINDOW + 0xc000;
 const FLAGS: u64 = CONTEXT + 16 * 8;
@@ -21,6 +25,12 @@ const VECTOR: u64 = CONTEXT + 20 * 8;
 const ERROR: u64 = CONTEXT + 21 * 8;
 const ADDRESS: u64 = CONTEXT + 22 * 8;
 const FAULT_IP: u64 = CONTEXT + 23 * 8;
+/// A far pointer to 32-bit code.
+const FAR32: u64 = CONTEXT + 24 * 8;
+/// Linux's selectors of user mode's code, and of data that 32-bit code can use.
+const CS32: u16 = 0x23;
+const CS64: u16 = 0x33;
+const DS: u32 = 0x2b;
 /// An XSAVE area of x87, SSE and AVX state.
 const AREA: u64 = CONTEXT + 0x400;
 const AREA_HEADER: u64 = AREA + 512;
@@ -32,6 +42,7 @@ static WINDOW_IN_USE: Mutex<bool> = Mutex::new(false);
 /// Exclusive use of the window.
 pub(crate) struct Native {
     _lock: MutexGuard<'static, bool>,
+    bits: u32,
     len: usize,
 }
 
@@ -43,8 +54,8 @@ fn slot(at: u64) -> AsmMemoryOperand {
     qword_ptr(at)
 }
 
-/// The code that loads the registers and jumps to [`INSN`].
-fn prologue() -> Result<Vec<u8>, IcedError> {
+/// The code that loads the registers and jumps to [`INSN`], the code there being 32- or 64-bit.
+fn prologue(bits: u32) -> Result<Vec<u8>, IcedError> {
     let mut a = CodeAssembler::new(64)?;
     for r in [rbx, rbp, r12, r13, r14, r15] {
         a.push(r)?;
@@ -55,13 +66,24 @@ fn prologue() -> Result<Vec<u8>, IcedError> {
     a.mov(eax, COMPONENTS)?;
     a.mov(edx, 0)?;
     a.xrstor64(ptr(AREA))?;
+    if bits == 32 {
+        a.mov(eax, DS as i32)?;
+        a.mov(ds, eax)?;
+        a.mov(es, eax)?;
+    }
     a.push(slot(FLAGS))?;
     a.popfq()?;
     for (n, r) in registers().into_iter().enumerate() {
         a.mov(r, slot(CONTEXT + n as u64 * 8))?;
     }
-    a.jmp(INSN)?;
-    a.assemble(WINDOW)
+    if bits == 32 {
+        // JMP FAR [FAR32]
+        a.db(&[0xff, 0x2c, 0x25])?;
+        a.db(&(FAR32 as u32).to_le_bytes())?;
+    } else {
+        a.jmp(INSN)?;
+    }
+    a.assemble(if bits == 32 { START32 } else { WINDOW })
 }
 
 /// The code behind the instruction: notes the way it took, stores the registers, returns.
@@ -74,6 +96,10 @@ fn epilogue(way: u64, at: u64) -> Result<Vec<u8>, IcedError> {
     a.mov(rsp, slot(HOST_SP))?;
     a.pushfq()?;
     a.pop(slot(FLAGS))?;
+    // What 64-bit code expects in them.
+    a.mov(eax, 0)?;
+    a.mov(ds, eax)?;
+    a.mov(es, eax)?;
     a.mov(eax, COMPONENTS)?;
     a.mov(edx, 0)?;
     a.xsave64(ptr(AREA))?;
@@ -89,8 +115,8 @@ fn epilogue(way: u64, at: u64) -> Result<Vec<u8>, IcedError> {
 }
 
 impl Native {
-    /// Takes the window; `None`, with the reason printed, where this host cannot serve.
-    pub(crate) fn take() -> Option<Native> {
+    /// Takes the window for code of 32 or 64 bits; `None`, with the reason printed, where this host cannot serve.
+    pub(crate) fn take(bits: u32) -> Option<Native> {
         if !is_x86_feature_detected!("avx2") {
             eprintln!("skipped: this processor has no AVX2");
             return None;
@@ -104,14 +130,16 @@ impl Native {
                 eprintln!("skipped: the window at {WINDOW:#x} is not free on this host");
                 return None;
             }
-            let code = [(WINDOW, prologue()), (FALL, epilogue(0, FALL))];
+            let code = [(WINDOW, prologue(64)), (START32, prologue(32)), (FALL, epilogue(0, FALL))];
             for (at, code) in code.into_iter().chain([(1, BRANCHED), (2, FAULTED)].map(|(w, at)| (at, epilogue(w, at))))
             {
                 let code = code.unwrap();
-                assert!(code.len() < 0x200 || at == WINDOW && code.len() < 0x800);
+                assert!(code.len() <= 0x200);
                 put(at, &code);
             }
             put(TAKEN, &jump(TAKEN, BRANCHED));
+            put(FALL32, &[&[0xea][..], &(FALL as u32).to_le_bytes(), &CS64.to_le_bytes()].concat());
+            put(FAR32, &[&(INSN as u32).to_le_bytes()[..], &CS32.to_le_bytes()].concat());
             // Touched, so that a store finds a page and no permission.
             put(READ_ONLY, &[0]);
             protect(WINDOW, libc::PROT_READ | libc::PROT_EXEC);
@@ -120,7 +148,7 @@ impl Native {
             *mapped = true;
         }
         catch_signals();
-        Some(Native { _lock: mapped, len: 0 })
+        Some(Native { _lock: mapped, bits, len: 0 })
     }
 
     /// Puts code in place; what it falls through to is the end.
@@ -130,7 +158,7 @@ impl Native {
         assert!(next + 5 < CODE + PAGE as u64);
         protect(CODE, libc::PROT_READ | libc::PROT_WRITE);
         put(INSN, code);
-        put(next, &jump(next, FALL));
+        put(next, &jump(next, if self.bits == 32 { FALL32 } else { FALL }));
         protect(CODE, libc::PROT_READ | libc::PROT_EXEC);
     }
 
@@ -148,9 +176,10 @@ impl Native {
             put(AREA + 160 + 16 * n, &[y[0].to_le_bytes(), y[1].to_le_bytes()].concat());
             put(AREA_HIGH + 16 * n, &[y[2].to_le_bytes(), y[3].to_le_bytes()].concat());
         }
+        let start = if self.bits == 32 { START32 } else { WINDOW };
         // SAFETY: the prologue is a function without arguments that keeps the registers it must; the code in between
         // touches the window only, as the caller says, and what it raises is caught.
-        unsafe { std::mem::transmute::<*const (), extern "sysv64" fn()>(WINDOW as *const ())() };
+        unsafe { std::mem::transmute::<*const (), extern "sysv64" fn()>(start as *const ())() };
         let mut data = vec![0; before.data.len()];
         get(DATA, &mut data[..DATA_LEN]);
         get(EDGE, &mut data[DATA_LEN..]);
@@ -218,6 +247,9 @@ extern "C" fn on_signal(signal: libc::c_int, _: *mut libc::siginfo_t, context: *
     }
     put(FAULT_IP, &ip.to_le_bytes());
     registers[libc::REG_RIP as usize] = FAULTED as i64;
+    // CS is the lowest word of its quadword.
+    let selectors = &mut registers[libc::REG_CSGSFS as usize];
+    *selectors = *selectors & !0xffff | i64::from(CS64);
 }
 
 fn jump(from: u64, to: u64) -> [u8; 5] {

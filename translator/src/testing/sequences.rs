@@ -106,7 +106,7 @@ fn parts(r: &mut Random) -> [Vec<Part>; 2] {
             integers.extend(part(code, i, &mut info));
         }
     });
-    every::each(r, |_, code, i| {
+    every::each(r, 64, |_, code, i| {
         // every.rs says why not: MMX state at faults, SHA's alignment.
         let vector = (0..i.op_count()).any(|n| i.op_register(n).is_xmm() || i.op_register(n).is_ymm());
         let mmx = i.mnemonic() == Mnemonic::Cvtpi2ps || (0..i.op_count()).any(|n| i.op_register(n).is_mm());
@@ -223,7 +223,7 @@ fn state(r: &mut Random) -> Machine {
 
 #[test]
 fn as_the_processor_does() {
-    let Some(mut bench) = Bench::new() else { return };
+    let Some(mut bench) = Bench::new(64) else { return };
     let parts = parts(&mut Random::new(SEED));
     assert!(parts[0].len() > 2000 && parts[1].len() > 1500, "{} {}", parts[0].len(), parts[1].len());
     let mut completed = 0;

@@ -24,7 +24,7 @@ impl Judge {
         let mut state = Machine::new([0; 16], 0x202, vec![0; DATA_LEN]);
         state.gpr = [DATA + 0x80; 16];
         Some(Judge {
-            host: Native::take()?,
+            host: Native::take(64)?,
             model: CpuModel::new(Level::Max, 1, 0),
             state,
             compared: 0,
@@ -108,7 +108,7 @@ fn legacy_maps() {
 fn prefixes_that_must_not_be_there() {
     let Some(mut judge) = Judge::new() else { return };
     let mut r = Random::new(3);
-    every::each(&mut r, |_, code, i| {
+    every::each(&mut r, 64, |_, code, i| {
         let o = i.code().op_code();
         let prefixes: &[u8] = match o.encoding() {
             EncodingKind::VEX => &[0xf0, 0xf2, 0xf3, 0x66, 0x48],

@@ -35,8 +35,7 @@ pub fn lookup(form: &Form<'_>) -> Option<&'static Sem> {
 
 /// #UD or #NM: the mode does not allow AVX.
 fn unavailable(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
-    let enabled = cpu.s.cr4 & cr::CR4_OSXSAVE != 0 && cpu.s.xcr0 & 6 == 6;
-    if enabled && cpu.s.cr0 & cr::CR0_TS != 0 {
+    if cpu.s.avx_enabled() && cpu.s.cr0 & cr::CR0_TS != 0 {
         return Err(cpu.raise(Exception::plain(vector::NM)));
     }
     Err(cpu.ud())

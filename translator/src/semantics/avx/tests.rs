@@ -55,9 +55,29 @@ fn faults() {
     let i = insn(&vmovdqa);
     assert!((sem.run)(&mut cpu, &i).is_err());
     assert_eq!(cpu.raised.vector, vector::UD);
-    (cpu.s.cr0, cpu.s.cr4, cpu.s.xcr0) = (cpu.s.cr0 | cr::CR0_TS, cpu.s.cr4 | cr::CR4_OSXSAVE, 7);
+    (cpu.s.cr0, cpu.s.cr4, cpu.s.xcr0) = (cpu.s.cr0 | cr::CR0_TS | cr::CR0_PE, cpu.s.cr4 | cr::CR4_OSXSAVE, 7);
     assert!((sem.run)(&mut cpu, &i).is_err());
     assert_eq!(cpu.raised.vector, vector::NM);
+}
+
+#[test]
+fn what_enables_it() {
+    let (pe, ts, em) = (cr::CR0_PE, cr::CR0_TS, cr::CR0_EM);
+    let xsave = cr::CR4_OSXSAVE;
+    for (cr0, cr4, xcr0, enabled) in [
+        (pe, xsave, 7, true),
+        (pe | em, xsave, 7, true),
+        (pe | ts, xsave, 7, false),
+        (pe, xsave, 3, false),
+        (pe, xsave, 5, false),
+        (pe, cr::CR4_OSFXSR, 7, false),
+        (0, xsave | cr::CR4_OSFXSR, 7, false),
+    ] {
+        let mut cpu = cpu();
+        (cpu.s.cr0, cpu.s.cr4, cpu.s.xcr0) = (cr0, cr4, xcr0);
+        cpu.mode_changed();
+        assert_eq!(cpu.mode.has(Mode::AVX), enabled, "{cr0:#x} {cr4:#x} {xcr0}");
+    }
 }
 
 #[test]
