@@ -84,11 +84,13 @@ pub fn restore() {
     put_back();
 }
 
-/// Restores the terminal before a panic's message is printed.
+/// Restores the terminal before a panic's message is printed, unless the run goes on after it.
 pub fn restore_on_panic() {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
-        restore();
+        if !diglot_runtime::survives_panics(std::thread::current().name()) {
+            restore();
+        }
         print(info);
     }));
 }

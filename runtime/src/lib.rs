@@ -17,3 +17,8 @@ pub use machine::{
     StopReason,
 };
 pub use stats::Stats;
+
+/// Whether a run goes on when the thread of this name panics: a region that can't be compiled stays interpreted.
+pub fn survives_panics(thread: Option<&str>) -> bool {
+    thread == Some(diglot_translator::jit::WORKER)
+}

@@ -33,11 +33,27 @@ pub struct Block {
     pub live: bool,
     /// Address of the compiled region that starts here, or 0.
     pub code: u64,
+    /// How often the block has become hot without being compiled, because its page keeps being rewritten.
+    pub postponed: u32,
+    /// Where the jump cache has it, if it does.
+    pub cached: Cached,
+}
+
+/// Where the jump cache has a block.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cached {
+    /// Nowhere.
+    #[default]
+    Nowhere,
+    /// At most at this index.
+    At(u32),
+    /// Perhaps at several: the page is mapped at several addresses.
+    Anywhere,
 }
 
 impl Block {
     /// The pages and granules that the block's bytes lie in.
-    fn extent(&self) -> impl Iterator<Item = (u64, u64)> {
+    pub fn extent(&self) -> impl Iterator<Item = (u64, u64)> {
         let offset = self.gpa & PAGE_MASK;
         let in_first = u64::from(self.len).min(PAGE_SIZE - offset);
         let rest = u64::from(self.len) - in_first;

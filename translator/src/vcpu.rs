@@ -1,7 +1,7 @@
 //! The dispatch loop of one vCPU: find the block, run it, take what came of it.
 
 use crate::addr::{PAGE_MASK, PAGE_SIZE};
-use crate::block::{Block, BlockCache, BlockId, MAX_INSNS};
+use crate::block::{Block, BlockCache, BlockId, Cached, MAX_INSNS};
 use crate::cpu::{Cpu, Kick};
 use crate::decode::{self, MAX_LEN};
 use crate::exception::{Exception, Trap, vector};
@@ -24,6 +24,8 @@ pub enum Exit {
 
 /// Entries of the jump cache.
 pub(crate) const JUMP_ENTRIES: usize = 16384;
+/// Invalidations of compiled code in a page after which its blocks must be twice as hot to be compiled again.
+const REWRITES: u32 = 8;
 /// A key that no address has.
 const NO_KEY: u64 = u64::MAX;
 const NO_ENTRY: JumpEntry = JumpEntry { key: NO_KEY, code: 0, block: 0 };
@@ -287,9 +289,18 @@ impl Vcpu {
     fn request_region(&mut self, id: BlockId) {
         let Some(jit) = &mut self.jit else { return };
         let block = self.blocks.get(id);
-        if !Jit::compiles(block.mode) || block.next_page.is_some() {
+        if !Jit::compiles(block.mode) {
             return;
         }
+        // A page that keeps being rewritten is interpreted for longer and longer.
+        let patience = 1 << (jit.rewrites(block.gpa) / REWRITES).min(8);
+        let block = self.blocks.get_mut(id);
+        block.postponed += 1;
+        if block.postponed < patience {
+            block.heat = 0;
+            return;
+        }
+        let block = self.blocks.get(id);
         let Some(mut plan) = Plan::grow(&self.blocks, block.gpa, block.mode, jit.counted) else { return };
         plan.rip = self.cpu.s.rip;
         let keys: Vec<_> = plan.keys().collect();
@@ -540,10 +551,20 @@ impl Vcpu {
                 id = self.decode_block(gpa)?;
             }
         }
-        let block = self.blocks.get(id);
         let stub = self.jit.as_ref().map_or(0, Jit::stub);
+        let index = jump_index(linear);
+        let block = self.blocks.get_mut(id);
         let code = if block.code != 0 && self.cpu.journal.is_none() { block.code } else { stub };
-        self.jump[jump_index(linear)] = JumpEntry { key: self.cpu.code_key(linear), code, block: id };
+        block.cached = match block.cached {
+            Cached::At(other)
+                if other != index as u32 && self.jump[other as usize & (JUMP_ENTRIES - 1)].block == id =>
+            {
+                Cached::Anywhere
+            }
+            Cached::Anywhere => Cached::Anywhere,
+            _ => Cached::At(index as u32),
+        };
+        self.jump[index] = JumpEntry { key: self.cpu.code_key(linear), code, block: id };
         Ok(id)
     }
 
@@ -594,7 +615,7 @@ impl Vcpu {
             }
             self.flush_jump_cache();
         }
-        let code = self.jit.as_ref().and_then(|j| j.find((gpa, self.cpu.mode.0))).unwrap_or(0);
+        let code = self.jit.as_ref().and_then(|j| j.find((gpa, self.cpu.mode.0), next_page)).unwrap_or(0);
         let block = Block {
             gpa,
             mode: self.cpu.mode,
@@ -604,6 +625,8 @@ impl Vcpu {
             heat: 0,
             live: true,
             code,
+            postponed: 0,
+            cached: Cached::Nowhere,
         };
         let (id, fresh) = self.blocks.insert(block, &self.cpu.ram);
         for page in fresh.into_iter().flatten() {
@@ -625,7 +648,20 @@ impl Vcpu {
     /// Drops blocks and regions that touch `granules` of a page.
     fn invalidate(&mut self, page: u64, granules: u64) {
         let gone = self.blocks.invalidate(page, granules, &self.cpu.ram);
-        if !gone.is_empty() {
+        let mut anywhere = false;
+        for &id in &gone {
+            match self.blocks.get(id).cached {
+                Cached::Nowhere => {}
+                Cached::At(index) => {
+                    let e = &mut self.jump[index as usize & (JUMP_ENTRIES - 1)];
+                    if e.block == id {
+                        *e = NO_ENTRY;
+                    }
+                }
+                Cached::Anywhere => anywhere = true,
+            }
+        }
+        if anywhere {
             self.jump.iter_mut().filter(|e| gone.contains(&e.block)).for_each(|e| *e = NO_ENTRY);
         }
         if let Some(jit) = &mut self.jit {

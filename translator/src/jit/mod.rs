@@ -38,6 +38,8 @@ pub struct Unsupported;
 
 /// Runs of a block before its region is compiled.
 pub const THRESHOLD: u32 = 400;
+/// Name of the compile threads, whose panics are survived.
+pub const WORKER: &str = "compile";
 /// Regions that may wait for a worker.
 const QUEUE: usize = 256;
 
@@ -49,8 +51,8 @@ type RegionId = u64;
 /// A compiled region in the arena.
 struct Region {
     slot: Slot,
-    page: u64,
-    granules: u64,
+    /// Pages that its bytes lie in, and which granules of each.
+    extents: Vec<(u64, u64)>,
     /// Where it may be entered, as far as no later region has taken its place there.
     entries: Vec<Key>,
     /// Its blocks.
@@ -69,6 +71,9 @@ struct Entry {
     code: u64,
     /// Offset in the arena that direct branches of other regions lead to.
     tail: usize,
+    /// The page into which the region's one instruction crosses. Only the jump cache, which knows that the page is
+    /// mapped behind the first one, leads there.
+    second_page: Option<u64>,
 }
 
 /// What the vCPU has to bring up to date after regions came or went.
@@ -118,8 +123,7 @@ struct Queue {
 
 /// A queued region: dropped on arrival when its bytes changed meanwhile.
 struct Pending {
-    page: u64,
-    granules: u64,
+    extents: Vec<(u64, u64)>,
     cancelled: bool,
 }
 
@@ -155,6 +159,8 @@ pub struct Jit {
     /// Regions by age, for eviction.
     order: VecDeque<RegionId>,
     pending: AddressMap<RegionId, Pending>,
+    /// How often compiled code of a page was overwritten, or would have been before it was ready.
+    rewrites: AddressMap<u64, u32>,
     next_id: RegionId,
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
@@ -203,6 +209,7 @@ impl Jit {
             incoming: AddressMap::default(),
             order: VecDeque::new(),
             pending: AddressMap::default(),
+            rewrites: AddressMap::default(),
             next_id: 0,
             shared,
             workers: Vec::new(),
@@ -217,7 +224,7 @@ impl Jit {
         };
         for _ in 0..workers.max(1) {
             let shared = jit.shared.clone();
-            let worker = std::thread::Builder::new().name("compile".into()).spawn(move || work(&shared));
+            let worker = std::thread::Builder::new().name(WORKER.into()).spawn(move || work(&shared));
             jit.workers.push(worker.map_err(JitError::Thread)?);
         }
         Ok(jit)
@@ -253,7 +260,7 @@ impl Jit {
         }
         let id = self.next_id;
         self.next_id += 1;
-        let pending = Pending { page: plan.gpa & !PAGE_MASK, granules: plan.granules, cancelled: false };
+        let pending = Pending { extents: plan.extents.clone(), cancelled: false };
         self.pending.insert(id, pending);
         queue.jobs.push_back((id, plan));
         self.shared.work.notify_one();
@@ -303,6 +310,7 @@ impl Jit {
     /// stores to it would not be noticed.
     pub fn cancel_pending(&mut self) {
         self.pending.values_mut().for_each(|p| p.cancelled = true);
+        self.rewrites.clear();
     }
 
     /// Puts a region into the arena and links it with the others.
@@ -335,8 +343,7 @@ impl Jit {
         let page = plan.gpa & !PAGE_MASK;
         let mut region = Region {
             slot,
-            page,
-            granules: plan.granules,
+            extents: plan.extents.clone(),
             entries: plan.entries().map(|off| (page | off, plan.mode.0)).collect(),
             blocks: plan.keys().collect(),
             branches: Vec::new(),
@@ -347,7 +354,7 @@ impl Jit {
             let mut target = self.lookup.tail;
             if let Some(off) = to {
                 let key = (page | off, plan.mode.0);
-                target = self.entries.get(&key).map_or(target, |e| e.tail);
+                target = self.entries.get(&key).map_or(target, |e| self.branch_target(Some(*e)));
                 self.incoming.entry(key).or_default().push(site);
                 region.branches.push((key, site));
             }
@@ -361,10 +368,13 @@ impl Jit {
             self.perf = None;
         }
         self.count(plan, code.len(), nanos);
-        let entry = Entry { region: id, code: self.arena.exec_ptr(start) as u64, tail: start + skip };
+        let code = self.arena.exec_ptr(start) as u64;
+        let entry = Entry { region: id, code, tail: start + skip, second_page: plan.second_page() };
         self.changes.extend(region.blocks.iter().copied().map(Change::Cool));
-        self.changes.push(Change::Mark(page, plan.granules));
-        self.by_page.entry(page).or_default().push(id);
+        for &(page, granules) in &plan.extents {
+            self.changes.push(Change::Mark(page, granules));
+            self.by_page.entry(page).or_default().push(id);
+        }
         self.order.push_back(id);
         let entries = region.entries.clone();
         self.regions.insert(id, region);
@@ -390,7 +400,7 @@ impl Jit {
             None => self.entries.remove(&key).map(|(_, e)| e),
         };
         self.changes.push(Change::Code(key, entry.map_or(0, |e| e.code)));
-        let target = entry.map_or(self.lookup.tail, |e| e.tail);
+        let target = self.branch_target(entry);
         for &site in self.incoming.get(&key).into_iter().flatten() {
             self.arena.patch_branch(site, target);
         }
@@ -404,9 +414,14 @@ impl Jit {
         }
     }
 
-    /// The code of the region that may be entered at a key, if there is one.
-    pub fn find(&self, key: Key) -> Option<u64> {
-        self.entries.get(&key).map(|e| e.code)
+    /// Where direct branches to an entry lead.
+    fn branch_target(&self, entry: Option<Entry>) -> usize {
+        entry.filter(|e| e.second_page.is_none()).map_or(self.lookup.tail, |e| e.tail)
+    }
+
+    /// The code of the region that may be entered at a key, if there is one; `second_page` as the block there has it.
+    pub fn find(&self, key: Key, second_page: Option<u64>) -> Option<u64> {
+        self.entries.get(&key).filter(|e| e.second_page == second_page).map(|e| e.code)
     }
 
     fn remove(&mut self, id: RegionId) {
@@ -424,10 +439,12 @@ impl Jit {
         }
         self.changes.extend(region.blocks.into_iter().map(Change::Cool));
         self.order.retain(|&r| r != id);
-        if let Some(list) = self.by_page.get_mut(&region.page) {
-            list.retain(|&r| r != id);
-            if list.is_empty() {
-                self.by_page.remove(&region.page);
+        for (page, _) in region.extents {
+            if let Some(list) = self.by_page.get_mut(&page) {
+                list.retain(|&r| r != id);
+                if list.is_empty() {
+                    self.by_page.remove(&page);
+                }
             }
         }
         let start = self.arena.exec_ptr(region.slot.offset()) as u64;
@@ -435,17 +452,29 @@ impl Jit {
         self.arena.free(region.slot);
     }
 
+    /// How often compiled code in the page of `gpa` was overwritten.
+    pub fn rewrites(&self, gpa: u64) -> u32 {
+        self.rewrites.get(&(gpa & !PAGE_MASK)).copied().unwrap_or(0)
+    }
+
     /// Drops the regions, compiled or queued, that touch `granules` of a page. No vCPU may be in compiled code.
     pub fn invalidate(&mut self, page: u64, granules: u64) {
-        for p in self.pending.values_mut().filter(|p| p.page == page && p.granules & granules != 0) {
+        let touched = |extents: &[(u64, u64)]| extents.iter().any(|&(p, g)| p == page && g & granules != 0);
+        let mut rewrites = 0;
+        for p in self.pending.values_mut().filter(|p| !p.cancelled && touched(&p.extents)) {
             p.cancelled = true;
+            rewrites += 1;
         }
         let here = self.by_page.get(&page).into_iter().flatten();
         let gone: Vec<RegionId> =
-            here.copied().filter(|id| self.regions.get(id).is_some_and(|r| r.granules & granules != 0)).collect();
+            here.copied().filter(|id| self.regions.get(id).is_some_and(|r| touched(&r.extents))).collect();
         for id in gone {
             self.remove(id);
             self.counts.invalidated += 1;
+            rewrites += 1;
+        }
+        if rewrites != 0 {
+            *self.rewrites.entry(page).or_default() += rewrites;
         }
     }
 
@@ -455,7 +484,9 @@ impl Jit {
         for page in pages {
             for id in self.by_page.get(&page).into_iter().flatten() {
                 if let Some(r) = self.regions.get(id) {
-                    ram.mark_code(page, r.granules);
+                    r.extents.iter().filter(|e| e.0 == page).for_each(|&(page, granules)| {
+                        ram.mark_code(page, granules);
+                    });
                 }
             }
         }
@@ -499,7 +530,14 @@ fn work(shared: &Shared) {
                 }
             }
         };
-        let result = compiler.compile(&plan);
+        // Should Cranelift meet something it does not expect, the region stays interpreted and the thread goes on.
+        let attempt = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| compiler.compile(&plan)));
+        let result = attempt.unwrap_or_else(|_| {
+            if let Ok(fresh) = Compiler::new() {
+                compiler = fresh;
+            }
+            Err("the compiler panicked".into())
+        });
         shared.done.lock().push((id, plan, result));
         shared.any_done.store(true, Ordering::Release);
     }

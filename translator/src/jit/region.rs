@@ -73,8 +73,9 @@ pub struct Plan {
     pub mode: Mode,
     /// Blocks; the first is the entry.
     pub blocks: Vec<RegionBlock>,
-    /// Granules of the page that the region's bytes lie in.
-    pub granules: u64,
+    /// The pages that the region's bytes lie in, and which granules of each. There is a second one only for the region
+    /// of a single instruction that crosses into it.
+    pub extents: Vec<(u64, u64)>,
     /// Whether the code shall count the guest instructions it completes.
     pub counted: bool,
 }
@@ -108,6 +109,11 @@ impl Plan {
         self.blocks.iter().enumerate().filter_map(back).map(|k| self.blocks[k].off).collect()
     }
 
+    /// The page into which its one instruction crosses.
+    pub fn second_page(&self) -> Option<u64> {
+        self.extents.get(1).map(|e| e.0)
+    }
+
     /// Where its blocks are.
     pub fn keys(&self) -> impl Iterator<Item = (u64, u8)> {
         self.blocks.iter().map(|b| (self.gpa & !PAGE_MASK | b.off, self.mode.0))
@@ -124,7 +130,13 @@ impl Plan {
         let page = gpa & !PAGE_MASK;
         let seed = cache.get(cache.find(gpa, mode)?);
         let warm = seed.heat / 16;
-        let mut plan = Plan { gpa, rip: 0, mode, blocks: Vec::new(), granules: 0, counted };
+        let mut plan = Plan { gpa, rip: 0, mode, blocks: Vec::new(), extents: Vec::new(), counted };
+        if seed.next_page.is_some() {
+            plan.extents = seed.extent().collect();
+            plan.blocks.push(RegionBlock { entry: true, ..region_block(seed) });
+            return Some(plan);
+        }
+        let mut granules = 0;
         let mut insns = 0;
         let mut returns = Vec::new();
         let mut queue = std::collections::VecDeque::from([(gpa & PAGE_MASK) as i64]);
@@ -142,7 +154,7 @@ impl Plan {
                 continue;
             }
             let block = region_block(block);
-            plan.granules |= granule_mask(block.off, block.end_off() - block.off);
+            granules |= granule_mask(block.off, block.end_off() - block.off);
             insns += block.insns.len();
             queue.extend(block.successors());
             if let Some(next) = block.returns_to {
@@ -151,6 +163,7 @@ impl Plan {
             }
             plan.blocks.push(block);
         }
+        plan.extents.push((page, granules));
         let guards = plan.expected_returns();
         let loops = plan.loop_heads();
         for (k, block) in plan.blocks.iter_mut().enumerate() {
