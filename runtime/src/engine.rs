@@ -218,6 +218,7 @@ mod tests {
             lockstep,
             trace: None,
             perf_map: false,
+            counted: false,
         }
     }
 
