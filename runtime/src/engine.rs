@@ -189,3 +189,107 @@ fn describe(cpu: &Cpu) -> String {
         s.cr4
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use diglot_devices::chipset::{Chipset, ChipsetConfig};
+    use diglot_translator::state::{Segment, cr, seg};
+    use iced_x86::code_asm::*;
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::machine::{Boot, CpuModel as Model, RebootPolicy};
+    use crate::memory::GuestRam;
+    use crate::platform::{Shared, VcpuPlatform};
+
+    const CODE: u64 = 0x10_0000;
+    const TURNS: u32 = 5;
+    const ROUNDS: u32 = 3000;
+
+    fn config(backend: Backend, lockstep: bool) -> MachineConfig {
+        MachineConfig {
+            memory_bytes: 4 << 20,
+            cpus: 1,
+            cpu_model: Model::Max,
+            backend,
+            boot: Boot::Embedded,
+            reboot: RebootPolicy::Exit,
+            code_cache_bytes: 1 << 20,
+            lockstep,
+            trace: None,
+            perf_map: false,
+            counted: false,
+        }
+    }
+
+    /// A sum in a loop, then HLT with interrupts off; over and over.
+    fn program() -> Vec<u8> {
+        let mut a = CodeAssembler::new(32).expect("an assembler");
+        let (mut turn, mut round) = (a.create_label(), a.create_label());
+        let mut emit = || {
+            a.set_label(&mut turn)?;
+            a.mov(ecx, ROUNDS)?;
+            a.set_label(&mut round)?;
+            a.imul_3(eax, eax, 7)?;
+            a.add(eax, ecx)?;
+            a.dec(ecx)?;
+            a.jne(round)?;
+            a.hlt()?;
+            a.jmp(turn)
+        };
+        emit().expect("instructions that exist");
+        a.assemble(CODE).expect("code that can be encoded")
+    }
+
+    fn vcpu(config: &MachineConfig, ram: &GuestRam, state: CpuState) -> Box<dyn Vcpu> {
+        let chipset =
+            ChipsetConfig { cpus: 1, memory_bytes: ram.size(), low_memory_bytes: ram.size(), rtc_epoch_seconds: 0 };
+        let shared = Arc::new(Shared::new(Chipset::new(&chipset, Box::new(std::io::sink()))));
+        let kick = shared.kick.clone();
+        let platform = Box::new(VcpuPlatform { shared, cpu: 0 });
+        let mut vm = open(config, ram.mmap().clone()).expect("an engine");
+        vm.create_vcpu(VcpuSetup { state, platform, kick, index: 0, count: 1 }).expect("a vCPU")
+    }
+
+    /// A guest that changes engines at every HLT ends in the state of one that stays.
+    #[test]
+    fn a_state_from_one_engine_goes_on_in_another() {
+        let flat = |attr| Segment { base: 0, limit: u32::MAX, attr, selector: 8 };
+        let mut start = CpuState::reset();
+        start.cr0 |= cr::CR0_PE;
+        start.seg = [flat(0xc093); 6];
+        start.seg[usize::from(seg::CS)] = flat(0xc09b);
+        start.rip = CODE;
+        let ram = GuestRam::new(4 << 20).expect("memory");
+        ram.mmap().write_slice(&program(), GuestAddress(CODE)).expect("inside");
+        let (interp, jit) = (config(Backend::Interp, false), config(Backend::Jit, false));
+        let lockstep = config(Backend::Jit, true);
+
+        let run = |engines: &[&MachineConfig]| {
+            let mut state = start.clone();
+            for turn in 0..TURNS as usize {
+                state.halted = false;
+                let mut vcpu = vcpu(engines[turn % engines.len()], &ram, CpuState::reset());
+                vcpu.set_state(&state);
+                assert_eq!(vcpu.state(), state, "a state comes out as it went in");
+                assert_eq!(vcpu.run(), Exit::Halt);
+                state = vcpu.state();
+            }
+            state
+        };
+        let expected = (0..TURNS).fold(start.gpr[0] as u32, |sum, _| {
+            (1..=ROUNDS).rev().fold(sum, |sum, n| sum.wrapping_mul(7).wrapping_add(n))
+        });
+        let stays = run(&[&interp]);
+        assert_eq!((stays.gpr[0], stays.halted), (u64::from(expected), true));
+        assert_eq!(run(&[&jit]), stays);
+        assert_eq!(run(&[&interp, &jit, &lockstep]), stays);
+    }
+
+    #[test]
+    fn kvm_says_that_it_is_not_built() {
+        let ram = GuestRam::new(4 << 20).expect("memory");
+        let refusal = open(&config(Backend::Kvm, false), ram.mmap().clone()).err().expect("no engine");
+        assert!(matches!(refusal, RuntimeError::Kvm(_)), "{refusal}");
+    }
+}

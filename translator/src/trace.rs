@@ -1,6 +1,6 @@
 //! `--trace`: every instruction that the guest executes, or those that a filter lets through, as lines of text.
 //!
-//! A traced guest is interpreted one instruction at a time. An instruction is written when it is about to execute; one
+//! A traced guest is interpreted one instruction at a time, but for blocks that the filter leaves out as a whole. An instruction is written when it is about to execute; one
 //! that faults is written as well, and its handler's follow. A repeated string instruction is one line, unless an
 //! interrupt or a fault comes in between. The format is for people and for `examples/qemu-diff.rs`:
 //!
@@ -18,6 +18,7 @@ use std::sync::Arc;
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Formatter, Instruction, IntelFormatter, Mnemonic};
 use parking_lot::Mutex;
 
+use crate::addr::PAGE_SIZE;
 use crate::decode::MAX_LEN;
 use crate::state::CpuState;
 use crate::vcpu::{Exit, Vcpu};
@@ -55,6 +56,14 @@ impl Filter {
     fn admits(&self, rip: u64, user: bool) -> bool {
         self.users.is_none_or(|users| users == user)
             && (self.addresses.is_empty() || self.addresses.iter().any(|range| range.contains(&rip)))
+    }
+
+    /// Whether no instruction of a block that starts at `rip` can be admitted. A block changes no privilege before its
+    /// end, and is no longer than a page.
+    fn admits_none(&self, rip: u64, user: bool) -> bool {
+        let end = rip.saturating_add(PAGE_SIZE);
+        self.users.is_some_and(|users| users != user)
+            || !self.addresses.is_empty() && self.addresses.iter().all(|range| range.end <= rip || end <= range.start)
     }
 
     fn admits_mnemonic(&self, mnemonic: Mnemonic) -> bool {
@@ -123,11 +132,13 @@ impl Vcpu {
             if let Some(exit) = self.prepare() {
                 break exit;
             }
-            if let Err(e) = self.trace_next(trace) {
+            let passed_over = trace.filter.admits_none(self.cpu.s.rip, self.cpu.s.cpl == 3) && !self.must_step();
+            if !passed_over && let Err(e) = self.trace_next(trace) {
                 self.difference = Some(format!("cannot write the trace: {e}"));
                 return Exit::Stopped;
             }
-            if self.step().is_err() {
+            let result = if passed_over { self.run_block() } else { self.step() };
+            if result.is_err() {
                 break Exit::Shutdown;
             }
         };
@@ -187,6 +198,14 @@ mod tests {
         {
             assert_eq!(filter.admits(rip, user), admitted, "{rip:#x} {user}");
         }
+        // A block may run into the range from a page before it.
+        let range = Filter::parse("0x2000-0x8000").expect("a filter");
+        for (rip, none) in
+            [(0, true), (0x1000, true), (0x1001, false), (0x7fff, false), (0x8000, true), (u64::MAX, true)]
+        {
+            assert_eq!(range.admits_none(rip, false), none, "{rip:#x}");
+        }
+        assert!(filter.admits_none(0x10, true) && !Filter::default().admits_none(0x10, true));
         assert!(Filter::default().admits(7, true) && Filter::default().admits_mnemonic(Mnemonic::Nop));
     }
 

@@ -173,7 +173,7 @@ impl Vcpu {
 
     /// Whether instructions must run one by one: single-stepping, breakpoints, or an interrupt shadow.
     #[inline(always)]
-    fn must_step(&self) -> bool {
+    pub(crate) fn must_step(&self) -> bool {
         let s = &self.cpu.s;
         s.rflags & (flag::TF | flag::RF) != 0 || s.shadow != 0 || s.dr[7] & 0xff != 0 || self.cpu.pending_debug != 0
     }
@@ -186,7 +186,7 @@ impl Vcpu {
     }
 
     /// Runs the block at RIP.
-    fn run_block(&mut self) -> Result<(), TripleFault> {
+    pub(crate) fn run_block(&mut self) -> Result<(), TripleFault> {
         if self.cpu.flush_jump_cache {
             self.flush_jump_cache();
         }
