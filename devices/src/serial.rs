@@ -111,6 +111,8 @@ impl Serial {
             .map_err(|_| StateError::Invalid("serial port"))?;
         let old = std::mem::replace(&mut self.uart, fresh);
         *self.uart.writer_mut() = old.into_writer();
+        // A UART with a pending interrupt raises it again as it is made; the interrupt controllers' states have it.
+        self.take_edge();
         Ok(())
     }
 }
@@ -142,9 +144,12 @@ mod tests {
         assert_eq!(s.input(b"hello"), 5);
         assert!(s.take_edge());
         assert_eq!(s.read(0), b'h');
+        s.write(1, 3);
+        assert!(s.take_edge());
         let saved = s.save();
         let mut t = Serial::new(Box::new(sink.clone()));
         assert_eq!(t.restore(&saved), Ok(()));
+        assert!(!t.take_edge());
         assert_eq!((t.read(0), t.save().received.len()), (b'e', 3));
         t.write(0, b'y');
         assert_eq!(sink.0.lock().map(|v| v.clone()).unwrap_or_default(), b"xy");
