@@ -23,40 +23,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 struct Bare(Kick);
 
 impl Platform for Bare {
-    fn port_in(&mut self, _: u16, _: u8) -> u32 {
-        u32::MAX
-    }
     fn port_out(&mut self, _: u16, _: u8, _: u32) {
         self.0.request(Kick::STOP);
-    }
-    fn mmio_read(&mut self, _: u64, _: u8) -> u64 {
-        u64::MAX
-    }
-    fn mmio_write(&mut self, _: u64, _: u8, _: u64) {}
-    fn tsc(&mut self) -> u64 {
-        0
-    }
-    fn apic_msr_read(&mut self, _: u32, _: u64) -> Option<u64> {
-        None
-    }
-    fn apic_msr_write(&mut self, _: u32, _: u64, _: u64) -> Option<()> {
-        None
-    }
-    fn cr8(&mut self) -> u64 {
-        0
-    }
-    fn set_cr8(&mut self, _: u64) {}
-    fn interrupt_pending(&mut self) -> bool {
-        false
-    }
-    fn acknowledge(&mut self) -> Option<u8> {
-        None
-    }
-    fn take_nmi(&mut self) -> bool {
-        false
-    }
-    fn random(&mut self) -> Option<u64> {
-        None
     }
 }
 

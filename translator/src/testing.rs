@@ -62,41 +62,7 @@ const TABLES: u64 = 0x10_0000;
 /// A machine with nothing in it.
 pub(crate) struct Empty;
 
-impl Platform for Empty {
-    fn port_in(&mut self, _: u16, _: u8) -> u32 {
-        u32::MAX
-    }
-    fn port_out(&mut self, _: u16, _: u8, _: u32) {}
-    fn mmio_read(&mut self, _: u64, _: u8) -> u64 {
-        u64::MAX
-    }
-    fn mmio_write(&mut self, _: u64, _: u8, _: u64) {}
-    fn tsc(&mut self) -> u64 {
-        0
-    }
-    fn apic_msr_read(&mut self, _: u32, _: u64) -> Option<u64> {
-        None
-    }
-    fn apic_msr_write(&mut self, _: u32, _: u64, _: u64) -> Option<()> {
-        None
-    }
-    fn cr8(&mut self) -> u64 {
-        0
-    }
-    fn set_cr8(&mut self, _: u64) {}
-    fn interrupt_pending(&mut self) -> bool {
-        false
-    }
-    fn acknowledge(&mut self) -> Option<u8> {
-        None
-    }
-    fn take_nmi(&mut self) -> bool {
-        false
-    }
-    fn random(&mut self) -> Option<u64> {
-        None
-    }
-}
+impl Platform for Empty {}
 
 /// A small generator of random numbers (xorshift64*), so that failures repeat.
 pub(crate) struct Random(u64);

@@ -3,13 +3,16 @@
 //! The vCPU thread plans a region from its predecoded blocks, queues it and goes on interpreting; a worker compiles;
 //! the vCPU thread picks the code up between two blocks, copies it into the arena and publishes it.
 
+mod access;
 pub mod compile;
 pub mod emit;
 pub mod frame;
 pub mod helpers;
 pub mod host;
+mod liveness;
 pub mod region;
 pub mod usage;
+mod values;
 pub mod vector;
 
 use std::collections::VecDeque;

@@ -6,6 +6,7 @@ use crate::cpu::Cpu;
 use crate::emit::Emit;
 use crate::exception::Trap;
 use crate::insn::{Insn, Opnd, Rep};
+use crate::semantics::string::{advance, index, set_index};
 use crate::semantics::{Form, Sem, interp};
 use crate::state::{flag, gpr, seg};
 use crate::width::{W8, W16, W32, W64, Width};
@@ -73,20 +74,6 @@ fn output(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     Ok(())
 }
 
-/// The value of an index or count register at the address size.
-fn index(cpu: &mut Cpu, i: &Insn, r: u8) -> u64 {
-    let v = cpu.gpr::<W64>(r);
-    cpu.cut_address(i, v)
-}
-
-fn set_index(cpu: &mut Cpu, i: &Insn, r: u8, v: u64) {
-    match i.addr_bytes {
-        8 => cpu.set_gpr::<W64>(r, v),
-        4 => cpu.set_gpr::<W32>(r, v),
-        _ => cpu.set_gpr::<W16>(r, v),
-    }
-}
-
 /// One element of a string transfer; repeats by going back to the instruction, so that interrupts are taken between.
 fn element(
     cpu: &mut Cpu,
@@ -103,9 +90,7 @@ fn element(
     check(cpu, port, i.osize)?;
     let at = index(cpu, i, pointer);
     transfer(cpu, port, at)?;
-    let step = u64::from(i.osize);
-    let next = if cpu.s.rflags & flag::DF == 0 { at.wrapping_add(step) } else { at.wrapping_sub(step) };
-    set_index(cpu, i, pointer, next);
+    advance(cpu, i, pointer, u64::from(i.osize));
     if repeated {
         set_index(cpu, i, gpr::RCX, count.wrapping_sub(1));
         if W64::zext(count) != 1 {

@@ -47,12 +47,14 @@ fn is_string(i: &Instruction) -> bool {
 /// Elements done before interrupts are looked at.
 const BATCH: u64 = 4096;
 
-fn index(cpu: &mut Cpu, i: &Insn, r: u8) -> u64 {
+/// The value of an index or count register at the address size.
+pub(super) fn index(cpu: &mut Cpu, i: &Insn, r: u8) -> u64 {
     let v = cpu.gpr::<W64>(r);
     cpu.cut_address(i, v)
 }
 
-fn set_index(cpu: &mut Cpu, i: &Insn, r: u8, v: u64) {
+/// Writes an index or count register at the address size.
+pub(super) fn set_index(cpu: &mut Cpu, i: &Insn, r: u8, v: u64) {
     match i.addr_bytes {
         8 => cpu.set_gpr::<W64>(r, v),
         4 => cpu.set_gpr::<W32>(r, v),
@@ -60,10 +62,10 @@ fn set_index(cpu: &mut Cpu, i: &Insn, r: u8, v: u64) {
     }
 }
 
-fn advance<W: Width>(cpu: &mut Cpu, i: &Insn, r: u8, elements: u64) {
-    let step = elements.wrapping_mul(W::BYTES);
+/// Moves an index register by `bytes` in the direction that DF says.
+pub(super) fn advance(cpu: &mut Cpu, i: &Insn, r: u8, bytes: u64) {
     let at = index(cpu, i, r);
-    let next = if cpu.s.rflags & flag::DF == 0 { at.wrapping_add(step) } else { at.wrapping_sub(step) };
+    let next = if cpu.s.rflags & flag::DF == 0 { at.wrapping_add(bytes) } else { at.wrapping_sub(bytes) };
     set_index(cpu, i, r, next);
 }
 
@@ -122,15 +124,15 @@ fn movs<W: Width>(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
         if most > 1 && flat(cpu, i) {
             let n = bulk_move::<W>(cpu, i, (si, from), (di, to), most)?;
             if n > 0 {
-                advance::<W>(cpu, i, gpr::RSI, n);
-                advance::<W>(cpu, i, gpr::RDI, n);
+                advance(cpu, i, gpr::RSI, n.wrapping_mul(W::BYTES));
+                advance(cpu, i, gpr::RDI, n.wrapping_mul(W::BYTES));
                 return Ok((n, true));
             }
         }
         let v = cpu.load_linear::<W>(from)?;
         cpu.store_linear::<W>(to, v)?;
-        advance::<W>(cpu, i, gpr::RSI, 1);
-        advance::<W>(cpu, i, gpr::RDI, 1);
+        advance(cpu, i, gpr::RSI, W::BYTES);
+        advance(cpu, i, gpr::RDI, W::BYTES);
         Ok((1, true))
     })
 }
@@ -183,7 +185,7 @@ fn stos<W: Width>(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
             cpu.store_linear::<W>(to, v)?;
             n = 1;
         }
-        advance::<W>(cpu, i, gpr::RDI, n);
+        advance(cpu, i, gpr::RDI, n.wrapping_mul(W::BYTES));
         Ok((n, true))
     })
 }
@@ -208,7 +210,7 @@ fn lods<W: Width>(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
         let from = cpu.linearize(i.seg, si, W::BYTES, false)?;
         let v = cpu.load_linear::<W>(from)?;
         cpu.set_gpr::<W>(gpr::RAX, v);
-        advance::<W>(cpu, i, gpr::RSI, 1);
+        advance(cpu, i, gpr::RSI, W::BYTES);
         Ok((1, true))
     })
 }
@@ -228,7 +230,7 @@ fn scas<W: Width>(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
         let at = cpu.linearize(seg::ES, di, W::BYTES, false)?;
         let b = cpu.load_linear::<W>(at)?;
         let a = cpu.gpr::<W>(gpr::RAX);
-        advance::<W>(cpu, i, gpr::RDI, 1);
+        advance(cpu, i, gpr::RDI, W::BYTES);
         cpu.set_flags::<W>(Flags::Cmp { a, b, r: W::zext(a.wrapping_sub(b)) });
         Ok((1, goes_on(i, a == b)))
     })
@@ -241,8 +243,8 @@ fn cmps<W: Width>(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
         let a = cpu.load_linear::<W>(left)?;
         let right = cpu.linearize(seg::ES, di, W::BYTES, false)?;
         let b = cpu.load_linear::<W>(right)?;
-        advance::<W>(cpu, i, gpr::RSI, 1);
-        advance::<W>(cpu, i, gpr::RDI, 1);
+        advance(cpu, i, gpr::RSI, W::BYTES);
+        advance(cpu, i, gpr::RDI, W::BYTES);
         cpu.set_flags::<W>(Flags::Cmp { a, b, r: W::zext(a.wrapping_sub(b)) });
         Ok((1, goes_on(i, a == b)))
     })

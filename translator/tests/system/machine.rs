@@ -97,20 +97,10 @@ impl Platform for Board {
             _ => b.ports.push((port, size, Some(value))),
         }
     }
-    fn mmio_read(&mut self, _: u64, _: u8) -> u64 {
-        u64::MAX
-    }
-    fn mmio_write(&mut self, _: u64, _: u8, _: u64) {}
     fn tsc(&mut self) -> u64 {
         let mut b = self.0.lock().unwrap();
         b.tsc += 1;
         b.tsc
-    }
-    fn apic_msr_read(&mut self, _: u32, _: u64) -> Option<u64> {
-        None
-    }
-    fn apic_msr_write(&mut self, _: u32, _: u64, _: u64) -> Option<()> {
-        None
     }
     fn cr8(&mut self) -> u64 {
         self.0.lock().unwrap().tpr
@@ -130,9 +120,6 @@ impl Platform for Board {
         let any = b.nmis > 0;
         b.nmis -= u32::from(any);
         any
-    }
-    fn random(&mut self) -> Option<u64> {
-        None
     }
 }
 
