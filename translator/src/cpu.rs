@@ -191,13 +191,23 @@ impl Cpu {
             mode |= Mode::AVX;
         }
         self.mode = Mode(mode);
-        self.class = self.access_class();
-        self.jit.tlb = self.mmu.tlb.table(self.class).entries.as_ptr() as u64;
+        self.access_class_changed();
         // The 16 redundant bits of canonical addresses all equal bit 47, which keys keep: keys of distinct addresses
         // or distinct salts stay distinct.
         let here = u64::from(mode) | u64::from(self.s.cpl == 3) << 6;
         self.salts = [(here | u64::from(self.mmu.tlb.tag()) << 7) << 48, (here | 1 << 15) << 48];
         self.stop_block = true;
+    }
+
+    /// Recomputes what is derived from CPL, CR4.SMAP and RFLAGS.AC for data accesses.
+    pub fn access_class_changed(&mut self) {
+        self.class = self.access_class();
+        self.jit.tlb = self.mmu.tlb.table(self.class).entries.as_ptr() as u64;
+    }
+
+    /// Whether an interrupt may wait that the dispatch loop has not been told to be absent.
+    pub fn interrupt_possible(&self) -> bool {
+        self.irq_maybe || self.nmi_maybe || self.kick.pending() != 0
     }
 
     /// The key of a linear address in the jump cache and the code TLB.

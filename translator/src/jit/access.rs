@@ -41,7 +41,8 @@ impl JitEmit<'_> {
         let shift = size_of::<TlbEntry>().trailing_zeros();
         let index = self.b.ins().ushr_imm_u(linear, i64::from(12 - shift));
         let index = self.b.ins().band_imm_u(index, ((TLB_ENTRIES - 1) << shift) as i64);
-        let entry = self.b.ins().iadd(self.tlb, index);
+        let table = self.b.use_var(self.tlb);
+        let entry = self.b.ins().iadd(table, index);
         let last = if bytes == 1 { linear } else { self.b.ins().iadd_imm_u(linear, bytes as i64 - 1) };
         let page = self.b.ins().band_imm_s(last, !(PAGE_MASK as i64));
         let found = self.b.ins().load(I64, aligned(), entry, tag as i32);

@@ -83,7 +83,8 @@ pub struct JitEmit<'a> {
     pub(super) plan: &'a Plan,
     /// The CPU ([`Cpu`]) that the function's argument points to.
     pub(super) cpu: Value,
-    pub(super) tlb: Value,
+    /// The current soft-TLB table; a helper's instruction may change which it is.
+    pub(super) tlb: Variable,
     pub(super) gpr: [Option<Variable>; 16],
     pub(super) x: [Option<Variable>; 16],
     pub(super) y: [Option<Variable>; 16],
@@ -169,7 +170,9 @@ impl<'a> JitEmit<'a> {
         let cpu = b.block_params(start)[0];
         let rip = b.ins().load(I64, aligned(), cpu, at!(s.rip));
         let page_ip = b.ins().band_imm_s(rip, !(PAGE_MASK as i64));
-        let tlb = b.ins().load(I64, aligned(), cpu, at!(jit.tlb));
+        let tlb = b.declare_var(I64);
+        let table = b.ins().load(I64, aligned(), cpu, at!(jit.tlb));
+        b.def_var(tlb, table);
         let count = plan.counted.then(|| b.declare_var(I64));
         let used = plan.blocks.iter().fold(Regs::default(), |u, block| u.or(block.usage.used));
         let mut variables =
@@ -316,26 +319,19 @@ impl<'a> JitEmit<'a> {
         let page_ip = self.page_ip;
         self.call(Helper::Evaluate, insn, page_ip, None);
         let status = self.b.ins().load(I64, aligned(), self.cpu, at!(jit.exit_reason));
-        let (stop, go_on) = (self.b.create_block(), self.b.create_block());
-        self.b.set_cold_block(stop);
         if i.ends_block {
-            self.b.ins().jump(stop, &[]);
-        } else {
-            self.b.ins().brif(status, stop, &[], go_on, &[]);
-        }
-        self.b.switch_to_block(stop);
-        // The helper counts its own instruction.
-        self.add_count(self.done);
-        self.b.ins().return_(&[]);
-        if i.ends_block {
+            self.leave_behind_helper(status);
             self.ended = true;
-        }
-        self.b.switch_to_block(go_on);
-        if i.ends_block {
-            // Not reached; every block needs a terminator.
-            self.b.ins().return_(&[]);
             return;
         }
+        let (stop, go_on) = (self.b.create_block(), self.b.create_block());
+        self.b.set_cold_block(stop);
+        self.b.ins().brif(status, stop, &[], go_on, &[]);
+        self.b.switch_to_block(stop);
+        self.leave_behind_helper(status);
+        self.b.switch_to_block(go_on);
+        let table = self.b.ins().load(I64, aligned(), self.cpu, at!(jit.tlb));
+        self.b.def_var(self.tlb, table);
         self.load_registers(Regs::ALL);
         self.fp_ready = false;
         self.flags = FlagVal::Memory;
@@ -367,6 +363,30 @@ impl<'a> JitEmit<'a> {
             load(self.x[r], set.x, r, I8X16, x_at(r));
             load(self.y[r], set.y, r, I8X16, x_at(r) + 16);
         }
+    }
+
+    /// Leaves the region after a helper has evaluated an instruction: for where RIP leads now if `status` says that
+    /// nothing else has to be done first.
+    fn leave_behind_helper(&mut self, status: Value) {
+        // The helper counts its own instruction.
+        self.add_count(self.done);
+        let onward = self.b.ins().icmp_imm_u(IntCC::Equal, status, reason::ONWARD as i64);
+        let (go, out) = (self.b.create_block(), self.b.create_block());
+        self.b.set_cold_block(out);
+        self.b.ins().brif(onward, go, &[], out, &[]);
+        self.b.switch_to_block(go);
+        self.tail_call(name::LOOKUP, 0);
+        self.b.switch_to_block(out);
+        self.b.ins().return_(&[]);
+    }
+
+    /// Ends the current Cranelift block by a direct branch to a name.
+    fn tail_call(&mut self, namespace: u32, index: usize) {
+        let name = self.external(namespace, index);
+        let target = ExtFuncData { name, signature: self.tail_sig, colocated: true, patchable: false };
+        let target = self.b.import_function(target);
+        let cpu = self.cpu;
+        self.b.ins().return_call(target, &[cpu]);
     }
 
     /// A word of the CPU at an offset.
@@ -584,20 +604,16 @@ impl<'a> JitEmit<'a> {
         self.store_pending_flags();
         let rip = self.ip_at(off);
         self.leave_to(rip);
-        let name = if (0..=PAGE_MASK as i64).contains(&off) {
+        if (0..=PAGE_MASK as i64).contains(&off) {
             let links = &mut self.emitted.links;
             let index = links.iter().position(|&l| l == off as u64).unwrap_or_else(|| {
                 links.push(off as u64);
                 links.len() - 1
             });
-            self.external(name::LINK, index)
+            self.tail_call(name::LINK, index);
         } else {
-            self.external(name::LOOKUP, 0)
-        };
-        let target = ExtFuncData { name, signature: self.tail_sig, colocated: true, patchable: false };
-        let target = self.b.import_function(target);
-        let cpu = self.cpu;
-        self.b.ins().return_call(target, &[cpu]);
+            self.tail_call(name::LOOKUP, 0);
+        }
     }
 
     pub(super) fn go_to_block(&mut self, k: usize) {

@@ -17,6 +17,9 @@ pub mod reason {
     pub const FAULT: u64 = 2;
     /// A helper's instruction asked to stop; RIP is behind it.
     pub const STOP: u64 = 3;
+    /// A helper's instruction ended the block, RIP is where it leads, and the dispatch loop has nothing to do: compiled
+    /// code goes on by the jump cache. Behind a miss it means the same as [`NEXT`].
+    pub const ONWARD: u64 = 4;
 }
 
 /// Which operation the lazy flag operands stand for; 0 means that the `cc_*` words are valid.

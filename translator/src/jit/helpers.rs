@@ -6,6 +6,7 @@ use crate::cpu::Cpu;
 use crate::insn::{Insn, Rep};
 use crate::jit::frame::{HELPERS, reason};
 use crate::simd::fp::FpEnv;
+use crate::state::flag;
 
 impl Cpu {
     /// Points compiled code to the helpers and to what does not move.
@@ -74,6 +75,17 @@ impl Cpu {
     }
 }
 
+impl Cpu {
+    /// Whether the dispatch loop would do nothing between the last instruction and the next block.
+    fn may_go_on(&self) -> bool {
+        let s = &self.s;
+        let stepping = s.rflags & (flag::TF | flag::RF) != 0 || s.dr[7] & 0xff != 0 || s.shadow != 0;
+        let asked = self.interrupt_possible() || self.pending_debug != 0 || self.late_fault || s.halted;
+        let stale = self.flush_jump_cache || !self.smc.is_empty();
+        !(stepping || asked || stale)
+    }
+}
+
 extern "C" fn load(cpu: &mut Cpu, linear: u64, bytes: u64, _: u64) {
     cpu.jit.slow_paths += 1;
     cpu.jit.slow_result = cpu.slow_load(linear, bytes);
@@ -126,7 +138,11 @@ extern "C" fn evaluate(cpu: &mut Cpu, insn: &Insn, page_ip: u64, _: u64) {
     cpu.jit.exit_reason = match (insn.run)(cpu, insn) {
         Ok(()) => {
             cpu.jit.count += 1;
-            if cpu.stop_block || insn.ends_block { reason::STOP } else { reason::NEXT }
+            match cpu.stop_block || insn.ends_block {
+                false => reason::NEXT,
+                true if cpu.may_go_on() => reason::ONWARD,
+                true => reason::STOP,
+            }
         }
         Err(_) => {
             cpu.s.rip = start;
@@ -138,5 +154,6 @@ extern "C" fn evaluate(cpu: &mut Cpu, insn: &Insn, page_ip: u64, _: u64) {
 /// Whether an instruction's result depends on more than the state: on clocks, or on requests to stop.
 fn reads_outside(insn: &Insn) -> bool {
     use iced_x86::Mnemonic::*;
-    insn.rep != Rep::None || matches!(insn.iced_code().mnemonic(), Rdtsc | Rdtscp | Rdrand | Rdseed)
+    insn.rep != Rep::None
+        || matches!(insn.iced_code().mnemonic(), Rdtsc | Rdtscp | Rdrand | Rdseed | Sti | Popf | Popfd | Popfq)
 }

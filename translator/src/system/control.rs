@@ -471,8 +471,11 @@ pub fn sti(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
     }
     if cpu.s.rflags & flag::IF == 0 {
         cpu.s.rflags |= flag::IF;
-        cpu.s.shadow = SHADOW_STI;
-        cpu.stop_block = true;
+        // The shadow of one instruction holds back only what waits already.
+        if cpu.interrupt_possible() {
+            cpu.s.shadow = SHADOW_STI;
+            cpu.stop_block = true;
+        }
     }
     Ok(())
 }
@@ -502,10 +505,17 @@ pub fn popf(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     if cpu.s.cpl == 0 && i.osize != 2 {
         cleared |= flag::VIP | flag::VIF;
     }
-    let merged = cpu.s.flags() & !mask & !cleared | v & mask;
+    let old = cpu.s.flags();
+    let merged = old & !mask & !cleared | v & mask;
     cpu.s.set_flags(merged);
     cpu.set_stack_pointer(i, sp);
-    cpu.mode_changed();
+    if (old ^ merged) & flag::AC != 0 {
+        cpu.mode_changed();
+    }
+    let enabled = merged & !old & flag::IF != 0 && cpu.interrupt_possible();
+    if enabled || merged & flag::TF != 0 {
+        cpu.stop_block = true;
+    }
     Ok(())
 }
 
@@ -515,7 +525,7 @@ pub fn clac(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
         return Err(cpu.ud());
     }
     cpu.s.rflags &= !flag::AC;
-    cpu.mode_changed();
+    cpu.access_class_changed();
     Ok(())
 }
 
@@ -525,7 +535,7 @@ pub fn stac(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
         return Err(cpu.ud());
     }
     cpu.s.rflags |= flag::AC;
-    cpu.mode_changed();
+    cpu.access_class_changed();
     Ok(())
 }
 
