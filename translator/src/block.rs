@@ -35,9 +35,16 @@ pub struct Block {
     pub code: u64,
     /// How often the block has become hot without being compiled, because its page keeps being rewritten.
     pub postponed: u32,
+    /// Whether it ends in a near indirect jump or call.
+    pub indirect: bool,
+    /// Page offsets in this page that the indirect branch has led to; [`NO_TARGET`] where there is none yet.
+    pub targets: [u16; 4],
     /// Where the jump cache has it, if it does.
     pub cached: Cached,
 }
+
+/// An entry of [`Block::targets`] that is free.
+pub const NO_TARGET: u16 = u16::MAX;
 
 /// Where the jump cache has a block.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -52,6 +59,17 @@ pub enum Cached {
 }
 
 impl Block {
+    /// Notes where the indirect branch at the end has led, if that is in the block's page; `ip` is the block's.
+    pub fn note_target(&mut self, ip: u64, target: u64) {
+        if (ip ^ target) & !PAGE_MASK != 0 {
+            return;
+        }
+        let off = (target & PAGE_MASK) as u16;
+        if let Some(slot) = self.targets.iter_mut().find(|t| **t == off || **t == NO_TARGET) {
+            *slot = off;
+        }
+    }
+
     /// The pages and granules that the block's bytes lie in.
     pub fn extent(&self) -> impl Iterator<Item = (u64, u64)> {
         let offset = self.gpa & PAGE_MASK;

@@ -111,6 +111,7 @@ const FEATURES: &[Feature] = &[
     feature(7, 0, Edx, 28, V2, &[]), // L1D_FLUSH
     feature(7, 0, Edx, 29, V2, &[]), // ARCH_CAPABILITIES
     feature(7, 0, Edx, 31, V2, &[]), // SSBD
+    feature(7, 2, Edx, 4, V2, &[]),  // BHI_CTRL: kernels then clear no branch history by software on each entry
     // XSAVE extensions.
     feature(0xd, 1, Eax, 0, V3, &[F::XSAVEOPT]),
     feature(0xd, 1, Eax, 1, V3, &[F::XSAVEC]),
@@ -220,7 +221,11 @@ impl CpuModel {
             4 => self.caches(subleaf),
             5 => [64, 64, 3, 0],
             6 => self.registers(6, 0),
-            7 if subleaf == 0 => self.registers(7, 0),
+            7 => match subleaf {
+                0 => [2, self.bits(7, 0, Ebx), self.bits(7, 0, Ecx), self.bits(7, 0, Edx)],
+                1 | 2 => self.registers(7, subleaf),
+                _ => [0; 4],
+            },
             0xb => self.topology(subleaf),
             0xd => self.xsave(subleaf, s),
             0x15 => [1, 1, TSC_HZ as u32, 0],

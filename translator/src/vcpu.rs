@@ -1,7 +1,7 @@
 //! The dispatch loop of one vCPU: find the block, run it, take what came of it.
 
 use crate::addr::{PAGE_MASK, PAGE_SIZE};
-use crate::block::{Block, BlockCache, BlockId, Cached, MAX_INSNS};
+use crate::block::{Block, BlockCache, BlockId, Cached, MAX_INSNS, NO_TARGET};
 use crate::cpu::{Cpu, Kick};
 use crate::decode::{self, MAX_LEN};
 use crate::exception::{Exception, Trap, vector};
@@ -351,7 +351,11 @@ impl Vcpu {
             cpu.s.rip = mode_cut(mode, cpu.ip_base.wrapping_add(u64::from(last.off)));
             return self.fault();
         }
-        if cpu.stop_block { self.after(Ok(())) } else { Ok(()) }
+        if block.indirect {
+            let (ip, target) = (cpu.ip_base, cpu.s.rip);
+            self.blocks.get_mut(id).note_target(ip, target);
+        }
+        if self.cpu.stop_block { self.after(Ok(())) } else { Ok(()) }
     }
 
     /// Interprets at most `most` instructions of the block at RIP, without deliveries: for lock-step.
@@ -616,6 +620,10 @@ impl Vcpu {
             self.flush_jump_cache();
         }
         let code = self.jit.as_ref().and_then(|j| j.find((gpa, self.cpu.mode.0), next_page)).unwrap_or(0);
+        let indirect = insns.last().is_some_and(|i| {
+            use iced_x86::FlowControl;
+            matches!(i.iced_code().flow_control(), FlowControl::IndirectBranch | FlowControl::IndirectCall)
+        });
         let block = Block {
             gpa,
             mode: self.cpu.mode,
@@ -626,6 +634,8 @@ impl Vcpu {
             live: true,
             code,
             postponed: 0,
+            indirect,
+            targets: [NO_TARGET; 4],
             cached: Cached::Nowhere,
         };
         let (id, fresh) = self.blocks.insert(block, &self.cpu.ram);

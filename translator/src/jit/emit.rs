@@ -107,6 +107,9 @@ pub struct JitEmit<'a> {
     pub(super) done: i64,
     /// Index of the block being emitted.
     pub(super) current: usize,
+    /// What is known of the flags on entry to blocks that have one way in, which was emitted before them, and whether
+    /// the CPU state lacks them.
+    pub(super) handed_down: Vec<Option<(FlagVal, bool)>>,
     /// Whether the flags are needed on entry to each block.
     pub(super) flags_live_in: Vec<bool>,
     /// Host address that the last `load_rmw` of this instruction resolved.
@@ -205,6 +208,7 @@ impl<'a> JitEmit<'a> {
             off: plan.blocks[0].off,
             done: 0,
             current: 0,
+            handed_down: vec![None; plan.blocks.len()],
             flags_live_in: flags_live_on_entry(plan),
             rmw_host: None,
             ended: false,
@@ -267,8 +271,7 @@ impl<'a> JitEmit<'a> {
             self.b.switch_to_block(target);
             self.current = k;
             self.dirty = dirty_in[k];
-            self.flags = FlagVal::Memory;
-            self.flags_dirty = false;
+            (self.flags, self.flags_dirty) = self.handed_down[k].take().unwrap_or((FlagVal::Memory, false));
             self.ended = false;
             self.fp_ready = false;
             self.fp_unused = (self.dirty.x, self.dirty.y);
@@ -618,7 +621,9 @@ impl<'a> JitEmit<'a> {
 
     pub(super) fn go_to_block(&mut self, k: usize) {
         let dirty = self.flags_dirty;
-        if self.flags_live_in[k] {
+        if self.plan.only_from(k) == Some(self.current) && k > self.current {
+            self.handed_down[k] = Some((self.flags.clone(), dirty));
+        } else if self.flags_live_in[k] {
             self.store_pending_flags();
             self.flags_dirty = false;
         }

@@ -1,7 +1,7 @@
 //! Regions: the control-flow graph of hot blocks in one page that is compiled as a unit.
 
 use crate::addr::PAGE_MASK;
-use crate::block::{Block, BlockCache};
+use crate::block::{Block, BlockCache, NO_TARGET};
 use crate::insn::{Insn, Mode};
 use crate::jit::usage::Usage;
 use crate::mem::granule_mask;
@@ -39,7 +39,8 @@ pub struct RegionBlock {
     pub usage: Usage,
     /// Page offset that a call at the end returns to.
     pub returns_to: Option<u64>,
-    /// Page offsets in the region that a return at the end is expected to lead to.
+    /// Page offsets that an indirect branch at the end is expected to lead to: of a return the calls in the region, of
+    /// others what was seen while the block was interpreted.
     pub guards: Vec<u64>,
     /// Whether the region may be entered here.
     pub entry: bool,
@@ -101,6 +102,20 @@ impl Plan {
         let inside = |off: u64| self.find(off as i64).is_some();
         let calls = self.blocks.iter().filter(|b| b.successors().any(|s| self.find(s).is_some()));
         calls.filter_map(|b| b.returns_to).filter(|&off| inside(off)).take(MAX_GUARDS).collect()
+    }
+
+    /// The block from which alone, by one edge, control comes to block `k`.
+    pub fn only_from(&self, k: usize) -> Option<usize> {
+        let target = self.blocks.get(k).filter(|b| !b.entry)?.off as i64;
+        let mut from = None;
+        for (p, block) in self.blocks.iter().enumerate() {
+            for _ in block.successors().filter(|&s| s == target) {
+                if from.replace(p).is_some() {
+                    return None;
+                }
+            }
+        }
+        from
     }
 
     /// Page offsets of blocks that loops come back to: where code that the region lacks is likely to join it again.
@@ -184,8 +199,10 @@ fn region_block(block: &Block) -> RegionBlock {
         use_of(i, &mut usage);
     }
     let end = insns.last().map_or(End::Exit, |last| end_of(last, block.mode));
+    let targets = block.targets.iter().filter(|_| block.indirect && is_near_indirect(insns.last()));
+    let guards = targets.filter(|&&t| t != NO_TARGET).map(|&t| u64::from(t)).collect();
     let returns_to = insns.last().filter(|last| is_call(last)).map(Insn::next_off);
-    RegionBlock { off: start, insns, end, usage, returns_to, guards: Vec::new(), entry: false }
+    RegionBlock { off: start, insns, end, usage, returns_to, guards, entry: false }
 }
 
 /// Adds what one instruction does; one that only helpers can evaluate reads and writes everything.
@@ -217,6 +234,11 @@ fn end_of(last: &Insn, mode: Mode) -> End {
 fn is_call(i: &Insn) -> bool {
     use iced_x86::FlowControl;
     matches!(i.iced_code().flow_control(), FlowControl::Call | FlowControl::IndirectCall)
+}
+
+/// Whether an indirect branch is near, and compiled.
+fn is_near_indirect(i: Option<&Insn>) -> bool {
+    i.is_some_and(|i| i.sem.jit.is_some())
 }
 
 fn is_return(i: &Insn) -> bool {

@@ -186,8 +186,8 @@ fn write(cpu: &mut Cpu, n: u32, v: u64) -> Written {
             return check(done.is_some());
         }
         id::SPEC_CTRL => {
-            // IBRS, STIBP, SSBD.
-            if v & !7 != 0 {
+            // IBRS, STIBP, SSBD, BHI_DIS_S.
+            if v & !(7 | 1 << 10) != 0 {
                 return Written::Invalid;
             }
             m.spec_ctrl = v;
