@@ -21,7 +21,7 @@ use crate::emit::Flags;
 use crate::flags;
 use crate::insn::{Insn, Mode};
 use crate::jit::frame::{lazy, reason};
-use crate::jit::liveness::{dirty_on_entry, flags_live_on_entry, live_on_entry};
+use crate::jit::liveness::{dirty_on_entry, flags_live_on_entry, flags_read_on_entry, live_on_entry};
 use crate::jit::region::Plan;
 use crate::jit::usage::{Regs, Usage};
 use crate::vcpu::{JUMP_ENTRIES, JumpEntry};
@@ -112,6 +112,8 @@ pub struct JitEmit<'a> {
     pub(super) handed_down: Vec<Option<(FlagVal, bool)>>,
     /// Whether the flags are needed on entry to each block.
     pub(super) flags_live_in: Vec<bool>,
+    /// Whether the region reads them behind that entry, faults aside.
+    pub(super) flags_read_in: Vec<bool>,
     /// Host address that the last `load_rmw` of this instruction resolved.
     pub(super) rmw_host: Option<Value>,
     /// Whether the block has its terminator.
@@ -210,6 +212,7 @@ impl<'a> JitEmit<'a> {
             current: 0,
             handed_down: vec![None; plan.blocks.len()],
             flags_live_in: flags_live_on_entry(plan),
+            flags_read_in: flags_read_on_entry(plan),
             rmw_host: None,
             ended: false,
             fp_ready: false,
@@ -461,13 +464,7 @@ impl<'a> JitEmit<'a> {
             FlagVal::Op(Flags::Add { a, b, r }, n) => (lazy::kind(lazy::ADD, n), [Some(a), Some(b), Some(r)]),
             FlagVal::Op(Flags::Sub { a, b, r }, n) => (lazy::kind(lazy::SUB, n), [Some(a), Some(b), Some(r)]),
             FlagVal::Op(Flags::Logic { r }, n) => (lazy::kind(lazy::LOGIC, n), [None, None, Some(r)]),
-            _ => {
-                let (z, sp, co) = self.words();
-                for (v, offset) in [(z, at!(s.cc_z)), (sp, at!(s.cc_sp)), (co, at!(s.cc_co))] {
-                    self.b.ins().store(aligned(), v, self.cpu, offset);
-                }
-                (0, [None; 3])
-            }
+            _ => return self.store_words(),
         };
         let kind = self.b.ins().iconst(I64, kind as i64);
         self.b.ins().store(aligned(), kind, self.cpu, at!(jit.lazy_kind));
@@ -476,6 +473,16 @@ impl<'a> JitEmit<'a> {
                 // Upper bytes are cut off when the flags are folded.
                 self.b.ins().store(plain(), v, self.cpu, offset);
             }
+        }
+    }
+
+    /// Stores the flags as their words.
+    fn store_words(&mut self) {
+        let (z, sp, co) = self.words();
+        let none = self.b.ins().iconst(I64, 0);
+        let words = [(z, at!(s.cc_z)), (sp, at!(s.cc_sp)), (co, at!(s.cc_co)), (none, at!(jit.lazy_kind))];
+        for (v, offset) in words {
+            self.b.ins().store(aligned(), v, self.cpu, offset);
         }
     }
 
@@ -623,6 +630,9 @@ impl<'a> JitEmit<'a> {
         let dirty = self.flags_dirty;
         if self.plan.only_from(k) == Some(self.current) && k > self.current {
             self.handed_down[k] = Some((self.flags.clone(), dirty));
+        } else if self.flags_read_in[k] {
+            self.store_flag_words();
+            self.flags_dirty = false;
         } else if self.flags_live_in[k] {
             self.store_pending_flags();
             self.flags_dirty = false;
@@ -633,6 +643,13 @@ impl<'a> JitEmit<'a> {
         self.flags_dirty = dirty;
         let target = self.blocks[k];
         self.b.ins().jump(target, &[]);
+    }
+
+    /// As [`Self::store_pending_flags`], in the form that a reader needs no helper to understand.
+    fn store_flag_words(&mut self) {
+        if self.flags_dirty {
+            self.store_words();
+        }
     }
 
     /// The stores of [`Self::store_flags`] on one of several ways out of a block.

@@ -63,3 +63,20 @@ pub(super) fn flags_live_on_entry(plan: &Plan) -> Vec<bool> {
         }
     }
 }
+
+/// Whether some instruction of the region may read the flags that it finds on entry to each block.
+pub(super) fn flags_read_on_entry(plan: &Plan) -> Vec<bool> {
+    let mut read: Vec<bool> = plan.blocks.iter().map(|b| b.usage.flags_read).collect();
+    loop {
+        let mut changed = false;
+        for (k, block) in plan.blocks.iter().enumerate().rev() {
+            let behind = block.successors().filter_map(|s| plan.find(s)).any(|s| read[s]);
+            let now = read[k] || (!block.usage.flags_killed && behind);
+            changed |= now != read[k];
+            read[k] = now;
+        }
+        if !changed {
+            return read;
+        }
+    }
+}

@@ -60,6 +60,8 @@ pub struct Usage {
     pub flushes: bool,
     /// Whether the flags on entry matter: read, or visible at a possible fault, before all are overwritten.
     pub flags_needed: bool,
+    /// Whether an instruction reads the flags on entry: they matter even if nothing faults.
+    pub flags_read: bool,
     /// Whether all arithmetic flags are overwritten.
     pub flags_killed: bool,
 }
@@ -67,6 +69,11 @@ pub struct Usage {
 impl Usage {
     fn need_flags(&mut self) {
         self.flags_needed |= !self.flags_killed;
+    }
+
+    fn read_flags(&mut self) {
+        self.need_flags();
+        self.flags_read |= !self.flags_killed;
     }
 
     /// State is written through here: a possible fault, or a helper that reads everything.
@@ -176,16 +183,16 @@ impl Emit for Usage {
     fn set_flags<W: Width>(&mut self, f: Flags<()>) {
         match f {
             Flags::Inc { .. } | Flags::Dec { .. } | Flags::CfOf { .. } | Flags::Cf { .. } | Flags::Zf { .. } => {
-                self.need_flags();
+                self.read_flags();
             }
             _ => self.flags_killed = true,
         }
     }
     fn cond(&mut self, _: Cond) {
-        self.need_flags();
+        self.read_flags();
     }
     fn flags_raw(&mut self) -> ((), (), ()) {
-        self.need_flags();
+        self.read_flags();
         ((), (), ())
     }
     fn load<W: Width>(&mut self, _: &Insn, _: u8, _: ()) -> Result<(), Unsupported> {
