@@ -26,11 +26,14 @@ pub struct Fetched {
 impl Fetched {
     /// Notes a fetch through a translation of a page of 2^`page_bits` bytes.
     pub fn note(&mut self, linear: u64, page_bits: u32) {
+        self.every |= page_bits > LARGE_BITS || self.pages.len() >= MOST;
+        if self.every {
+            return;
+        }
         self.pages.insert(linear >> 12);
         if page_bits == LARGE_BITS {
             self.large.insert(linear >> LARGE_BITS);
         }
-        self.every |= page_bits > LARGE_BITS || self.pages.len() > MOST;
     }
 
     /// Whether an instruction may have been fetched from the page, of whatever size, that holds `linear`.
@@ -67,9 +70,9 @@ mod tests {
     #[test]
     fn it_is_bounded() {
         let mut fetched = Fetched::default();
-        for n in 0..MOST as u64 + 10 {
-            fetched.note(n << 12, 12);
+        for n in 0..2 * MOST as u64 {
+            fetched.note(n << 21, 21);
         }
-        assert!(fetched.pages.len() <= MOST + 10 && fetched.covers(u64::MAX));
+        assert!(fetched.pages.len() <= MOST && fetched.large.len() <= MOST && fetched.covers(u64::MAX));
     }
 }
