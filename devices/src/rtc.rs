@@ -61,11 +61,6 @@ impl Rtc {
         self.offset + (now / SECOND) as i64
     }
 
-    /// Whether NMIs are masked by bit 7 of port 70h.
-    pub fn nmi_masked(&self) -> bool {
-        self.index & 0x80 != 0
-    }
-
     /// Reads port 70h (`offset` 0) or 71h.
     pub fn read(&mut self, offset: u16, now: Nanos) -> u8 {
         if offset & 1 == 0 {

@@ -29,8 +29,6 @@ pub struct Block {
     pub insns: Box<[Insn]>,
     /// How often the interpreter ran it.
     pub heat: u32,
-    /// Whether the block is in use; false once its bytes changed.
-    pub live: bool,
     /// Address of the compiled region that starts here, or 0.
     pub code: u64,
     /// How often the block has become hot without being compiled, because its page keeps being rewritten.
@@ -189,14 +187,13 @@ impl BlockCache {
         let mut gone = Vec::new();
         let mut mask = 0;
         for id in ids {
-            let block = &mut self.blocks[id as usize];
+            let block = &self.blocks[id as usize];
             let here = block.extent().filter(|&(p, _)| p == page).fold(0, |m, (_, g)| m | g);
             if here & granules == 0 {
                 mask |= here;
                 kept.push(id);
                 continue;
             }
-            block.live = false;
             self.insns -= block.insns.len();
             self.invalidated += 1;
             self.by_key.remove(&(block.gpa, block.mode.0));

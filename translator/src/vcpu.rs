@@ -631,7 +631,6 @@ impl Vcpu {
             next_page,
             insns: insns.into_boxed_slice(),
             heat: 0,
-            live: true,
             code,
             postponed: 0,
             indirect,

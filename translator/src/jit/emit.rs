@@ -427,6 +427,7 @@ impl<'a> JitEmit<'a> {
 
     /// Stores every dirty register; they stay dirty, for code on a cold path.
     pub(super) fn store_dirty(&mut self) {
+        self.fp_unused = (0, 0);
         for r in 0..16 {
             let (cpu, d) = (self.cpu, self.dirty);
             let mut put = |v: Option<Variable>, mask: u16, offset: i32| {
@@ -435,7 +436,6 @@ impl<'a> JitEmit<'a> {
                     self.b.ins().store(plain(), value, cpu, offset);
                 }
             };
-            self.fp_unused = (0, 0);
             put(self.gpr[r], d.gpr, gpr_at(r));
             put(self.x[r], d.x, x_at(r));
             put(self.y[r], d.y, x_at(r) + 16);
