@@ -38,7 +38,7 @@ Exit codes:
   0      the guest powered off, --until was seen, or Ctrl-A x; CMD's own code with 'debian -- CMD'
   2      wrong usage
   124    --timeout ran out
-  125    Diglot could not start or run the guest
+  125    Diglot could not start or run the guest, or --lockstep found a difference
   128+N  Diglot was ended by signal N
   255    the guest crashed: triple fault, kernel panic, reset under --no-reboot
 
@@ -47,7 +47,7 @@ Keys, on a terminal that the guest owns:
 
 Environment:
   XDG_CACHE_HOME  where the debian guest is kept (default ~/.cache)
-  DIGLOT_LOG      what to log to standard error, such as info or diglot_runtime=debug";
+  DIGLOT_LOG      what to log to standard error, such as diglot_translator=debug";
 
 /// Runs whole x86-64 computers on this host. Without a command it boots the guest built into it.
 #[derive(Debug, Parser)]
@@ -101,7 +101,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = memory_size)]
     pub memory: u64,
 
-    /// Number of virtual CPUs
+    /// Number of virtual CPUs; more than 1 is not supported yet
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
     pub cpus: u8,
 
@@ -109,7 +109,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "MODEL", default_value = "max", value_parser = cpu_model)]
     pub cpu: CpuModel,
 
-    /// What executes guest code: auto, jit, interp or kvm
+    /// What executes guest code: auto, jit, interp or kvm (not built yet)
     #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = backend)]
     pub backend: Backend,
 
@@ -137,7 +137,7 @@ pub struct RunArgs {
     #[arg(long)]
     pub no_reboot: bool,
 
-    /// Memory for translated code; MiB without a unit
+    /// Memory for compiled code; MiB without a unit
     #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = code_cache_size)]
     pub code_cache: u64,
 
@@ -212,6 +212,15 @@ fn try_parse(args: impl IntoIterator<Item = OsString>) -> Result<RunArgs, clap::
         Some(Command::Run(run)) => {
             if run.trace.is_some() && !matches!(run.backend, Backend::Auto | Backend::Interp) {
                 return Err(clap::Error::raw(ErrorKind::ArgumentConflict, "--trace needs --backend interp"));
+            }
+            if run.lockstep && run.backend == Backend::Interp {
+                return Err(clap::Error::raw(ErrorKind::ArgumentConflict, "--lockstep needs --backend jit"));
+            }
+            if run.perf_map && (run.trace.is_some() || run.backend == Backend::Interp) {
+                return Err(clap::Error::raw(
+                    ErrorKind::ArgumentConflict,
+                    "--perf-map needs --backend jit, and no --trace",
+                ));
             }
             if run.append.is_some() && run.kernel.is_none() && run.guest.is_none() {
                 return Err(clap::Error::raw(ErrorKind::MissingRequiredArgument, "--append needs --kernel or debian"));
@@ -349,6 +358,9 @@ mod tests {
             ("run --trace=0x2-0x1", "0x2-0x1"),
             ("run --trace --backend jit", "--backend interp"),
             ("run --trace --lockstep", "--lockstep"),
+            ("run --lockstep --backend interp", "--backend jit"),
+            ("run --perf-map --backend interp", "--backend jit"),
+            ("run --perf-map --trace", "--trace"),
             ("run --trace-file x", "--trace"),
             ("run --trace-registers", "--trace"),
             ("run --serial tcp:1", "file:PATH"),

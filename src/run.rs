@@ -28,13 +28,13 @@ enum RunError {
     Runtime(#[from] RuntimeError),
     #[error(transparent)]
     Debian(#[from] debian::Error),
-    #[error("cannot write statistics to {path}: {source}", path = .path.display())]
+    #[error("cannot write statistics to {path}: {source}; give another path", path = .path.display())]
     Stats { path: PathBuf, source: io::Error },
     #[error("cannot write serial output to {place}: {source}")]
     Serial { place: String, source: io::Error },
-    #[error("cannot write the trace to {path}: {source}", path = .path.display())]
+    #[error("cannot write the trace to {path}: {source}; give another path", path = .path.display())]
     Trace { path: PathBuf, source: io::Error },
-    #[error("cannot export to {path}: {source}", path = .path.display())]
+    #[error("cannot export to {path}: {source}; give another path", path = .path.display())]
     Export { path: PathBuf, source: io::Error },
     #[error("cannot start a thread: {0}")]
     Thread(io::Error),

@@ -116,6 +116,11 @@ fn more_memory_than_the_host_has_is_code_125() {
 }
 
 #[test]
+fn too_little_memory_for_the_embedded_guest_is_code_125() {
+    refused(&["run", "--memory", "2M"], 125, "needs 4 MiB; give it more memory");
+}
+
+#[test]
 fn a_debian_guest_without_a_cache_or_apt_is_code_125() {
     refused_with(&["run", "debian"], &[("XDG_CACHE_HOME", "relative"), ("HOME", "")], "set HOME");
     let home = tempfile::tempdir().expect("directory");

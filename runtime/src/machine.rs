@@ -322,6 +322,9 @@ fn build(config: &MachineConfig, ram: GuestRam, shared: &Arc<Shared>) -> Result<
     let rsdp = acpi::write_tables(ram.mmap(), config.cpus)?;
     let state = match &config.boot {
         Boot::Embedded => {
+            if ram.size() < embedded::MEMORY {
+                return Err(RuntimeError::Embedded(format!("it needs {} MiB", embedded::MEMORY >> 20)));
+            }
             let image = embedded::image().map_err(|e| RuntimeError::Embedded(e.to_string()))?;
             let at = GuestAddress(image.load_gpa);
             ram.mmap().write_slice(&image.bytes, at).map_err(|e| RuntimeError::Embedded(e.to_string()))?;

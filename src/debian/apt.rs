@@ -285,7 +285,7 @@ fn complaint(stderr: &str) -> String {
     let error = |line: &&str| line.starts_with("E: ");
     let line = stderr.lines().find(error).or_else(|| stderr.lines().find(|line| !line.trim().is_empty()));
     let line = line.unwrap_or("it gave no reason").trim();
-    line.trim_start_matches("E: ").trim_start_matches("W: ").to_owned()
+    line.trim_start_matches("E: ").trim_start_matches("W: ").trim_end_matches('.').to_owned()
 }
 
 /// A field of a package's record.

@@ -61,7 +61,9 @@ pub enum Error {
         source: io::Error,
     },
     /// apt did not deliver.
-    #[error("apt could not get Debian's {what}: {reason}; check the network, or give --kernel and --initrd")]
+    #[error(
+        "apt could not get Debian's {what}: {reason}; check --suite and the network, or give --kernel and --initrd"
+    )]
     Fetch {
         /// What was wanted.
         what: String,

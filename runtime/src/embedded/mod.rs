@@ -56,6 +56,9 @@ pub struct EmbeddedImage {
     pub entry: Entry32,
 }
 
+/// Bytes of RAM that the guest uses, from 0.
+pub const MEMORY: u64 = 4 << 20;
+
 /// Assembles the guest. The result is always the same.
 ///
 /// # Errors

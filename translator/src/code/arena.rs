@@ -16,7 +16,9 @@ pub enum ArenaError {
     #[error("compiled code needs an x86-64 or AArch64 host; use the interpreter on this one")]
     UnsupportedHost,
     /// Direct branches would not reach from one end to the other.
-    #[error("a code cache of {bytes} bytes is beyond the reach of a direct branch on {isa:?}: at most {limit} bytes")]
+    #[error(
+        "a code cache of {bytes} bytes is beyond the reach of a direct branch on {isa:?}; ask for {limit} bytes or less"
+    )]
     TooLarge {
         /// What was asked for.
         bytes: usize,

@@ -8,7 +8,7 @@ use crate::mem::granule_mask;
 
 /// The most blocks in a region: compile time per block grows beyond this.
 pub const MAX_BLOCKS: usize = 40;
-/// The most instructions in a region.
+/// Instructions in a region after which no block is added.
 pub const MAX_INSNS: usize = 400;
 
 /// The most places that a return is compared with before it takes the jump cache.
