@@ -21,7 +21,7 @@ pub mod semantics;
 pub mod simd;
 pub mod state;
 pub mod system;
-#[cfg(test)]
+#[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod trace;
 pub mod vcpu;

@@ -3,20 +3,31 @@
 //! One window of linear addresses means the same to both: on the host it is mapped where the guest's page tables map
 //! it, so that addresses in registers are valid for either.
 
+#![cfg_attr(
+    not(any(test, target_arch = "x86_64")),
+    allow(dead_code, reason = "without a judge there is little but the encoder to use")
+)]
+
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod bench;
 #[cfg(target_arch = "x86_64")]
 mod engine;
 #[cfg(target_arch = "x86_64")]
 mod every;
-pub(crate) mod forms;
+pub mod forms;
 #[cfg(target_arch = "x86_64")]
 mod integer;
 #[cfg(target_arch = "x86_64")]
 mod native;
 #[cfg(target_arch = "x86_64")]
+mod program;
+#[cfg(target_arch = "x86_64")]
 mod sequences;
 #[cfg(target_arch = "x86_64")]
+mod shrink;
+#[cfg(target_arch = "x86_64")]
+pub mod silicon;
+#[cfg(all(test, target_arch = "x86_64"))]
 mod undefined;
 
 use std::sync::Arc;
@@ -25,8 +36,11 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::cpu::Cpu;
 use crate::cpuid::{CpuModel, Level};
+#[cfg(test)]
 use crate::decode::decode;
+#[cfg(test)]
 use crate::exception::Exception;
+#[cfg(test)]
 use crate::insn::Rep;
 use crate::mem::GuestRam;
 use crate::platform::Platform;
@@ -194,7 +208,10 @@ impl Guest {
         s.cr3 = TABLES;
         Guest::new(s)
     }
+}
 
+#[cfg(test)]
+impl Guest {
     /// 32-bit protected mode without paging; RAM is at 0.
     pub(crate) fn code32() -> Guest {
         let mut s = flat(0xc09b);

@@ -1,5 +1,32 @@
 //! What the host's CPU has that Cranelift may use.
 
+use crate::code::HostIsa;
+
+/// What decides whether floating point compiles to the host's own instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Host {
+    /// Whether the host's floating-point instructions are the guest's.
+    pub exact: bool,
+    /// Whether the host has fused multiply-add; without it Cranelift would call a library.
+    pub fma: bool,
+}
+
+impl Host {
+    /// An x86-64 host that lacks nothing which the compiler has a use for.
+    pub const COMPLETE: Host = Host { exact: true, fma: true };
+
+    /// This host.
+    pub fn this() -> Host {
+        Host { exact: HostIsa::native() == Some(HostIsa::X86_64), fma: has_fma() }
+    }
+}
+
+impl Default for Host {
+    fn default() -> Host {
+        Host::this()
+    }
+}
+
 /// Cranelift's names of the instruction-set extensions that this host has.
 pub fn features() -> Vec<&'static str> {
     let mut found = Vec::new();
@@ -33,8 +60,7 @@ pub fn features() -> Vec<&'static str> {
     found
 }
 
-/// Whether the host has fused multiply-add; without it Cranelift would call a library.
-pub fn has_fma() -> bool {
+fn has_fma() -> bool {
     #[cfg(target_arch = "x86_64")]
     return std::arch::is_x86_feature_detected!("fma");
     #[cfg(not(target_arch = "x86_64"))]

@@ -3,6 +3,7 @@
 
 use crate::emit::{Bin, Cmp, Cond, Emit, Flags, FpArgs, FpCall, LaneOp, Un};
 use crate::insn::Insn;
+use crate::jit::host::Host;
 use crate::jit::{Unsupported, vector};
 use crate::simd::fp::FpFmt;
 use crate::width::Width;
@@ -64,6 +65,8 @@ pub struct Usage {
     pub flags_read: bool,
     /// Whether all arithmetic flags are overwritten.
     pub flags_killed: bool,
+    /// The host that the instructions are compiled for.
+    pub host: Host,
 }
 
 impl Usage {
@@ -162,23 +165,23 @@ impl Emit for Usage {
     fn x_high(&mut self, _: ()) {}
     fn x_make(&mut self, _: (), _: ()) {}
     fn lane(&mut self, op: LaneOp, _: (), _: (), _: ()) -> Result<(), Unsupported> {
-        if vector::has_lane(op) { Ok(()) } else { Err(Unsupported) }
+        if vector::has_lane(op, self.host) { Ok(()) } else { Err(Unsupported) }
     }
     fn signs(&mut self, _: (), _: u8) {}
     fn fp(&mut self, op: FpCall, _: FpArgs<()>, high: Option<FpArgs<()>>) -> Result<((), Option<()>), Unsupported> {
-        self.may_leave(vector::has_fp(op))?;
+        self.may_leave(vector::has_fp(op, self.host))?;
         Ok(((), high.map(|_| ())))
     }
     fn fp_comi(&mut self, _: FpFmt, _: bool, _: (), _: ()) -> Result<(), Unsupported> {
-        self.may_leave(vector::host_is_exact())?;
+        self.may_leave(self.host.exact)?;
         self.flags_killed = true;
         Ok(())
     }
     fn fp_from_int(&mut self, _: FpFmt, _: bool, _: (), _: ()) -> Result<(), Unsupported> {
-        self.may_leave(vector::host_is_exact())
+        self.may_leave(self.host.exact)
     }
     fn fp_to_int(&mut self, _: FpFmt, _: bool, truncate: bool, _: ()) -> Result<(), Unsupported> {
-        self.may_leave(vector::has_to_int(truncate))
+        self.may_leave(vector::has_to_int(truncate, self.host))
     }
     fn set_flags<W: Width>(&mut self, f: Flags<()>) {
         match f {

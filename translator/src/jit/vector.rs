@@ -11,26 +11,20 @@ use cranelift_codegen::ir::condcodes::{FloatCC, IntCC};
 use cranelift_codegen::ir::types::{F32, F32X4, F64, F64X2, I8, I8X16, I16X8, I32, I32X4, I64, I64X2};
 use cranelift_codegen::ir::{InstBuilder, MemFlagsData, Type, Value};
 
-use crate::code::HostIsa;
 use crate::cpu::Cpu;
 use crate::emit::{Emit, Flags, FpArgs, FpCall, LaneOp};
 use crate::jit::Unsupported;
 use crate::jit::emit::{Helper, JitEmit};
-use crate::jit::host;
+use crate::jit::host::Host;
 use crate::simd::fp::{CvtOp, FmaKind, FpFmt, FpOp};
 use crate::simd::{VecImmOp, VecOp, VecTerOp, VecUnOp};
 use crate::width::W8;
 
-/// Whether the host's floating-point instructions are the guest's.
-pub fn host_is_exact() -> bool {
-    HostIsa::native() == Some(HostIsa::X86_64)
-}
-
-/// Whether a lane operation has a compiled form.
-pub fn has_lane(op: LaneOp) -> bool {
+/// Whether a lane operation has a compiled form on a host.
+pub fn has_lane(op: LaneOp, host: Host) -> bool {
     match op {
         LaneOp::One(op) => !matches!(op, VecUnOp::Phminposuw | VecUnOp::Aesimc),
-        LaneOp::Two(VecOp::Pshufb) => host_is_exact(),
+        LaneOp::Two(VecOp::Pshufb) => host.exact,
         LaneOp::Two(op) => simple(op).is_some() || shift(op).is_some() || interleaving(op).is_some() || packing(op),
         LaneOp::Immediate(op, _) => {
             use VecImmOp::*;
@@ -40,14 +34,14 @@ pub fn has_lane(op: LaneOp) -> bool {
     }
 }
 
-/// Whether a floating-point operation has a compiled form on this host.
-pub fn has_fp(op: FpCall) -> bool {
+/// Whether a floating-point operation has a compiled form on a host.
+pub fn has_fp(op: FpCall, host: Host) -> bool {
     use FpOp::*;
-    host_is_exact()
+    host.exact
         && match op {
             FpCall::Arith(op, _) => matches!(op, Add | Sub | Mul | Div | Min | Max | Sqrt),
             FpCall::Compare(_, predicate) => predicate < 8,
-            FpCall::Fused(kind, _) => host::has_fma() && !matches!(kind, FmaKind::AddSub | FmaKind::SubAdd),
+            FpCall::Fused(kind, _) => host.fma && !matches!(kind, FmaKind::AddSub | FmaKind::SubAdd),
             FpCall::Convert(op) => {
                 use CvtOp::*;
                 matches!(op, Cvtdq2ps | Cvttps2dq | Cvtdq2pd | Cvtps2pd | Cvtpd2ps | Cvtss2sd | Cvtsd2ss)
@@ -56,9 +50,9 @@ pub fn has_fp(op: FpCall) -> bool {
         }
 }
 
-/// Whether a conversion to an integer has a compiled form on this host.
-pub fn has_to_int(truncate: bool) -> bool {
-    host_is_exact() && truncate
+/// Whether a conversion to an integer has a compiled form on a host.
+pub fn has_to_int(truncate: bool, host: Host) -> bool {
+    host.exact && truncate
 }
 
 /// Operations on corresponding elements that are one Cranelift instruction.
@@ -208,7 +202,7 @@ impl JitEmit<'_> {
     }
 
     pub(super) fn emit_lane(&mut self, op: LaneOp, a: Value, b: Value, c: Value) -> Result<Value, Unsupported> {
-        if !has_lane(op) {
+        if !has_lane(op, Host::this()) {
             return Err(Unsupported);
         }
         let r = match op {
@@ -471,7 +465,7 @@ impl JitEmit<'_> {
         low: FpArgs<Value>,
         high: Option<FpArgs<Value>>,
     ) -> Result<(Value, Option<Value>), Unsupported> {
-        if !has_fp(op) {
+        if !has_fp(op, Host::this()) {
             return Err(Unsupported);
         }
         if matches!(op, FpCall::Convert(_) | FpCall::Arith(FpOp::Sqrt, _)) {
@@ -616,7 +610,7 @@ impl JitEmit<'_> {
 
     /// Ordered operands set the flags here; NaNs are left to the interpreter.
     pub(super) fn emit_comi(&mut self, fmt: FpFmt, a: Value, b: Value) -> Result<(), Unsupported> {
-        if !host_is_exact() {
+        if !Host::this().exact {
             return Err(Unsupported);
         }
         self.begin_fp();
@@ -630,7 +624,7 @@ impl JitEmit<'_> {
     }
 
     pub(super) fn emit_from_int(&mut self, fmt: FpFmt, wide: bool, a: Value, v: Value) -> Result<Value, Unsupported> {
-        if !host_is_exact() {
+        if !Host::this().exact {
             return Err(Unsupported);
         }
         self.begin_fp();
@@ -647,7 +641,7 @@ impl JitEmit<'_> {
         truncate: bool,
         b: Value,
     ) -> Result<Value, Unsupported> {
-        if !has_to_int(truncate) {
+        if !has_to_int(truncate, Host::this()) {
             return Err(Unsupported);
         }
         self.begin_fp();

@@ -28,6 +28,7 @@ use crate::exception::Trap;
 use crate::insn::{Handler, Insn, Mode};
 use crate::jit::Unsupported;
 use crate::jit::emit::JitEmit;
+use crate::jit::host::Host;
 use crate::jit::usage::Usage;
 
 /// An instruction to find semantics for.
@@ -141,6 +142,35 @@ pub fn lookup(form: &Form<'_>) -> &'static Sem {
         avx::lookup,
     ];
     GROUPS.iter().find_map(|f| f(form)).unwrap_or_else(undefined)
+}
+
+/// What becomes of an instruction in compiled code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Treatment {
+    /// It is host code.
+    Compiled,
+    /// A helper evaluates it, or the code is left for the interpreter.
+    Helper,
+    /// It raises #UD.
+    Undefined,
+}
+
+/// What becomes of `i` where the compiler works for `host`: what it reads of the operands' kinds, immediate and
+/// segment is as decoded.
+pub fn treatment(i: &Insn, host: Host) -> Treatment {
+    let mut usage = Usage { host, ..Usage::default() };
+    if is_undefined(i) {
+        Treatment::Undefined
+    } else if i.sem.usage.is_some_and(|f| f(&mut usage, i).is_ok()) {
+        Treatment::Compiled
+    } else {
+        Treatment::Helper
+    }
+}
+
+/// Whether `i` does nothing but raise #UD.
+pub fn is_undefined(i: &Insn) -> bool {
+    std::ptr::fn_addr_eq(i.run, undefined().run)
 }
 
 /// #UD.

@@ -16,6 +16,7 @@ pub(crate) struct Case {
     pub undefined_at_fault: u64,
 }
 
+#[cfg(test)]
 impl Case {
     /// Of a single instruction: one that faults changes no flags.
     pub(crate) fn single(before: Machine, undefined: u64) -> Case {
@@ -55,8 +56,8 @@ impl Bench {
             let undefined = if expected.fault.is_some() { *undefined_at_fault } else { *undefined };
             let bits = self.bits;
             let expected = normal(expected, undefined, bits);
-            let interpreted = self.interpreter.run(before);
-            let compiled = self.compiler.run(before);
+            let interpreted = self.interpreter.run(before)?;
+            let compiled = self.compiler.run(before)?;
             compare(
                 before,
                 "interpreted",

@@ -117,7 +117,7 @@ impl Engine {
     /// Interprets the code from some states, then has it compiled.
     fn warm(&mut self, warm: &[Machine]) -> Result<(), String> {
         for state in warm {
-            self.run(state);
+            self.run(state)?;
         }
         let (entry, mode) = (self.gpa(), self.mode);
         for at in entry..entry + self.len {
@@ -130,7 +130,7 @@ impl Engine {
         let failed = |vcpu: &Vcpu| vcpu.jit.as_ref().map_or(0, |j| j.counts.failed);
         let failures = failed(&self.vcpu);
         loop {
-            self.run(&warm[0]);
+            self.run(&warm[0])?;
             if self.vcpu.counts.entries > entries {
                 return Ok(());
             }
@@ -152,8 +152,8 @@ impl Engine {
         }
     }
 
-    /// Runs the code from a state until it ends or faults.
-    pub(crate) fn run(&mut self, before: &Machine) -> Machine {
+    /// Runs the code from a state until it ends or faults, or says how it went astray.
+    pub(crate) fn run(&mut self, before: &Machine) -> Result<Machine, String> {
         let cpu = &mut self.vcpu.cpu;
         cpu.s = self.start.clone();
         cpu.s.gpr = before.gpr;
@@ -170,7 +170,9 @@ impl Engine {
         let fault = loop {
             let exit = self.vcpu.turn();
             let rip = self.vcpu.cpu.s.rip;
-            assert!(exit.is_none(), "{exit:?} at {rip:#x}");
+            if let Some(exit) = exit {
+                return Err(format!("{exit:?} at {rip:#x}"));
+            }
             if rip == FALL || rip == TAKEN {
                 break None;
             }
@@ -178,7 +180,9 @@ impl Engine {
                 break Some((vector / 16) as u8);
             }
             turns += 1;
-            assert!(turns < 100_000, "does not end: at {rip:#x}");
+            if turns == 100_000 {
+                return Err(format!("does not end: at {rip:#x}"));
+            }
         };
         let s = &self.vcpu.cpu.s;
         let mut image = [0; 512];
@@ -210,6 +214,6 @@ impl Engine {
             let address = if v == vector::PF { s.cr2 } else { 0 };
             after.fault = Some(Fault { vector: v, error, address });
         }
-        after
+        Ok(after)
     }
 }

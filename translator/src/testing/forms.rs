@@ -1,10 +1,10 @@
-//! Any instruction that iced names, encoded: for tests that must not forget one.
+//! Any instruction that iced names, encoded: for tests and tables that must not forget one.
 
 use iced_x86::{Code, Encoder, EncodingKind, Instruction, OpCodeOperandKind, OpKind, Register};
 
 /// Which registers and addresses an encoded instruction uses.
 #[derive(Clone, Copy)]
-pub(crate) struct Choice {
+pub struct Choice {
     /// Whether an operand that may be either is memory.
     pub memory: bool,
     /// Added to every register number but the base's: 0 or 8.
@@ -19,7 +19,7 @@ pub(crate) struct Choice {
 
 impl Choice {
     /// Low registers, `[rsi]` or its kin in the mode.
-    pub(crate) fn plain(bits: u32, memory: bool) -> Choice {
+    pub fn plain(bits: u32, memory: bool) -> Choice {
         let base = match bits {
             64 => Register::RSI,
             32 => Register::ESI,
@@ -137,7 +137,7 @@ fn is_memory(kind: OpCodeOperandKind) -> bool {
 }
 
 /// An instruction of `code` for a mode of `bits`; with [`Choice::memory`] only if it has a form with memory.
-pub(crate) fn build(code: Code, bits: u32, c: &Choice) -> Option<Instruction> {
+pub fn build(code: Code, bits: u32, c: &Choice) -> Option<Instruction> {
     use OpCodeOperandKind::*;
     let mut i = Instruction::default();
     i.set_code(code);
@@ -209,14 +209,14 @@ pub(crate) fn build(code: Code, bits: u32, c: &Choice) -> Option<Instruction> {
 }
 
 /// The bytes of an instruction of [`build`].
-pub(crate) fn encode(i: &Instruction, bits: u32) -> Result<Vec<u8>, String> {
+pub fn encode(i: &Instruction, bits: u32) -> Result<Vec<u8>, String> {
     let mut encoder = Encoder::new(bits);
     encoder.encode(i, 0).map_err(|e| e.to_string())?;
     Ok(encoder.take_buffer())
 }
 
 /// The codes that an Intel processor decodes in a mode of `bits`, apart from EVEX and other encodings that no model has.
-pub(crate) fn codes(bits: u32) -> impl Iterator<Item = Code> {
+pub fn codes(bits: u32) -> impl Iterator<Item = Code> {
     Code::values().filter(move |&c| {
         let o = c.op_code();
         let mode = match bits {
@@ -234,7 +234,7 @@ mod tests {
     use crate::cpuid::{CpuModel, Level};
     use crate::decode::decode;
     use crate::insn::Mode;
-    use crate::semantics;
+    use crate::semantics::is_undefined;
 
     /// Advertised instructions that raise #UD all the same, and why.
     const EXCEPTIONS: &[(&str, &str)] = &[
@@ -247,7 +247,6 @@ mod tests {
     #[test]
     fn what_is_advertised_has_semantics() {
         let modes = [(64, Mode::CODE64 | Mode::FLAT), (32, Mode::CODE32 | Mode::STACK32 | Mode::FLAT), (16, 0)];
-        let undefined = semantics::undefined().run;
         let mut missing = Vec::new();
         for level in [Level::V2, Level::V3, Level::Max] {
             let model = CpuModel::new(level, 1, 0);
@@ -271,7 +270,7 @@ mod tests {
                         // Some encodings have several names, and those with FWAIT are two instructions.
                         let Ok(insn) = decode(&bytes, mode, &model) else { panic!("{code:?} {bytes:02x?}") };
                         seen += 1;
-                        if std::ptr::fn_addr_eq(insn.run, undefined) {
+                        if is_undefined(&insn) {
                             missing.push(format!("{bits} {code:?} {:?} ({bytes:02x?})", code.cpuid_features()));
                         }
                     }
@@ -284,7 +283,6 @@ mod tests {
 
     #[test]
     fn what_is_not_advertised_is_undefined() {
-        let undefined = semantics::undefined().run;
         let mode = Mode(Mode::CODE64 | Mode::FLAT | Mode::SSE | Mode::AVX);
         for level in [Level::V2, Level::V3, Level::Max] {
             let model = CpuModel::new(level, 1, 0);
@@ -296,7 +294,7 @@ mod tests {
                     let Ok(insn) = decode(&bytes, mode, &model) else { continue };
                     // Some encodings mean an older instruction where the newer one is not there: TZCNT is BSF.
                     if insn.iced_code() == code {
-                        assert!(std::ptr::fn_addr_eq(insn.run, undefined), "{level:?} {code:?} {bytes:02x?}");
+                        assert!(is_undefined(&insn), "{level:?} {code:?} {bytes:02x?}");
                         seen += 1;
                     }
                 }

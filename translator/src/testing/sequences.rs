@@ -2,33 +2,23 @@
 //! what single instructions cannot show, such as flags that outlive the instruction that made them, registers that
 //! are written back late, and faults in the middle of compiled code.
 
-use iced_x86::{
-    Code, CpuidFeature, Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, Register,
-    RflagsBits,
-};
+use iced_x86::{Code, CpuidFeature, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, Register, RflagsBits};
 
-use super::bench::{Bench, Case, host_has};
+use super::bench::host_has;
 use super::integer::{self, undefined};
+use super::program::{Part, Program, Step};
 use super::{ABSENT, DATA, Machine, Random, every};
 use crate::state::flag;
 
 /// Registers that programs must not write: those of addresses, the stack pointer and the loop counter.
 const KEPT: [Register; 5] = [Register::RBX, Register::RSP, Register::RSI, Register::R9, COUNTER];
 const COUNTER: Register = Register::R15;
-const SEED: u64 = 7;
-const PROGRAMS: u64 = 1500;
-const CASES: u64 = 8;
-/// The host's jump behind the program must find room in its page, too.
-const ROOM: usize = 0x400;
-
-/// An instruction that may stand anywhere in a program.
-struct Part {
-    code: Vec<u8>,
-    /// Flags that it reads, leaves undefined, and gives a value.
-    reads: u64,
-    undefines: u64,
-    defines: u64,
-}
+/// The numbers of those that lead into the data.
+pub(crate) const POINTERS: [usize; 4] = [3, 4, 6, 9];
+/// The most parts of a program.
+const LONGEST: u64 = 64;
+/// The most parts that move the stack pointer, so that even four rounds of them do not lead out of the data.
+const STACK: usize = 6;
 
 fn flags(bits: u32) -> u64 {
     [
@@ -44,8 +34,8 @@ fn flags(bits: u32) -> u64 {
     .fold(0, |all, (_, f)| all | f)
 }
 
-/// What `i` does with the flags and whether it may stand in a program.
-fn part(code: &[u8], i: &Instruction, info: &mut InstructionInfoFactory) -> Option<Part> {
+/// What `i` does with the flags; `None` if it may not stand in a program.
+pub(crate) fn part(code: &[u8], i: &Instruction, info: &mut InstructionInfoFactory) -> Option<Part> {
     use Mnemonic::*;
     if i.flow_control() != iced_x86::FlowControl::Next || i.is_string_instruction() || i.is_privileged() {
         return None;
@@ -94,11 +84,12 @@ fn part(code: &[u8], i: &Instruction, info: &mut InstructionInfoFactory) -> Opti
         (flags(i.rflags_undefined()), flags(given))
     };
     let reads = flags(i.rflags_read());
-    Some(Part { code: code.to_vec(), reads, undefines, defines })
+    let stack = i.is_stack_instruction();
+    Some(Part { code: code.to_vec(), reads, undefines, defines, stack })
 }
 
 /// All parts: the integer instructions of the table, and the vector instructions.
-fn parts(r: &mut Random) -> [Vec<Part>; 2] {
+pub(crate) fn parts(r: &mut Random) -> [Vec<Part>; 2] {
     let mut info = InstructionInfoFactory::new();
     let (mut integers, mut vectors) = (Vec::new(), Vec::new());
     integer::each(r, |_, _, _, code, i| {
@@ -118,93 +109,40 @@ fn parts(r: &mut Random) -> [Vec<Part>; 2] {
     [integers, vectors]
 }
 
-/// A program under construction.
-#[derive(Default)]
-struct Program {
-    code: Vec<u8>,
-    text: Vec<String>,
-    /// Flags that have no value at this point, and those that have none at some point before.
-    undefined: u64,
-    ever_undefined: u64,
-}
-
-impl Program {
-    fn push(&mut self, code: &[u8]) {
-        let i = Decoder::with_ip(64, code, super::INSN + self.code.len() as u64, DecoderOptions::NONE).decode();
-        self.text.push(format!("{:#x} {i} {code:02x?}", super::INSN + self.code.len() as u64));
-        self.code.extend(code);
-    }
-
-    /// Gives every flag a value, if one has none.
-    fn define(&mut self) {
-        if self.undefined != 0 {
-            self.push(&[0x48, 0x39, 0xca]); // cmp rdx, rcx
-            self.undefined = 0;
+fn pick(r: &mut Random, parts: &[Vec<Part>; 2], stack: &mut usize) -> Part {
+    loop {
+        let pool = &parts[usize::from(r.below(3) == 0)];
+        let part = &pool[r.below(pool.len() as u64) as usize];
+        if part.stack && *stack == STACK {
+            continue;
         }
-    }
-
-    fn part(&mut self, p: &Part) {
-        if p.reads & self.undefined != 0 {
-            self.define();
-        }
-        self.push(&p.code);
-        self.undefined = self.undefined & !p.defines | p.undefines;
-        self.ever_undefined |= self.undefined;
+        *stack += usize::from(part.stack);
+        return part.clone();
     }
 }
 
-fn pick<'a>(r: &mut Random, parts: &'a [Vec<Part>; 2]) -> &'a Part {
-    let pool = &parts[usize::from(r.below(3) == 0)];
-    &pool[r.below(pool.len() as u64) as usize]
-}
-
-/// A program of `n` parts with branches over some of them, perhaps in a loop.
-fn program(r: &mut Random, parts: &[Vec<Part>; 2], n: u64) -> Program {
-    let mut p = Program::default();
-    let looped = r.below(2) == 0;
-    if looped {
-        p.push(&[0x41, 0xbf, 1 + r.below(4) as u8, 0, 0, 0]); // mov r15d, n
-    }
-    let head = p.code.len();
-    let mut left = n;
-    while left > 0 && p.code.len() < ROOM {
+/// A program of 2 to [`LONGEST`] parts with branches over some of them, perhaps in a loop.
+pub(crate) fn program(r: &mut Random, parts: &[Vec<Part>; 2]) -> Program {
+    let mut left = 2 + r.below(LONGEST - 1);
+    let rounds = (r.below(2) == 0).then(|| 1 + r.below(4) as u8);
+    let mut stack = 0;
+    let mut steps = Vec::new();
+    while left > 0 {
         if r.below(4) == 0 {
-            // A conditional branch forward over a few parts, which see defined flags and leave such.
-            p.define();
-            let mut over = Program::default();
-            for _ in 0..1 + r.below(3) {
-                over.part(pick(r, parts));
-                left = left.saturating_sub(1);
-            }
-            over.define();
-            p.ever_undefined |= over.ever_undefined;
             let condition = r.below(16) as u8;
-            p.push(&[0x70 | condition, over.code.len() as u8]);
-            let (code, at) = (over.code, p.code.len() as u64);
-            let mut decoder = Decoder::with_ip(64, &code, super::INSN + at, DecoderOptions::NONE);
-            while decoder.can_decode() {
-                let start = decoder.position();
-                let i = decoder.decode();
-                p.push(&code[start..start + i.len()]);
-            }
+            let over: Vec<_> = (0..left.min(1 + r.below(3))).map(|_| pick(r, parts, &mut stack)).collect();
+            left -= over.len() as u64;
+            steps.push(Step::Branch(condition, over));
         } else {
-            p.part(pick(r, parts));
+            steps.push(Step::Part(pick(r, parts, &mut stack)));
             left -= 1;
         }
     }
-    if looped {
-        // What follows the loop sees the flags of DEC, and of whatever came before it.
-        p.define();
-        p.push(&[0x41, 0xff, 0xcf]); // dec r15d
-        let back = head as i64 - (p.code.len() as i64 + 6);
-        let mut code = vec![0x0f, 0x85]; // jnz head
-        code.extend((back as i32).to_le_bytes());
-        p.push(&code);
-    }
-    p
+    Program { rounds, steps }
 }
 
-fn state(r: &mut Random) -> Machine {
+/// A state that programs can run from.
+pub(crate) fn state(r: &mut Random) -> Machine {
     let mut m = every::state(r, &Instruction::default());
     let middle = DATA + 0xf8 + r.below(16);
     m.gpr[4] = middle & !7;
@@ -222,22 +160,7 @@ fn state(r: &mut Random) -> Machine {
 }
 
 #[test]
-fn as_the_processor_does() {
-    let Some(mut bench) = Bench::new(64) else { return };
-    let parts = parts(&mut Random::new(SEED));
+fn there_are_many_parts() {
+    let parts = parts(&mut Random::new(7));
     assert!(parts[0].len() > 2000 && parts[1].len() > 1500, "{} {}", parts[0].len(), parts[1].len());
-    let mut completed = 0;
-    for n in 0..PROGRAMS {
-        let mut r = Random::new(SEED << 32 | n);
-        let length = 2 + r.below(31);
-        let p = program(&mut r, &parts, length);
-        let cases: Vec<_> = (0..CASES)
-            .map(|_| Case { before: state(&mut r), undefined: p.undefined, undefined_at_fault: p.ever_undefined })
-            .collect();
-        match bench.check(&p.code, &cases) {
-            Ok(n) => completed += n as u64,
-            Err(e) => panic!("program {n} of seed {SEED}:\n  {}\n{e}", p.text.join("\n  ")),
-        }
-    }
-    assert!(completed > PROGRAMS * CASES / 4, "{completed} runs had no fault");
 }
