@@ -15,6 +15,15 @@ pub(crate) struct Part {
     pub defines: u64,
     /// Whether it moves the stack pointer.
     pub stack: bool,
+    /// What RSI is to its memory operand.
+    pub rsi: Option<Rsi>,
+}
+
+/// RSI as part of an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Rsi {
+    Base,
+    Index,
 }
 
 /// One after the other.
@@ -40,6 +49,8 @@ impl Step {
 pub(crate) struct Program {
     /// How often the steps run, if there is a loop around them.
     pub rounds: Option<u8>,
+    /// What RSI is in all addresses that have it.
+    pub rsi: Rsi,
     pub steps: Vec<Step>,
 }
 

@@ -6,7 +6,7 @@ use iced_x86::{Code, CpuidFeature, Instruction, InstructionInfoFactory, Mnemonic
 
 use super::bench::host_has;
 use super::integer::{self, undefined};
-use super::program::{Part, Program, Step};
+use super::program::{Part, Program, Rsi, Step};
 use super::{ABSENT, DATA, Machine, Random, every};
 use crate::state::flag;
 
@@ -85,7 +85,12 @@ pub(crate) fn part(code: &[u8], i: &Instruction, info: &mut InstructionInfoFacto
     };
     let reads = flags(i.rflags_read());
     let stack = i.is_stack_instruction();
-    Some(Part { code: code.to_vec(), reads, undefines, defines, stack })
+    let rsi = match Register::RSI {
+        r if i.memory_base() == r => Some(Rsi::Base),
+        r if i.memory_index() == r => Some(Rsi::Index),
+        _ => None,
+    };
+    Some(Part { code: code.to_vec(), reads, undefines, defines, stack, rsi })
 }
 
 /// All parts: the integer instructions of the table, and the vector instructions.
@@ -109,11 +114,11 @@ pub(crate) fn parts(r: &mut Random) -> [Vec<Part>; 2] {
     [integers, vectors]
 }
 
-fn pick(r: &mut Random, parts: &[Vec<Part>; 2], stack: &mut usize) -> Part {
+fn pick(r: &mut Random, parts: &[Vec<Part>; 2], rsi: Rsi, stack: &mut usize) -> Part {
     loop {
         let pool = &parts[usize::from(r.below(3) == 0)];
         let part = &pool[r.below(pool.len() as u64) as usize];
-        if part.stack && *stack == STACK {
+        if part.stack && *stack == STACK || part.rsi.is_some_and(|r| r != rsi) {
             continue;
         }
         *stack += usize::from(part.stack);
@@ -125,36 +130,41 @@ fn pick(r: &mut Random, parts: &[Vec<Part>; 2], stack: &mut usize) -> Part {
 pub(crate) fn program(r: &mut Random, parts: &[Vec<Part>; 2]) -> Program {
     let mut left = 2 + r.below(LONGEST - 1);
     let rounds = (r.below(2) == 0).then(|| 1 + r.below(4) as u8);
+    let rsi = if r.below(2) == 0 { Rsi::Base } else { Rsi::Index };
     let mut stack = 0;
     let mut steps = Vec::new();
     while left > 0 {
         if r.below(4) == 0 {
             let condition = r.below(16) as u8;
-            let over: Vec<_> = (0..left.min(1 + r.below(3))).map(|_| pick(r, parts, &mut stack)).collect();
+            let over: Vec<_> = (0..left.min(1 + r.below(3))).map(|_| pick(r, parts, rsi, &mut stack)).collect();
             left -= over.len() as u64;
             steps.push(Step::Branch(condition, over));
         } else {
-            steps.push(Step::Part(pick(r, parts, &mut stack)));
+            steps.push(Step::Part(pick(r, parts, rsi, &mut stack)));
             left -= 1;
         }
     }
-    Program { rounds, steps }
+    Program { rounds, rsi, steps }
 }
 
-/// A state that programs can run from.
-pub(crate) fn state(r: &mut Random) -> Machine {
+/// A state that programs can run from in which RSI is what it says.
+pub(crate) fn state(r: &mut Random, rsi: Rsi) -> Machine {
     let mut m = every::state(r, &Instruction::default());
     let middle = DATA + 0xf8 + r.below(16);
     m.gpr[4] = middle & !7;
     m.gpr[3] = middle - 0x10;
-    m.gpr[6] = r.below(8);
-    m.gpr[9] = middle + 0x20 - 4 * m.gpr[6];
-    if r.below(2) == 0 {
-        m.gpr[6] = DATA + 0x80;
+    if rsi == Rsi::Index {
+        m.gpr[6] = r.below(8);
+        m.gpr[9] = middle + 0x20 - 4 * m.gpr[6];
+    } else {
+        // Some operands are not aligned.
+        m.gpr[6] = DATA + 0x80 + if r.below(4) == 0 { r.below(64) } else { 0 };
     }
-    if r.below(8) == 0 {
-        // Some accesses fault.
-        m.gpr[3] = ABSENT - r.below(24);
+    // Some accesses fault.
+    match r.below(16) {
+        0 => m.gpr[3] = ABSENT - r.below(24),
+        1 => m.gpr[6] = ABSENT - r.below(40),
+        _ => {}
     }
     m
 }

@@ -193,7 +193,7 @@ mod tests {
         for n in 0..4000 {
             let mut r = Random::new(n);
             let program = sequences::program(&mut r, &parts);
-            let states = (0..8).map(|_| sequences::state(&mut r)).collect();
+            let states = (0..8).map(|_| sequences::state(&mut r, program.rsi)).collect();
             let failure = Failure { program, states };
             if !fails(&failure) {
                 continue;

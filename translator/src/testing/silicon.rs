@@ -61,7 +61,7 @@ pub fn run(options: Options, mut report: impl FnMut(Progress)) -> Option<Result<
     for n in options.first..options.first.saturating_add(options.programs) {
         let mut r = Random::new(options.seed << 32 ^ n);
         let program = program(&mut r, &parts);
-        let states: Vec<_> = (0..STATES).map(|_| state(&mut r)).collect();
+        let states: Vec<_> = (0..STATES).map(|_| state(&mut r, program.rsi)).collect();
         let failure = Failure { program, states };
         match check(&mut bench, &failure) {
             Ok(completed) => progress.completed += completed as u64,

@@ -1,0 +1,35 @@
+//! The project's own chores, `cargo xtask`.
+
+mod coverage;
+mod silicon;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// The project's own chores.
+#[derive(Parser)]
+#[command(name = "cargo xtask", disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Writes docs/isa-coverage.md: which instructions are compiled, done by helper, and undefined.
+    Coverage {
+        /// Write nothing; exit with 1 if the page is not what would be written.
+        #[arg(long)]
+        check: bool,
+    },
+    /// Compares random programs on both engines with this host's processor, until one differs.
+    Silicon(silicon::Options),
+}
+
+fn main() -> ExitCode {
+    match Cli::parse().command {
+        Command::Coverage { check } => coverage::run(check),
+        Command::Silicon(options) => silicon::run(&options),
+    }
+}
