@@ -82,8 +82,8 @@ const INTRODUCTION: &str = "\
 
 Written by `cargo xtask coverage`; `.ci/run` fails when it is stale.
 
-Codes are [iced-x86](https://github.com/icedland/iced)'s names of encodings, such as `Add_rm32_r32`, of
-those that it knows of Intel's processors; extensions are in the order of SDM vol. 1 chapter 5. EVEX and other
+Codes are [iced-x86](https://github.com/icedland/iced)'s names of encodings, such as `Add_rm32_r32`: all that its decoder
+for Intel's processors knows, obsolete ones included. Extensions are in the order of SDM vol. 1 chapter 5. EVEX and other
 encodings that no CPU model has (MVEX, XOP, 3DNow!) are not counted.
 
 - *Inline*: compiled code does the instruction itself, though it may leave single cases to the interpreter, such as an
