@@ -29,7 +29,7 @@ pub mod exit {
 const AFTER_HELP: &str = "\
 Guests:
   (none)                  the guest built into Diglot
-  --kernel FILE           a Linux bzImage or a PVH ELF kernel
+  --kernel FILE           a Linux bzImage, a Multiboot or a PVH ELF kernel
   debian                  Debian's cloud kernel and BusyBox, fetched once through the host's apt
   debian -- CMD [ARG]..   the same; runs CMD, prints its output, exits with its code.
                           CMD's standard input is empty; output of processes it leaves behind is waited for
@@ -85,7 +85,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "DIR", requires = "guest", conflicts_with = "command")]
     pub export: Option<PathBuf>,
 
-    /// Kernel to boot: a Linux bzImage or a PVH ELF file
+    /// Kernel to boot: a Linux bzImage, a Multiboot or a PVH ELF file
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
 

@@ -88,7 +88,7 @@ pub enum Boot {
     Embedded,
     /// A kernel with its initial RAM disk and command line.
     Linux {
-        /// bzImage or PVH ELF.
+        /// bzImage, Multiboot or PVH ELF.
         kernel: PathBuf,
         /// Initial RAM disk.
         initrd: Option<InitrdSource>,
@@ -350,6 +350,7 @@ fn initial_state(r: &Registers) -> CpuState {
     state.gpr = [0; 16];
     state.gpr[usize::from(gpr::RSP)] = r.rsp;
     state.gpr[usize::from(gpr::RSI)] = r.rsi;
+    state.gpr[usize::from(gpr::RAX)] = r.rax;
     state.gpr[usize::from(gpr::RBX)] = r.rbx;
     state.rip = r.rip;
     state.set_flags(r.rflags);
