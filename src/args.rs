@@ -29,7 +29,7 @@ pub mod exit {
 const AFTER_HELP: &str = "\
 Guests:
   (none)                  the guest built into Diglot
-  --kernel FILE           a Linux bzImage or a PVH ELF kernel
+  --kernel FILE           a Linux bzImage, a Multiboot or a PVH ELF kernel
   debian                  Debian's cloud kernel and BusyBox, fetched once through the host's apt
   debian -- CMD [ARG]..   the same; runs CMD, prints its output, exits with its code.
                           CMD's standard input is empty; output of processes it leaves behind is waited for
@@ -40,6 +40,7 @@ Exit codes:
   124    --timeout ran out
   125    Diglot could not start or run the guest, or --lockstep found a difference
   128+N  Diglot was ended by signal N
+  odd    the guest's own, by --debug-exit; Diglot's own 125 and 255 come with a line that says why
   255    the guest crashed: triple fault, kernel panic, reset under --no-reboot
 
 Keys, on a terminal that the guest owns:
@@ -85,7 +86,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "DIR", requires = "guest", conflicts_with = "command")]
     pub export: Option<PathBuf>,
 
-    /// Kernel to boot: a Linux bzImage or a PVH ELF file
+    /// Kernel to boot: a Linux bzImage, a Multiboot or a PVH ELF file
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
 
@@ -136,6 +137,10 @@ pub struct RunArgs {
     /// End with code 255 when the guest asks for a reset
     #[arg(long)]
     pub no_reboot: bool,
+
+    /// Port at which the guest ends the run: writing V gives the exit code (V * 2 + 1) & 255; such as 0xf4
+    #[arg(long, value_name = "PORT", value_parser = port)]
+    pub debug_exit: Option<u16>,
 
     /// Memory for compiled code; MiB without a unit
     #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = code_cache_size)]
@@ -256,6 +261,14 @@ fn code_cache_size(text: &str) -> Result<u64, String> {
     Ok(bytes)
 }
 
+fn port(text: &str) -> Result<u16, String> {
+    let number = match text.strip_prefix("0x") {
+        Some(digits) => u16::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    number.map_err(|_| "write a port from 0 to 0xffff, such as 0xf4".into())
+}
+
 fn cpu_model(text: &str) -> Result<CpuModel, String> {
     match text {
         "x86-64-v2" => Ok(CpuModel::V2),
@@ -347,6 +360,7 @@ mod tests {
             ("run --memory -5", "-5"),
             ("run --memory 99999999999999999999", "beyond any host"),
             ("run --code-cache 0", "at least 1M"),
+            ("run --debug-exit 0x10000", "such as 0xf4"),
             ("run --cpus 0", "0"),
             ("run --cpu pentium", "x86-64-v2"),
             ("run --backend tcg", "auto, jit, interp and kvm"),

@@ -144,6 +144,7 @@ fn try_run(args: &RunArgs) -> Result<(u8, Option<String>), RunError> {
         boot: plan.boot,
         reboot: plan.reboot,
         code_cache_bytes: args.code_cache,
+        debug_exit: args.debug_exit,
         lockstep: args.lockstep,
         trace,
         counted: args.stats || args.stats_json.is_some(),
@@ -315,6 +316,7 @@ fn verdict(outcome: &Outcome, observed: &Observed, command: bool) -> (u8, Option
     };
     match outcome {
         Outcome::TripleFault { detail } => crash(&format!("triple fault, {detail}")),
+        Outcome::Exited(code) => (*code, None),
         Outcome::Reset => crash("it asked for a reset"),
         Outcome::Failed(why) => (exit::FAILED, Some(why.clone())),
         Outcome::Stopped(StopReason::Timeout) => (exit::TIMEOUT, Some("the time given by --timeout is over".into())),
@@ -351,6 +353,7 @@ mod tests {
         let signal = |n| Outcome::Stopped(StopReason::Signal(n));
         let cases = [
             (Outcome::PoweredOff, seen(), false, 0, ""),
+            (Outcome::Exited(33), seen(), false, 33, ""),
             (Outcome::PoweredOff, seen(), true, 255, "before the command was done"),
             (until(), Observed { until: true, ..seen() }, false, 0, ""),
             (until(), Observed { command_code: Some(42), ..seen() }, true, 42, ""),

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::acpi_pm::AcpiPm;
 use crate::bus::{Nanos, StateError};
+use crate::debug_exit::DebugExit;
 use crate::hpet::{Hpet, Line};
 use crate::i8042::I8042;
 use crate::ioapic::{IoApic, Message};
@@ -37,6 +38,8 @@ pub struct ChipsetConfig {
     pub low_memory_bytes: u64,
     /// Wall-clock time at power-on, seconds since 1970.
     pub rtc_epoch_seconds: u64,
+    /// The port at which a guest ends the run with a code, if there is one.
+    pub debug_exit: Option<u16>,
 }
 
 /// The machine asks to be switched off or reset.
@@ -46,6 +49,8 @@ pub enum PowerEvent {
     PowerOff,
     /// Any of the reset registers.
     Reset,
+    /// The end of the run with this exit code, by the debug exit port.
+    Exit(u8),
 }
 
 /// All devices.
@@ -61,6 +66,7 @@ pub struct Chipset {
     keyboard: I8042,
     control: SystemControl,
     serial: Serial,
+    debug_exit: Option<DebugExit>,
     power: Option<PowerEvent>,
 }
 
@@ -96,6 +102,7 @@ impl Chipset {
             keyboard: I8042::new(),
             control: SystemControl::new(),
             serial: Serial::new(serial_out),
+            debug_exit: config.debug_exit.map(DebugExit::new),
             power: None,
         }
     }
@@ -276,6 +283,10 @@ impl Chipset {
 
     /// Writes `size` (1, 2 or 4) bytes at a port.
     pub fn port_write(&mut self, port: u16, size: u8, value: u32, now: Nanos) {
+        if self.debug_exit.is_some_and(|device| device.claims(port)) {
+            self.power.get_or_insert(PowerEvent::Exit(DebugExit::exit_code(value)));
+            return;
+        }
         if (0xcf8..0xd00).contains(&port) && !(port == system_control::RESET && size == 1) {
             self.pci.port_write(port, size, value);
         } else {
@@ -444,8 +455,13 @@ mod tests {
     use proptest::prelude::*;
 
     fn chipset() -> Chipset {
-        let config =
-            ChipsetConfig { cpus: 1, memory_bytes: 64 << 20, low_memory_bytes: 64 << 20, rtc_epoch_seconds: 1 << 30 };
+        let config = ChipsetConfig {
+            cpus: 1,
+            memory_bytes: 64 << 20,
+            low_memory_bytes: 64 << 20,
+            rtc_epoch_seconds: 1 << 30,
+            debug_exit: Some(0xf4),
+        };
         Chipset::new(&config, Box::new(std::io::sink()))
     }
 
@@ -566,6 +582,8 @@ mod tests {
             (0x604, 2, 5 << 10 | 1 << 13, PowerEvent::PowerOff),
             (0xcf9, 1, 6, PowerEvent::Reset),
             (0x64, 1, 0xfe, PowerEvent::Reset),
+            (0xf4, 1, 0x10, PowerEvent::Exit(33)),
+            (0xf4, 4, 0, PowerEvent::Exit(1)),
         ] {
             let mut c = chipset();
             c.port_write(port, size, v, 0);

@@ -6,6 +6,7 @@
 pub mod acpi_pm;
 pub mod bus;
 pub mod chipset;
+pub mod debug_exit;
 pub mod hpet;
 pub mod i8042;
 pub mod ioapic;

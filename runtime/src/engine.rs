@@ -216,6 +216,7 @@ mod tests {
             reboot: RebootPolicy::Exit,
             code_cache_bytes: 1 << 20,
             lockstep,
+            debug_exit: None,
             trace: None,
             perf_map: false,
             counted: false,
@@ -242,8 +243,13 @@ mod tests {
     }
 
     fn vcpu(config: &MachineConfig, ram: &GuestRam, state: CpuState) -> Box<dyn Vcpu> {
-        let chipset =
-            ChipsetConfig { cpus: 1, memory_bytes: ram.size(), low_memory_bytes: ram.size(), rtc_epoch_seconds: 0 };
+        let chipset = ChipsetConfig {
+            cpus: 1,
+            memory_bytes: ram.size(),
+            low_memory_bytes: ram.size(),
+            rtc_epoch_seconds: 0,
+            debug_exit: None,
+        };
         let shared = Arc::new(Shared::new(Chipset::new(&chipset, Box::new(std::io::sink()))));
         let kick = shared.kick.clone();
         let platform = Box::new(VcpuPlatform { shared, cpu: 0 });

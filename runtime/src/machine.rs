@@ -38,6 +38,8 @@ pub struct MachineConfig {
     pub reboot: RebootPolicy,
     /// Bound of the JIT's code memory in bytes.
     pub code_cache_bytes: u64,
+    /// The port at which the guest ends the run with a code of its own.
+    pub debug_exit: Option<u16>,
     /// Repeat every run of compiled code interpreted, and stop at the first difference.
     pub lockstep: bool,
     /// Write every guest instruction that executes; the guest is interpreted.
@@ -88,7 +90,7 @@ pub enum Boot {
     Embedded,
     /// A kernel with its initial RAM disk and command line.
     Linux {
-        /// bzImage or PVH ELF.
+        /// bzImage, Multiboot or PVH ELF.
         kernel: PathBuf,
         /// Initial RAM disk.
         initrd: Option<InitrdSource>,
@@ -132,6 +134,8 @@ pub enum Outcome {
     PoweredOff,
     /// The guest reset the machine under [`RebootPolicy::Exit`].
     Reset,
+    /// The guest ended the run with this exit code, by the debug exit port.
+    Exited(u8),
     /// The CPU shut down after a triple fault.
     TripleFault {
         /// Where, for the user.
@@ -286,6 +290,7 @@ impl Machine {
                         return match event {
                             PowerEvent::PowerOff => Outcome::PoweredOff,
                             PowerEvent::Reset => Outcome::Reset,
+                            PowerEvent::Exit(code) => Outcome::Exited(code),
                         };
                     }
                     if let Some(why) = *self.shared.stop.lock() {
@@ -314,6 +319,7 @@ fn chipset_config(config: &MachineConfig, ram: &GuestRam, epoch: u64) -> Chipset
         memory_bytes: ram.size(),
         low_memory_bytes: low_ram_end(ram.mmap()),
         rtc_epoch_seconds: epoch,
+        debug_exit: config.debug_exit,
     }
 }
 
@@ -353,6 +359,7 @@ fn initial_state(r: &Registers) -> CpuState {
     state.gpr = [0; 16];
     state.gpr[usize::from(gpr::RSP)] = r.rsp;
     state.gpr[usize::from(gpr::RSI)] = r.rsi;
+    state.gpr[usize::from(gpr::RAX)] = r.rax;
     state.gpr[usize::from(gpr::RBX)] = r.rbx;
     state.rip = r.rip;
     state.set_flags(r.rflags);

@@ -1,6 +1,7 @@
 //! The state in which a kernel is entered, and the tables in low memory that this state points to.
 //!
-//! Everything lies in conventional memory, free for the kernel once it has its own:
+//! Everything lies in conventional memory, free for the kernel once it has its own. A Multiboot kernel may be loaded
+//! there itself, and what it is given goes to where it left room (`multiboot.rs`); the others find
 //!
 //! | address | content |
 //! |---|---|
@@ -36,7 +37,11 @@ const BUSY_TSS: u64 = 0x0000_8b00_0000_0067;
 
 /// Two unused slots, code, data, and the TSS with its upper half.
 const GDT_SLOTS: usize = 6;
-const GDT_LIMIT: u16 = (GDT_SLOTS * 8 - 1) as u16;
+pub(super) const GDT_LEN: usize = GDT_SLOTS * 8;
+const GDT_LIMIT: u16 = (GDT_LEN - 1) as u16;
+
+/// By this value in EAX a kernel knows that a Multiboot loader started it.
+const MULTIBOOT_LOADER: u32 = 0x2bad_b002;
 
 /// Gigabytes mapped one to one at a 64-bit entry.
 const MAPPED_GIB: u64 = 4;
@@ -62,11 +67,13 @@ pub enum Entry {
         /// Its limit.
         gdt_limit: u16,
     },
-    /// In 32-bit protected mode without paging, as the PVH boot protocol asks.
+    /// In 32-bit protected mode without paging, as the PVH and Multiboot protocols ask.
     Protected32 {
         /// Entry point.
         eip: u32,
-        /// Address of the start info.
+        /// The mark of a Multiboot loader; 0 under PVH.
+        eax: u32,
+        /// Address of the start info, or of the Multiboot information.
         ebx: u32,
         /// Top of a page of stack.
         esp: u32,
@@ -110,7 +117,9 @@ pub struct Registers {
     pub rsp: u64,
     /// Boot parameters of Linux, else 0.
     pub rsi: u64,
-    /// Start info of PVH, else 0.
+    /// Mark of a Multiboot loader, else 0.
+    pub rax: u64,
+    /// Start info of PVH, information of Multiboot, else 0.
     pub rbx: u64,
     /// Flags: only the bit that is always set, so interrupts are off.
     pub rflags: u64,
@@ -152,6 +161,7 @@ impl Entry {
                 rip,
                 rsp,
                 rsi,
+                rax: 0,
                 rbx: 0,
                 rflags: RFLAGS_FIXED,
                 cr0: CR0_PE | CR0_ET | CR0_PG,
@@ -164,10 +174,11 @@ impl Entry {
                 data,
                 task,
             },
-            Entry::Protected32 { eip, ebx, esp, gdt_base, gdt_limit } => Registers {
+            Entry::Protected32 { eip, eax, ebx, esp, gdt_base, gdt_limit } => Registers {
                 rip: eip.into(),
                 rsp: esp.into(),
                 rsi: 0,
+                rax: eax.into(),
                 rbx: ebx.into(),
                 rflags: RFLAGS_FIXED,
                 cr0: CR0_PE | CR0_ET,
@@ -186,20 +197,34 @@ impl Entry {
 
 /// Writes descriptor and page tables for a 64-bit entry at `rip`.
 pub(super) fn long64(ram: &GuestMemoryMmap, rip: u64) -> Result<Entry, GuestMemoryError> {
-    write_gdt(ram, CODE64)?;
+    write_gdt(ram, GDT, CODE64)?;
     write_page_tables(ram)?;
     Ok(Entry::Long64 { rip, rsi: ZERO_PAGE, rsp: STACK_TOP, cr3: PAGE_TABLES, gdt_base: GDT, gdt_limit: GDT_LIMIT })
 }
 
 /// Writes the descriptor table for a 32-bit entry at `eip`.
 pub(super) fn protected32(ram: &GuestMemoryMmap, eip: u32) -> Result<Entry, GuestMemoryError> {
-    write_gdt(ram, CODE32)?;
-    Ok(Entry::Protected32 { eip, ebx: START_INFO as u32, esp: STACK_TOP as u32, gdt_base: GDT, gdt_limit: GDT_LIMIT })
+    let (ebx, esp) = (START_INFO as u32, STACK_TOP as u32);
+    write_gdt(ram, GDT, CODE32)?;
+    Ok(Entry::Protected32 { eip, eax: 0, ebx, esp, gdt_base: GDT, gdt_limit: GDT_LIMIT })
 }
 
-fn write_gdt(ram: &GuestMemoryMmap, code: u64) -> Result<(), GuestMemoryError> {
+/// Writes the descriptor table of a Multiboot kernel, entered at `eip`, to `gdt_base`, where [`GDT_LEN`] bytes are kept
+/// for it. `ebx` is the address of the Multiboot information, `esp` the top of a page of stack.
+pub(super) fn multiboot(
+    ram: &GuestMemoryMmap,
+    gdt_base: u64,
+    eip: u32,
+    ebx: u32,
+    esp: u32,
+) -> Result<Entry, GuestMemoryError> {
+    write_gdt(ram, gdt_base, CODE32)?;
+    Ok(Entry::Protected32 { eip, eax: MULTIBOOT_LOADER, ebx, esp, gdt_base, gdt_limit: GDT_LIMIT })
+}
+
+fn write_gdt(ram: &GuestMemoryMmap, at: u64, code: u64) -> Result<(), GuestMemoryError> {
     let slots: [u64; GDT_SLOTS] = [0, 0, code, DATA32, BUSY_TSS, 0];
-    ram.write_slice(&bytes_of(slots), GuestAddress(GDT))
+    ram.write_slice(&bytes_of(slots), GuestAddress(at))
 }
 
 /// Maps the low 4 GiB one to one in pages of 2 MiB: a level-4 table, a level-3 table and four level-2 tables, in

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::BootError;
+use super::{BootError, multiboot};
 
 /// The most that is read from something that is no regular file, and so has no length: a pipe, say.
 const STREAM_LIMIT: u64 = 1 << 30;
@@ -28,6 +28,7 @@ pub(super) struct Image {
 /// The kernels that can be booted.
 pub(super) enum Kind {
     BzImage,
+    Multiboot(multiboot::Header),
     Elf,
 }
 
@@ -157,6 +158,27 @@ impl Image {
         Ok(())
     }
 
+    /// Fills guest memory at `(start, len)`: with `file_len` bytes at `offset`, no more than `len`, then with zeros. The
+    /// caller has checked that RAM is there.
+    pub(super) fn fill(
+        &self,
+        ram: &GuestMemoryMmap,
+        (start, len): (u64, u64),
+        part: &'static str,
+        offset: u64,
+        file_len: u64,
+    ) -> Result<(), BootError> {
+        self.copy_to(ram, start, part, offset, file_len)?;
+        let zeros = [0; 4096];
+        let (mut at, end) = (start + file_len, start + len);
+        while at < end {
+            let step = (end - at).min(zeros.len() as u64);
+            ram.write_slice(zeros.get(..step as usize).unwrap_or_default(), GuestAddress(at))?;
+            at += step;
+        }
+        Ok(())
+    }
+
     fn read_error(&self, source: io::Error) -> BootError {
         BootError::Read { role: self.role, name: self.name(), source }
     }
@@ -165,11 +187,16 @@ impl Image {
     pub(super) fn kind(&self) -> Result<Kind, BootError> {
         let head = self.read("the start of the file", 0, self.len.min(0x210) as usize)?;
         let name = || self.name();
-        if head.starts_with(b"\x7fELF") {
-            return Ok(Kind::Elf);
-        }
         if marked((0x1fe, &[0x55, 0xaa]), &head) && marked((0x202, b"HdrS"), &head) {
             return Ok(Kind::BzImage);
+        }
+        // Before ELF files are told by their start: many a Multiboot kernel is one.
+        let header = match multiboot::find(self)? {
+            multiboot::Found::Header(header) => return Ok(Kind::Multiboot(header)),
+            found => found,
+        };
+        if head.starts_with(b"\x7fELF") {
+            return Ok(Kind::Elf);
         }
         if let Some((_, format, tool)) = COMPRESSED.iter().find(|(mark, ..)| head.starts_with(mark)) {
             return Err(BootError::Compressed { name: name(), format, tool });
@@ -180,6 +207,7 @@ impl Image {
         if let Some((.., found)) = NO_KERNELS.iter().find(|(at, mark, _)| marked((*at, mark), &head)) {
             return Err(BootError::NotAKernel { name: name(), found });
         }
+        header.refuse_damaged(self)?;
         // Every bzImage and every ELF kernel is longer than its own headers.
         let found = if head.len() < 0x210 { "too short to be a kernel" } else { "of no known kernel format" };
         Err(BootError::NotAKernel { name: name(), found })

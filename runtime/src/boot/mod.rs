@@ -1,8 +1,9 @@
 //! Booting a kernel without firmware: the kernel, its initial RAM disk and command line are put into guest memory,
 //! with what the firmware would have left there, and the state of the boot processor is told to the caller.
 //!
-//! Two kinds of kernel are known, by content and not by name: a Linux bzImage, entered at its 64-bit entry point
-//! (`bzimage.rs`), and an ELF file with a PVH entry note (`pvh.rs`).
+//! Three kinds of kernel are known, by content and not by name, and asked for in this order: a Linux bzImage, entered at
+//! its 64-bit entry point (`bzimage.rs`), a file with a Multiboot header (`multiboot.rs`), and an ELF file with a PVH
+//! entry note (`pvh.rs`).
 //!
 //! A kernel file is the user's, not the guest's; still its every field is checked before it is used, so that no file
 //! whatever gives more than an error. Nothing here depends on the host's instruction set: for that reason, of the
@@ -11,9 +12,11 @@
 mod bzimage;
 mod cmdline;
 mod e820;
+mod elf;
 mod entry;
 mod image;
 mod initrd;
+mod multiboot;
 mod pvh;
 #[cfg(test)]
 mod tests;
@@ -79,7 +82,9 @@ pub enum BootError {
         name: String,
     },
     /// Something that is no kernel.
-    #[error("kernel {name} is {found}; give a Linux bzImage (vmlinuz) or a PVH ELF kernel (vmlinux) for x86-64")]
+    #[error(
+        "kernel {name} is {found}; give a Linux bzImage (vmlinuz), a PVH ELF kernel (vmlinux) or a Multiboot kernel for x86-64"
+    )]
     NotAKernel {
         /// The file.
         name: String,
@@ -126,6 +131,22 @@ pub enum BootError {
         /// The contradiction.
         why: String,
     },
+    /// A Multiboot kernel that asks for what this machine hasn't got.
+    #[error("kernel {name} asks in its Multiboot header for {what}; build it without")]
+    MultibootFeature {
+        /// The file.
+        name: String,
+        /// What it asks for.
+        what: String,
+    },
+    /// A Multiboot kernel that is no ELF file and doesn't say where it goes.
+    #[error(
+        "kernel {name} has a Multiboot header without addresses (flag bit 16) and is no ELF file; link it as one, or set them"
+    )]
+    NoMultibootAddresses {
+        /// The file.
+        name: String,
+    },
     /// A bzImage that can only be entered in real or 32-bit protected mode.
     #[error("kernel {name} has no 64-bit entry point (boot protocol {}.{:02}); give a 64-bit kernel, Linux 3.8 or later", .version >> 8, .version & 0xff)]
     No64BitEntry {
@@ -135,7 +156,9 @@ pub enum BootError {
         version: u16,
     },
     /// An ELF kernel that doesn't say where a PVH guest starts.
-    #[error("kernel {name} is an ELF file without a PVH entry note; build it with CONFIG_PVH=y or give its bzImage")]
+    #[error(
+        "kernel {name} is an ELF file with neither a PVH entry note nor a Multiboot header; build Linux with CONFIG_PVH=y or give its bzImage"
+    )]
     NoPvhEntry {
         /// The file.
         name: String,
@@ -210,7 +233,15 @@ pub fn load(
 fn load_image(kernel: &Image, request: &Request) -> Result<BootState, BootError> {
     let entry = match kernel.kind()? {
         image::Kind::BzImage => bzimage::load(kernel, request)?,
-        image::Kind::Elf => pvh::load(kernel, request)?,
+        image::Kind::Multiboot(header) => multiboot::load(kernel, &header, request)?,
+        image::Kind::Elf => match pvh::load(kernel, request) {
+            // Without a PVH note it is more likely that a Multiboot header was meant, if there is a spoilt one.
+            Err(error @ (BootError::NoPvhEntry { .. } | BootError::WrongMachine { .. })) => {
+                multiboot::find(kernel)?.refuse_damaged(kernel)?;
+                return Err(error);
+            }
+            entry => entry?,
+        },
     };
     entry::write_bios_data(request.ram)?;
     Ok(BootState { entry })

@@ -1,23 +1,16 @@
 //! ELF kernels entered by the PVH boot protocol (Xen docs/misc/pvh.pandoc and xen/include/public/arch-x86/hvm/
-//! start_info.h; ELF: System V ABI, chapters 4 and 5).
+//! start_info.h).
 //!
 //! Segments are loaded at their physical addresses; a note of the owner `Xen` gives the 32-bit entry point.
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use super::elf::{self, Classes, PT_LOAD, PT_NOTE, Segment, u32_at, u64_at};
 use super::entry::{self, Entry, START_INFO};
 use super::image::Image;
 use super::{BootError, Request, cmdline, e820, initrd};
 use crate::memory::{HIGH_RAM_BASE, low_ram_end};
 
-const EHDR_LEN: usize = 64;
-const PHDR_LEN: usize = 56;
-const CLASS32: u8 = 1;
-const CLASS64: u8 = 2;
-const LITTLE_ENDIAN: u8 = 1;
-const EM_X86_64: u16 = 62;
-const PT_LOAD: u32 = 1;
-const PT_NOTE: u32 = 4;
 /// The notes of a kernel are a few hundred bytes; more is not read.
 const NOTES_LIMIT: u64 = 1 << 20;
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
@@ -31,44 +24,9 @@ const MODULE_LEN: u64 = 32;
 /// Below this lie the tables the entry needs, the VGA window and the BIOS area.
 const LOWEST: u64 = 0x10_0000;
 
-/// Machines a kernel might be for by mistake (`e_machine`).
-const MACHINES: [(u16, &str); 9] = [
-    (2, "SPARC"),
-    (3, "32-bit x86"),
-    (8, "MIPS"),
-    (20, "PowerPC"),
-    (21, "64-bit PowerPC"),
-    (22, "IBM Z"),
-    (40, "32-bit ARM"),
-    (183, "64-bit ARM"),
-    (243, "RISC-V"),
-];
-
-fn u16_at(bytes: &[u8], at: usize) -> u16 {
-    bytes.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u16::from_le_bytes(*b))
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    bytes.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u32::from_le_bytes(*b))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    bytes.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u64::from_le_bytes(*b))
-}
-
-/// A program header.
-struct Segment {
-    kind: u32,
-    offset: u64,
-    start: u64,
-    file_len: u64,
-    len: u64,
-    align: u64,
-}
-
 /// Loads `kernel` with what `request` asks for.
 pub(super) fn load(kernel: &Image, request: &Request) -> Result<Entry, BootError> {
-    let segments = segments(kernel)?;
+    let segments = elf::read(kernel, Classes::Only64)?.segments;
     let entry_point = entry_point(kernel, &segments)?;
     let mut end = LOWEST;
     let mut holds_entry = false;
@@ -87,51 +45,6 @@ pub(super) fn load(kernel: &Image, request: &Request) -> Result<Entry, BootError
     Ok(entry::protected32(request.ram, entry_point)?)
 }
 
-/// Reads and checks the ELF header, and the program headers.
-fn segments(kernel: &Image) -> Result<Vec<Segment>, BootError> {
-    let malformed = |why: &str| BootError::Malformed { name: kernel.name(), why: why.into() };
-    let header = kernel.read("the ELF header", 0, EHDR_LEN.min(usize::try_from(kernel.len()).unwrap_or(EHDR_LEN)))?;
-    let class = header.get(4).copied().unwrap_or(0);
-    let little = header.get(5) == Some(&LITTLE_ENDIAN);
-    // The machine is told first: it is what the user can do something about. The class and byte order of a file for
-    // another machine may be anything.
-    kernel.require("the ELF header", 0, 20)?;
-    let machine = if little { u16_at(&header, 18) } else { u16_at(&header, 18).swap_bytes() };
-    if machine != EM_X86_64 || class == CLASS32 || !little {
-        let known = MACHINES.iter().find(|(number, _)| *number == machine);
-        let machine = match known {
-            Some((_, known)) => (*known).into(),
-            None if machine == EM_X86_64 && class == CLASS32 => "the x32 ABI (a 32-bit ELF file)".into(),
-            None if machine == EM_X86_64 => "a big-endian machine".into(),
-            None => format!("ELF machine {machine}"),
-        };
-        return Err(BootError::WrongMachine { name: kernel.name(), machine });
-    }
-    kernel.require("the ELF header", 0, EHDR_LEN as u64)?;
-    if class != CLASS64 {
-        return Err(malformed("its ELF class is neither 32 nor 64 bits"));
-    }
-    let (table, entry_len, count) = (u64_at(&header, 32), u16_at(&header, 54), u16_at(&header, 56));
-    if count == 0 {
-        return Err(malformed("it has no program headers, like an object file or a module"));
-    }
-    if usize::from(entry_len) != PHDR_LEN {
-        return Err(malformed("its program headers are not of the 64-bit size"));
-    }
-    let headers = kernel.read("the program header table", table, usize::from(count) * PHDR_LEN)?;
-    Ok(headers
-        .chunks_exact(PHDR_LEN)
-        .map(|h| Segment {
-            kind: u32_at(h, 0),
-            offset: u64_at(h, 8),
-            start: u64_at(h, 24),
-            file_len: u64_at(h, 32),
-            len: u64_at(h, 40),
-            align: u64_at(h, 48),
-        })
-        .collect())
-}
-
 /// Copies one segment to its physical address and clears what the file doesn't hold. Gives the address behind it.
 fn load_segment(kernel: &Image, ram: &GuestMemoryMmap, segment: &Segment) -> Result<u64, BootError> {
     let malformed = |why| BootError::Malformed { name: kernel.name(), why };
@@ -147,14 +60,7 @@ fn load_segment(kernel: &Image, ram: &GuestMemoryMmap, segment: &Segment) -> Res
     if end > have {
         return Err(BootError::KernelDoesNotFit { name: kernel.name(), need: end, have });
     }
-    kernel.copy_to(ram, start, "a program segment", segment.offset, file_len)?;
-    let zeros = [0; 4096];
-    let mut at = start + file_len;
-    while at < end {
-        let step = (end - at).min(zeros.len() as u64);
-        ram.write_slice(zeros.get(..step as usize).unwrap_or_default(), GuestAddress(at))?;
-        at += step;
-    }
+    kernel.fill(ram, (start, len), "a program segment", segment.offset, file_len)?;
     Ok(end)
 }
 

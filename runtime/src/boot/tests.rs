@@ -1,5 +1,7 @@
 //! Kernels made up by the byte, good and bad, put into memories of many sizes.
 
+mod multiboot;
+
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
@@ -267,7 +269,7 @@ fn bad_kernels_are_told_apart() {
         (pvh, Cut(10), "is truncated: the ELF header ends at byte 20, the file at byte 10"),
         (pvh, Cut(0x80), "is truncated: the program header table ends at byte 176"),
         (pvh, Cut(0x220), "is truncated: a program segment ends at byte 576"),
-        (pvh, Put(0x11c, &[17]), "is an ELF file without a PVH entry note"),
+        (pvh, Put(0x11c, &[17]), "is an ELF file with neither a PVH entry note nor a Multiboot header"),
         (pvh, Put(0x124, &[0; 4]), "its PVH entry point 0x0 is in none of its segments"),
         (pvh, Put(64 + 24, &[0; 8]), "its segment at 0x0 is outside the memory a kernel may use"),
         (pvh, Put(64 + 32, &[0xff; 8]), "its segment at 0x1000000 is longer in the file than in memory"),
@@ -336,7 +338,7 @@ fn no_file_panics() {
         state ^= state << 17;
         state
     };
-    for good in [bzimage(), pvh()] {
+    for good in [bzimage(), pvh(), multiboot::elf(false), multiboot::elf(true), multiboot::flat()] {
         let headers = good.len().min(0x268);
         for len in 0..headers + 64 {
             let _ = start(&ram, &good[..len.min(good.len())], None, "");
@@ -351,7 +353,9 @@ fn no_file_panics() {
                 let len = (1 + random() as usize % 8).min(headers - at);
                 put(&mut file, at, &value[..len]);
             }
-            let _ = start(&ram, &file, Some(4096), "x");
+            if let Err(error) = start(&ram, &file, Some(4096), "x") {
+                assert!(!error.to_string().contains('\n'), "{error}");
+            }
         }
     }
     for _ in 0..1000 {
