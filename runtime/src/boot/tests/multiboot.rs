@@ -182,6 +182,9 @@ fn odd(addresses: [u32; 5]) -> impl Fn() -> Vec<u8> {
     move || flat_with(addresses)
 }
 
+/// A kernel, what is done to it, and what the error says.
+type Case<'a> = (&'a dyn Fn() -> Vec<u8>, Change, &'a str);
+
 #[test]
 fn bad_kernels_are_told_apart() {
     let ram = ram(64);
@@ -189,7 +192,7 @@ fn bad_kernels_are_told_apart() {
     let elf64 = || elf(true);
     let flagged = |flags: u32| move || elf_with(false, flags, &[(AT, 64, 8192)]);
     let segment = |start, file_len, len| move || elf_with(false, FLAGS, &[(start, file_len, len)]);
-    let cases: [(&dyn Fn() -> Vec<u8>, Change, &str); 37] = [
+    let cases: [Case; 37] = [
         (&elf32, Put(0x108, &[0; 4]), "the checksum of its Multiboot header at byte 0x100 is wrong"),
         (&elf64, Put(0x108, &[0; 4]), "the checksum of its Multiboot header at byte 0x100 is wrong"),
         (&flat, Put(0x48, &[0; 4]), "the checksum of its Multiboot header at byte 0x40 is wrong"),
