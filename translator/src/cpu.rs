@@ -10,7 +10,7 @@ use crate::mem::GuestRam;
 use crate::mmu::Mmu;
 use crate::mmu::tlb::Class;
 use crate::platform::Platform;
-use crate::state::{CpuState, Segment, cr, seg};
+use crate::state::{CpuState, Segment, cr, flag, seg};
 
 /// Asks a vCPU, from any thread, to leave guest code soon and look at what changed.
 #[derive(Clone, Debug, Default)]
@@ -203,6 +203,13 @@ impl Cpu {
     pub fn access_class_changed(&mut self) {
         self.class = self.access_class();
         self.jit.tlb = self.mmu.tlb.table(self.class).entries.as_ptr() as u64;
+    }
+
+    /// Whether instructions must run one by one: single-stepping, breakpoints, or an interrupt shadow.
+    #[inline(always)]
+    pub fn must_step(&self) -> bool {
+        let s = &self.s;
+        s.rflags & (flag::TF | flag::RF) != 0 || s.shadow != 0 || s.dr[7] & 0xff != 0 || self.pending_debug != 0
     }
 
     /// Whether an interrupt may wait that the dispatch loop has not been told to be absent.

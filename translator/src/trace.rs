@@ -132,7 +132,7 @@ impl Vcpu {
             if let Some(exit) = self.prepare() {
                 break exit;
             }
-            let passed_over = trace.filter.admits_none(self.cpu.s.rip, self.cpu.s.cpl == 3) && !self.must_step();
+            let passed_over = trace.filter.admits_none(self.cpu.s.rip, self.cpu.s.cpl == 3) && !self.cpu.must_step();
             if !passed_over && let Err(e) = self.trace_next(trace) {
                 self.difference = Some(format!("cannot write the trace: {e}"));
                 return Exit::Stopped;

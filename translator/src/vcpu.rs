@@ -107,7 +107,7 @@ impl Vcpu {
         if let Some(exit) = self.prepare() {
             return Some(exit);
         }
-        let result = if self.must_step() { self.step() } else { self.run_block() };
+        let result = if self.cpu.must_step() { self.step() } else { self.run_block() };
         result.is_err().then_some(Exit::Shutdown)
     }
 
@@ -171,13 +171,6 @@ impl Vcpu {
         Ok(())
     }
 
-    /// Whether instructions must run one by one: single-stepping, breakpoints, or an interrupt shadow.
-    #[inline(always)]
-    pub(crate) fn must_step(&self) -> bool {
-        let s = &self.cpu.s;
-        s.rflags & (flag::TF | flag::RF) != 0 || s.shadow != 0 || s.dr[7] & 0xff != 0 || self.cpu.pending_debug != 0
-    }
-
     /// Whether `len` bytes at RIP lie inside CS's limit, which may have been another when they were decoded.
     #[inline(always)]
     fn inside_code_segment(&self, len: u64) -> bool {
@@ -231,6 +224,7 @@ impl Vcpu {
             jit.enter(&mut self.cpu, code);
             self.cpu.fold_flags();
         }
+        // ONWARD comes to 0, which is NEXT: what it means behind a miss.
         self.counts.exits[self.cpu.jit.exit_reason as usize & 3] += 1;
         match self.cpu.jit.exit_reason {
             reason::INTERPRET => match self.find_block() {

@@ -107,6 +107,8 @@ pub struct JitEmit<'a> {
     pub(super) done: i64,
     /// Index of the block being emitted.
     pub(super) current: usize,
+    /// Registers that the CPU state may lack on entry to each block.
+    pub(super) dirty_in: Vec<Regs>,
     /// What is known of the flags on entry to blocks that have one way in, which was emitted before them, and whether
     /// the CPU state lacks them.
     pub(super) handed_down: Vec<Option<(FlagVal, bool)>>,
@@ -210,6 +212,7 @@ impl<'a> JitEmit<'a> {
             off: plan.blocks[0].off,
             done: 0,
             current: 0,
+            dirty_in: dirty_on_entry(plan),
             handed_down: vec![None; plan.blocks.len()],
             flags_live_in: flags_live_on_entry(plan),
             flags_read_in: flags_read_on_entry(plan),
@@ -228,8 +231,7 @@ impl<'a> JitEmit<'a> {
 
     /// Leads to the entry that RIP's page offset names, and emits the entries.
     pub(super) fn enter(&mut self, off: Value) {
-        let dirty_in = dirty_on_entry(self.plan);
-        let live_in = live_on_entry(self.plan, &dirty_in);
+        let live_in = live_on_entry(self.plan, &self.dirty_in);
         let plan = self.plan;
         let mut entries: Vec<(u64, usize, Block)> =
             (0..).zip(&plan.blocks).filter(|(_, b)| b.entry).map(|(k, b)| (b.off, k, self.b.create_block())).collect();
@@ -268,12 +270,11 @@ impl<'a> JitEmit<'a> {
     /// Emits the whole region.
     pub fn emit(mut self) -> (FunctionBuilder<'a>, Emitted) {
         let plan = self.plan;
-        let dirty_in = dirty_on_entry(plan);
         for (k, block) in plan.blocks.iter().enumerate() {
             let target = self.blocks[k];
             self.b.switch_to_block(target);
             self.current = k;
-            self.dirty = dirty_in[k];
+            self.dirty = self.dirty_in[k];
             (self.flags, self.flags_dirty) = self.handed_down[k].take().unwrap_or((FlagVal::Memory, false));
             self.ended = false;
             self.fp_ready = false;

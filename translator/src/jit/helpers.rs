@@ -6,7 +6,6 @@ use crate::cpu::Cpu;
 use crate::insn::{Insn, Rep};
 use crate::jit::frame::{HELPERS, reason};
 use crate::simd::fp::FpEnv;
-use crate::state::flag;
 
 impl Cpu {
     /// Points compiled code to the helpers and to what does not move.
@@ -78,11 +77,9 @@ impl Cpu {
 impl Cpu {
     /// Whether the dispatch loop would do nothing between the last instruction and the next block.
     fn may_go_on(&self) -> bool {
-        let s = &self.s;
-        let stepping = s.rflags & (flag::TF | flag::RF) != 0 || s.dr[7] & 0xff != 0 || s.shadow != 0;
-        let asked = self.interrupt_possible() || self.pending_debug != 0 || self.late_fault || s.halted;
+        let asked = self.interrupt_possible() || self.late_fault || self.s.halted;
         let stale = self.flush_jump_cache || !self.smc.is_empty();
-        !(stepping || asked || stale)
+        !(self.must_step() || asked || stale)
     }
 }
 

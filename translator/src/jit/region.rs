@@ -199,7 +199,9 @@ fn region_block(block: &Block) -> RegionBlock {
         use_of(i, &mut usage);
     }
     let end = insns.last().map_or(End::Exit, |last| end_of(last, block.mode));
-    let targets = block.targets.iter().filter(|_| block.indirect && is_near_indirect(insns.last()));
+    // Far branches, which have no compiled form, are none that the region can follow.
+    let follows = block.indirect && insns.last().is_some_and(|i| i.sem.jit.is_some());
+    let targets = block.targets.iter().filter(|_| follows);
     let guards = targets.filter(|&&t| t != NO_TARGET).map(|&t| u64::from(t)).collect();
     let returns_to = insns.last().filter(|last| is_call(last)).map(Insn::next_off);
     RegionBlock { off: start, insns, end, usage, returns_to, guards, entry: false }
@@ -234,11 +236,6 @@ fn end_of(last: &Insn, mode: Mode) -> End {
 fn is_call(i: &Insn) -> bool {
     use iced_x86::FlowControl;
     matches!(i.iced_code().flow_control(), FlowControl::Call | FlowControl::IndirectCall)
-}
-
-/// Whether an indirect branch is near, and compiled.
-fn is_near_indirect(i: Option<&Insn>) -> bool {
-    i.is_some_and(|i| i.sem.jit.is_some())
 }
 
 fn is_return(i: &Insn) -> bool {
