@@ -5,6 +5,7 @@ use iced_x86::CpuidFeature;
 use crate::mmu::walk::PHYSICAL_BITS;
 use crate::platform::TSC_HZ;
 use crate::state::{CpuState, cr};
+use crate::xsave_area::{self, component};
 
 /// How much of the instruction set a model has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
@@ -44,6 +45,9 @@ use CpuidFeature as F;
 use Level::{Max, V2, V3};
 use Reg::{Eax, Ebx, Ecx, Edx};
 
+/// CPUID.01H:EDX.APIC: the local APIC exists and is enabled.
+pub const LEAF_1_EDX_APIC: u32 = 1 << 9;
+
 /// Every feature that any model reports (SDM vol. 2, CPUID).
 const FEATURES: &[Feature] = &[
     // Leaf 1, EDX.
@@ -55,7 +59,7 @@ const FEATURES: &[Feature] = &[
     feature(1, 0, Edx, 6, V2, &[]), // PAE
     feature(1, 0, Edx, 7, V2, &[]), // MCE
     feature(1, 0, Edx, 8, V2, &[F::CX8]),
-    feature(1, 0, Edx, 9, V2, &[]), // APIC
+    feature(1, 0, Edx, LEAF_1_EDX_APIC.trailing_zeros(), V2, &[]),
     feature(1, 0, Edx, 11, V2, &[F::SEP]),
     feature(1, 0, Edx, 12, V2, &[]), // MTRR
     feature(1, 0, Edx, 13, V2, &[]), // PGE
@@ -104,14 +108,16 @@ const FEATURES: &[Feature] = &[
     feature(7, 0, Ebx, 24, V2, &[F::CLWB]),
     feature(7, 0, Ebx, 29, Max, &[F::SHA]),
     feature(7, 0, Ecx, 2, V2, &[]), // UMIP
+    feature(7, 0, Ecx, 3, Max, &[F::PKU]),
     feature(7, 0, Ecx, 22, Max, &[F::RDPID]),
-    feature(7, 0, Edx, 4, V2, &[]),  // FSRM
-    feature(7, 0, Edx, 26, V2, &[]), // IBRS, IBPB
-    feature(7, 0, Edx, 27, V2, &[]), // STIBP
-    feature(7, 0, Edx, 28, V2, &[]), // L1D_FLUSH
-    feature(7, 0, Edx, 29, V2, &[]), // ARCH_CAPABILITIES
-    feature(7, 0, Edx, 31, V2, &[]), // SSBD
-    feature(7, 2, Edx, 4, V2, &[]),  // BHI_CTRL: kernels then clear no branch history by software on each entry
+    feature(7, 0, Ecx, 31, Max, &[]), // PKS
+    feature(7, 0, Edx, 4, V2, &[]),   // FSRM
+    feature(7, 0, Edx, 26, V2, &[]),  // IBRS, IBPB
+    feature(7, 0, Edx, 27, V2, &[]),  // STIBP
+    feature(7, 0, Edx, 28, V2, &[]),  // L1D_FLUSH
+    feature(7, 0, Edx, 29, V2, &[]),  // ARCH_CAPABILITIES
+    feature(7, 0, Edx, 31, V2, &[]),  // SSBD
+    feature(7, 2, Edx, 4, V2, &[]),   // BHI_CTRL: kernels then clear no branch history by software on each entry
     // XSAVE extensions.
     feature(0xd, 1, Eax, 0, V3, &[F::XSAVEOPT]),
     feature(0xd, 1, Eax, 1, V3, &[F::XSAVEC]),
@@ -170,11 +176,12 @@ impl CpuModel {
 
     /// State components that XCR0 may enable.
     pub fn xcr0_mask(&self) -> u64 {
-        match (self.has(1, Ecx, 26), self.has(1, Ecx, 28)) {
-            (true, true) => 7,
-            (true, false) => 3,
-            _ => 1,
+        if !self.has(1, Ecx, 26) {
+            return component::X87;
         }
+        let avx = if self.has(1, Ecx, 28) { component::AVX } else { 0 };
+        let pkru = if self.has(7, Ecx, 3) { component::PKRU } else { 0 };
+        component::X87 | component::SSE | avx | pkru
     }
 
     /// Whether every CR4 bit of `v` belongs to a feature that the model has.
@@ -184,6 +191,8 @@ impl CpuModel {
             (cr::CR4_PCIDE, 1, Ecx, 17),
             (cr::CR4_SMEP, 7, Ebx, 7),
             (cr::CR4_SMAP, 7, Ebx, 20),
+            (cr::CR4_PKE, 7, Ecx, 3),
+            (cr::CR4_PKS, 7, Ecx, 31),
         ]
         .iter()
         .all(|&(bit, leaf, reg, n)| v & bit == 0 || self.has(leaf, reg, n))
@@ -222,7 +231,10 @@ impl CpuModel {
             5 => [64, 64, 3, 0],
             6 => self.registers(6, 0),
             7 => match subleaf {
-                0 => [2, self.bits(7, 0, Ebx), self.bits(7, 0, Ecx), self.bits(7, 0, Edx)],
+                0 => {
+                    let ospke = if s.cr4 & cr::CR4_PKE != 0 { 1 << 4 } else { 0 };
+                    [2, self.bits(7, 0, Ebx), self.bits(7, 0, Ecx) | ospke, self.bits(7, 0, Edx)]
+                }
                 1 | 2 => self.registers(7, subleaf),
                 _ => [0; 4],
             },
@@ -287,19 +299,22 @@ impl CpuModel {
 
     fn xsave(&self, subleaf: u32, s: &CpuState) -> [u32; 4] {
         let mask = self.xcr0_mask();
-        if mask == 1 {
+        if mask == component::X87 {
             return [0; 4];
         }
-        let size = |components: u64| if components & 4 != 0 { 576 + 256 } else { 576 };
         match subleaf {
-            0 => [mask as u32, size(s.xcr0), size(mask), 0],
+            0 => {
+                let [now, most] = [s.xcr0, mask].map(|components| xsave_area::standard_size(components) as u32);
+                [mask as u32, now, most, 0]
+            }
             1 => {
                 let [eax, ..] = self.registers(0xd, 1);
-                [eax, size(s.xcr0), 0, 0]
+                [eax, xsave_area::compacted_size(s.xcr0) as u32, 0, 0]
             }
-            // YMM upper halves: 256 bytes at offset 576.
-            2 if mask & 4 != 0 => [256, 576, 0, 0],
-            _ => [0; 4],
+            n => match xsave_area::EXTENDED.iter().find(|c| 1u64.checked_shl(n) == Some(c.bit) && mask & c.bit != 0) {
+                Some(c) => [c.size as u32, c.offset as u32, 0, 0],
+                None => [0; 4],
+            },
         }
     }
 
@@ -344,8 +359,11 @@ mod tests {
             }
         }
         assert_eq!(v2.cpuid(0xd, 0, &s), [0; 4]);
-        assert_eq!(max.cpuid(0xd, 0, &s), [7, 576, 832, 0]);
+        assert_eq!(v3.cpuid(0xd, 0, &s), [7, 576, 832, 0]);
+        assert_eq!(max.cpuid(0xd, 0, &s), [0x207, 576, 2696, 0]);
         assert_eq!(max.cpuid(0xd, 2, &s), [256, 576, 0, 0]);
+        assert_eq!(max.cpuid(0xd, 9, &s), [8, 2688, 0, 0]);
+        assert_eq!([max.cpuid(0xd, 3, &s), v3.cpuid(0xd, 9, &s), max.cpuid(0xd, 99, &s)], [[0; 4]; 3]);
     }
 
     /// The levels of the x86-64 psABI (chapter 3.1.1), as sets of instruction classes.

@@ -27,3 +27,4 @@ pub mod trace;
 pub mod vcpu;
 pub mod width;
 pub mod x87;
+pub mod xsave_area;

@@ -28,6 +28,10 @@ pub trait Platform: Send {
     fn apic_msr_write(&mut self, _msr: u32, _value: u64, _tsc: u64) -> Option<()> {
         None
     }
+    /// Whether IA32_APIC_BASE enables the local APIC.
+    fn apic_enabled(&mut self) -> bool {
+        true
+    }
     /// The task priority as CR8 shows it (TPR bits 7:4).
     fn cr8(&mut self) -> u64 {
         0

@@ -82,6 +82,8 @@ pub mod cr {
     pub const CR4_OSXSAVE: u64 = 1 << 18;
     pub const CR4_SMEP: u64 = 1 << 20;
     pub const CR4_SMAP: u64 = 1 << 21;
+    pub const CR4_PKE: u64 = 1 << 22;
+    pub const CR4_PKS: u64 = 1 << 24;
     pub const EFER_SCE: u64 = 1 << 0;
     pub const EFER_LME: u64 = 1 << 8;
     pub const EFER_LMA: u64 = 1 << 10;
@@ -182,6 +184,8 @@ pub struct CpuState {
     pub cr4: u64,
     /// XCR0.
     pub xcr0: u64,
+    /// PKRU.
+    pub pkru: u32,
     /// IA32_EFER.
     pub efer: u64,
     /// DR0–DR3, then unused DR4–DR5, DR6, DR7.
@@ -221,6 +225,7 @@ pub struct Msrs {
     pub pat: u64,
     pub misc_enable: u64,
     pub spec_ctrl: u64,
+    pub pkrs: u32,
     pub debugctl: u64,
     pub mtrr_def_type: u64,
     pub mtrr_fixed: [u64; 11],
@@ -258,6 +263,7 @@ impl CpuState {
             cr3: 0,
             cr4: 0,
             xcr0: 1,
+            pkru: 0,
             efer: 0,
             dr,
             mxcsr: 0x1f80,

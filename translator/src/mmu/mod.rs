@@ -14,7 +14,7 @@ use crate::mem::granule_mask;
 use crate::state::{cr, flag, seg};
 use crate::width::Width;
 use fetched::Fetched;
-use tlb::{CHECKED, Class, EMPTY, GLOBAL, JumpFlush, LARGE, SLOW, Table, TlbEntry, WATCHED};
+use tlb::{CHECKED, Class, EMPTY, GLOBAL, JumpFlush, KEY_SHIFT, LARGE, SLOW, Table, TlbEntry, WATCHED};
 use walk::{Access, Paging, Walk, walk};
 
 /// Entries of the code TLB.
@@ -85,7 +85,17 @@ struct Translated {
 
 impl Cpu {
     fn paging(&self) -> Paging {
-        Paging { cr0: self.s.cr0, cr3: self.s.cr3, cr4: self.s.cr4, efer: self.s.efer, pdpte: self.mmu.pdpte }
+        let s = &self.s;
+        let counts = |bit| s.long_mode() && s.cr4 & bit != 0;
+        Paging {
+            cr0: s.cr0,
+            cr3: s.cr3,
+            cr4: s.cr4,
+            efer: s.efer,
+            pdpte: self.mmu.pdpte,
+            user_keys: if counts(cr::CR4_PKE) { s.pkru } else { 0 },
+            supervisor_keys: if counts(cr::CR4_PKS) { s.msr.pkrs } else { 0 },
+        }
     }
 
     /// The class of data accesses by the running code.
@@ -418,7 +428,10 @@ impl Cpu {
             read: page | mmio | watched,
             write: if w.writable { page | mmio | code | watched } else { EMPTY },
             addend: host_page.map_or(0, |h| (h as u64).wrapping_sub(page)),
-            phys: w.gpa & !PAGE_MASK | if w.global { GLOBAL } else { 0 } | if w.page_bits > 12 { LARGE } else { 0 },
+            phys: w.gpa & !PAGE_MASK
+                | if w.global { GLOBAL } else { 0 }
+                | if w.page_bits > 12 { LARGE } else { 0 }
+                | u64::from(w.key) << KEY_SHIFT,
         };
         self.mmu.tlb.table(class).insert(linear, entry);
         Translated { gpa: w.gpa, host: host_page.map(|h| h.wrapping_add((linear & PAGE_MASK) as usize)) }
@@ -477,6 +490,28 @@ impl Cpu {
         self.mmu.private_upper = false;
         self.flush_jump_cache = true;
         self.stop_block = true;
+    }
+
+    /// Writes PKRU.
+    pub fn set_pkru(&mut self, v: u32) {
+        let changed = self.s.pkru ^ v;
+        self.s.pkru = v;
+        self.key_rights_changed(changed);
+    }
+
+    /// Writes IA32_PKRS.
+    pub fn set_pkrs(&mut self, v: u32) {
+        let changed = self.s.msr.pkrs ^ v;
+        self.s.msr.pkrs = v;
+        self.key_rights_changed(changed);
+    }
+
+    /// Data translations hold the rights of their page's key, two bits of PKRU or IA32_PKRS.
+    fn key_rights_changed(&mut self, bits: u32) {
+        if bits != 0 && self.s.cr4 & (cr::CR4_PKE | cr::CR4_PKS) != 0 {
+            let keys = (0..16).filter(|key| bits >> (2 * key) & 3 != 0).fold(0, |keys, key| keys | 1 << key);
+            self.mmu.tlb.flush_keys(keys);
+        }
     }
 
     /// Removes every cached translation, global ones included.

@@ -42,7 +42,7 @@ pub struct TlbEntry {
     pub write: u64,
     /// Host address minus linear address.
     pub addend: u64,
-    /// Guest physical page; bit 0: global, bit 1: part of a large page.
+    /// Guest physical page; bit 0: global, bit 1: part of a large page, bits 5:2: protection key.
     pub phys: u64,
 }
 
@@ -58,8 +58,14 @@ pub const CHECKED: u64 = 4;
 pub const GLOBAL: u64 = 1;
 /// `phys` bit: the translation comes from a large page.
 pub const LARGE: u64 = 2;
+/// Where the protection key is in `phys`.
+pub const KEY_SHIFT: u32 = 2;
 
 const EMPTY_ENTRY: TlbEntry = TlbEntry { read: EMPTY, write: EMPTY, addend: 0, phys: 0 };
+
+fn key(e: &TlbEntry) -> u32 {
+    (e.phys >> KEY_SHIFT & 15) as u32
+}
 
 /// One table.
 pub struct Table {
@@ -67,11 +73,13 @@ pub struct Table {
     pub entries: Box<[TlbEntry; TLB_ENTRIES]>,
     used: bool,
     has_large: bool,
+    /// The protection keys that entries have had, a bit each.
+    keys: u16,
 }
 
 impl Table {
     fn new() -> Table {
-        Table { entries: Box::new([EMPTY_ENTRY; TLB_ENTRIES]), used: false, has_large: false }
+        Table { entries: Box::new([EMPTY_ENTRY; TLB_ENTRIES]), used: false, has_large: false, keys: 0 }
     }
 
     /// The index of a linear address.
@@ -84,6 +92,7 @@ impl Table {
     pub fn insert(&mut self, linear: u64, entry: TlbEntry) {
         self.used = true;
         self.has_large |= entry.phys & LARGE != 0;
+        self.keys |= 1 << key(&entry);
         self.entries[Self::index(linear)] = entry;
     }
 
@@ -92,6 +101,7 @@ impl Table {
             self.entries.fill(EMPTY_ENTRY);
             self.used = false;
             self.has_large = false;
+            self.keys = 0;
         }
     }
 
@@ -100,6 +110,15 @@ impl Table {
             for e in self.entries.iter_mut().filter(|e| e.phys & GLOBAL == 0) {
                 *e = EMPTY_ENTRY;
             }
+        }
+    }
+
+    fn flush_keys(&mut self, keys: u16) {
+        if self.keys & keys != 0 {
+            for e in self.entries.iter_mut().filter(|e| keys >> key(e) & 1 != 0) {
+                *e = EMPTY_ENTRY;
+            }
+            self.keys &= !keys;
         }
     }
 
@@ -239,6 +258,13 @@ impl Tlb {
     pub fn flush_page(&mut self, linear: u64) {
         for s in &mut self.slots {
             s.tables.iter_mut().for_each(|t| t.flush_page(linear));
+        }
+    }
+
+    /// Removes the translations of pages with one of the protection keys in a mask.
+    pub fn flush_keys(&mut self, keys: u16) {
+        for s in &mut self.slots {
+            s.tables.iter_mut().for_each(|t| t.flush_keys(keys));
         }
     }
 

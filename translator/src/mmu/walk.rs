@@ -18,6 +18,7 @@ mod pte {
     pub const D: u64 = 1 << 6;
     pub const PS: u64 = 1 << 7;
     pub const G: u64 = 1 << 8;
+    pub const KEY_SHIFT: u32 = 59;
     pub const NX: u64 = 1 << 63;
 }
 
@@ -28,6 +29,13 @@ mod pf {
     pub const U: u32 = 4;
     pub const RSVD: u32 = 8;
     pub const I: u32 = 16;
+    pub const PK: u32 = 32;
+}
+
+/// The two bits of a protection key in PKRU and IA32_PKRS (SDM vol. 3 §4.6.2).
+mod rights {
+    pub const ACCESS_DISABLE: u32 = 1;
+    pub const WRITE_DISABLE: u32 = 2;
 }
 
 /// What an access wants.
@@ -54,6 +62,10 @@ pub struct Paging {
     pub efer: u64,
     /// PDPTE registers, for PAE paging (SDM vol. 3 §4.4.1).
     pub pdpte: [u64; 4],
+    /// Rights of the protection keys of user pages: PKRU where CR4.PKE lets it count, else 0.
+    pub user_keys: u32,
+    /// Rights of the protection keys of supervisor pages: IA32_PKRS where CR4.PKS lets it count, else 0.
+    pub supervisor_keys: u32,
 }
 
 /// A completed walk.
@@ -65,6 +77,8 @@ pub struct Walk {
     pub writable: bool,
     /// Whether the translation is global.
     pub global: bool,
+    /// The page's protection key, 0–15; 0 where there are none.
+    pub key: u8,
     /// Address bits inside the page: 12, 21, 22 or 30; 32 without paging.
     pub page_bits: u32,
 }
@@ -97,7 +111,7 @@ pub fn walk(
     smap: bool,
 ) -> Result<Walk, Exception> {
     if p.cr0 & cr::CR0_PG == 0 {
-        return Ok(Walk { gpa: linear & 0xffff_ffff, writable: true, global: false, page_bits: 32 });
+        return Ok(Walk { gpa: linear & 0xffff_ffff, writable: true, global: false, key: 0, page_bits: 32 });
     }
     let nxe = p.efer & cr::EFER_NXE != 0;
     let long = p.efer & cr::EFER_LMA != 0;
@@ -165,6 +179,14 @@ pub fn walk(
                 !no_execute && (if user { user_page } else { !(user_page && p.cr4 & cr::CR4_SMEP != 0) })
             }
         };
+        let key = if long { (entry >> pte::KEY_SHIFT & 15) as u8 } else { 0 };
+        let rights = if user_page { p.user_keys } else { p.supervisor_keys } >> (2 * key);
+        let write_disabled = rights & rights::WRITE_DISABLE != 0 && (user || wp);
+        let disabled = rights & rights::ACCESS_DISABLE != 0 || (access == Access::Write && write_disabled);
+        // Keys do not govern fetches. Their bit of the error code is set whatever else forbids the access.
+        if access != Access::Execute && disabled {
+            return Err(fault(pf::P | pf::PK));
+        }
         let smap_violation = smap && !user && user_page && access != Access::Execute;
         if !allowed || smap_violation {
             return Err(fault(pf::P));
@@ -179,8 +201,9 @@ pub fn walk(
         };
         return Ok(Walk {
             gpa: frame | (linear & offset_mask),
-            writable: (writable || (!user && !wp)) && entry & pte::D != 0,
+            writable: (writable || (!user && !wp)) && !write_disabled && entry & pte::D != 0,
             global: entry & pte::G != 0 && p.cr4 & cr::CR4_PGE != 0,
+            key,
             page_bits: level.shift,
         });
     }

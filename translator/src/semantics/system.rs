@@ -51,6 +51,8 @@ pub fn lookup(form: &Form<'_>) -> Option<&'static Sem> {
         Rdtsc => interp!(control::rdtsc),
         Rdtscp => interp!(control::rdtscp),
         Rdpid => interp!(control::rdpid),
+        Rdpkru => interp!(control::rdpkru),
+        Wrpkru => interp!(control::wrpkru, ends),
         Rdpmc => interp!(control::rdpmc),
         Rdrand | Rdseed => interp!(control::rdrand),
         Xgetbv => interp!(control::xgetbv),

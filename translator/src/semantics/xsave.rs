@@ -10,15 +10,11 @@ use crate::semantics::{Form, Sem, interp};
 use crate::state::{cr, gpr, seg};
 use crate::width::W32;
 use crate::x87::X87;
+use crate::xsave_area::{self, FIXED, HEADER, component};
 
-/// State components (SDM vol. 1 §13.1).
-const X87_STATE: u64 = 1;
-const SSE_STATE: u64 = 2;
-const AVX_STATE: u64 = 4;
-/// Offset and size of the header, and of the AVX component in both formats.
-const HEADER: usize = 512;
-const AVX: usize = 576;
+/// Size of an area without PKRU, the only component that may be far behind it.
 const AREA: usize = 832;
+const AVX: usize = FIXED;
 /// XCOMP_BV bit of the compacted format.
 const COMPACT: u64 = 1 << 63;
 /// MXCSR bits that may be set.
@@ -138,14 +134,17 @@ fn requested(cpu: &mut Cpu) -> Result<u64, Trap> {
 fn in_use(cpu: &Cpu) -> u64 {
     let mut mask = 0;
     if !cpu.s.x87.is_initial() {
-        mask |= X87_STATE;
+        mask |= component::X87;
     }
     let n = usize::from(xmm_count(cpu));
     if cpu.s.ymm[..n].iter().any(|y| y[0] | y[1] != 0) {
-        mask |= SSE_STATE;
+        mask |= component::SSE;
     }
     if cpu.s.ymm[..n].iter().any(|y| y[2] | y[3] != 0) {
-        mask |= AVX_STATE;
+        mask |= component::AVX;
+    }
+    if cpu.s.pkru != 0 {
+        mask |= component::PKRU;
     }
     mask
 }
@@ -172,18 +171,22 @@ fn xsavec(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
 
 fn save(cpu: &mut Cpu, i: &Insn, variant: Variant) -> Result<(), Trap> {
     let rfbm = requested(cpu)?;
-    let size = if rfbm & AVX_STATE != 0 { AREA } else { AVX };
+    let size = if rfbm & component::AVX != 0 { AREA } else { AVX };
     let linear = area(cpu, i, size as u64, 64, true)?;
     cpu.probe_write(linear, size as u64)?;
+    let pkru = linear.wrapping_add(pkru_offset((variant == Variant::Compact).then_some(rfbm)));
+    if rfbm & component::PKRU != 0 {
+        cpu.probe_write(pkru, 8)?;
+    }
     let mut block = [0; AREA];
     cpu.load_bytes(linear, &mut block[..size])?;
     let mut used = in_use(cpu);
     // XSAVEC has no other place to say that MXCSR is not initial (SDM vol. 1 §13.10).
     if variant == Variant::Compact && cpu.s.mxcsr != MXCSR_INIT {
-        used |= SSE_STATE;
+        used |= component::SSE;
     }
     let write = if variant == Variant::Plain { rfbm } else { rfbm & used };
-    if write & X87_STATE != 0 {
+    if write & component::X87 != 0 {
         let mut legacy = [0; 512];
         legacy.copy_from_slice(&block[..512]);
         cpu.s.x87.fxsave(&mut legacy, i.aux != 0);
@@ -191,15 +194,18 @@ fn save(cpu: &mut Cpu, i: &Insn, variant: Variant) -> Result<(), Trap> {
         block[32..160].copy_from_slice(&legacy[32..160]);
     }
     // MXCSR belongs to the SSE and AVX components alike (SDM vol. 1 §13.7–13.10).
-    let with_mxcsr =
-        if variant == Variant::Compact { write & SSE_STATE != 0 } else { rfbm & (SSE_STATE | AVX_STATE) != 0 };
+    let with_mxcsr = if variant == Variant::Compact {
+        write & component::SSE != 0
+    } else {
+        rfbm & (component::SSE | component::AVX) != 0
+    };
     if with_mxcsr {
         put_mxcsr(cpu, &mut block);
     }
-    if write & SSE_STATE != 0 {
+    if write & component::SSE != 0 {
         put_xmm(cpu, &mut block);
     }
-    if write & AVX_STATE != 0 {
+    if write & component::AVX != 0 {
         for r in 0..xmm_count(cpu) {
             let at = AVX + 16 * usize::from(r);
             block[at..at + 16].copy_from_slice(&cpu.s.ymm_high(r).to_le_bytes());
@@ -215,7 +221,15 @@ fn save(cpu: &mut Cpu, i: &Insn, variant: Variant) -> Result<(), Trap> {
     block[HEADER..HEADER + 8].copy_from_slice(&bv.to_le_bytes());
     block[HEADER + 8..HEADER + 16].copy_from_slice(&comp.to_le_bytes());
     cpu.store_bytes(linear, &block[..464])?;
-    cpu.store_bytes(linear.wrapping_add(HEADER as u64), &block[HEADER..size])
+    cpu.store_bytes(linear.wrapping_add(HEADER as u64), &block[HEADER..size])?;
+    if write & component::PKRU != 0 {
+        cpu.store_bytes(pkru, &u64::from(cpu.s.pkru).to_le_bytes())?;
+    }
+    Ok(())
+}
+
+fn pkru_offset(compact: Option<u64>) -> u64 {
+    xsave_area::offset(component::PKRU, compact) as u64
 }
 
 fn xrstor(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
@@ -236,39 +250,46 @@ fn xrstor(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
         return Err(cpu.gp(0));
     }
     let load = rfbm & bv;
-    if load & AVX_STATE != 0 {
+    if load & component::AVX != 0 {
         let at = linear.wrapping_add(AVX as u64);
         let mut high = [0; AREA - AVX];
         cpu.load_bytes(at, &mut high)?;
         block[AVX..].copy_from_slice(&high);
     }
+    let mut pkru = [0; 8];
+    if load & component::PKRU != 0 {
+        cpu.load_bytes(linear.wrapping_add(pkru_offset(compact.then_some(comp))), &mut pkru)?;
+    }
     let mxcsr = take_u64(&block, 24) as u32;
-    let with_mxcsr = if compact { load & SSE_STATE != 0 } else { rfbm & (SSE_STATE | AVX_STATE) != 0 };
+    let with_mxcsr = if compact { load & component::SSE != 0 } else { rfbm & (component::SSE | component::AVX) != 0 };
     if with_mxcsr && mxcsr & !MXCSR_MASK != 0 {
         return Err(cpu.gp(0));
     }
     // Nothing faults from here on.
-    if load & X87_STATE != 0 {
+    if load & component::X87 != 0 {
         let mut legacy = [0; 512];
         legacy.copy_from_slice(&block[..512]);
         cpu.s.x87.fxrstor(&legacy, i.aux != 0);
-    } else if rfbm & X87_STATE != 0 {
+    } else if rfbm & component::X87 != 0 {
         cpu.s.x87 = X87::initialized();
     }
     if with_mxcsr {
         cpu.s.mxcsr = mxcsr;
-    } else if compact && rfbm & SSE_STATE != 0 {
+    } else if compact && rfbm & component::SSE != 0 {
         cpu.s.mxcsr = MXCSR_INIT;
     }
     for r in 0..xmm_count(cpu) {
-        if rfbm & SSE_STATE != 0 {
-            let v = if load & SSE_STATE != 0 { take_u128(&block, 160 + 16 * usize::from(r)) } else { 0 };
+        if rfbm & component::SSE != 0 {
+            let v = if load & component::SSE != 0 { take_u128(&block, 160 + 16 * usize::from(r)) } else { 0 };
             cpu.s.set_xmm(r, v);
         }
-        if rfbm & AVX_STATE != 0 {
-            let v = if load & AVX_STATE != 0 { take_u128(&block, AVX + 16 * usize::from(r)) } else { 0 };
+        if rfbm & component::AVX != 0 {
+            let v = if load & component::AVX != 0 { take_u128(&block, AVX + 16 * usize::from(r)) } else { 0 };
             cpu.s.set_ymm_high(r, v);
         }
+    }
+    if rfbm & component::PKRU != 0 {
+        cpu.set_pkru(u64::from_le_bytes(pkru) as u32);
     }
     Ok(())
 }

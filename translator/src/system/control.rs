@@ -3,6 +3,7 @@
 
 use crate::addr::is_canonical;
 use crate::cpu::Cpu;
+use crate::cpuid;
 use crate::emit::Emit;
 use crate::exception::{Exception, Trap, vector};
 use crate::insn::{Insn, Mode, Opnd};
@@ -27,7 +28,9 @@ const CR4_SUPPORTED: u64 = cr::CR4_TSD
     | cr::CR4_PCIDE
     | cr::CR4_OSXSAVE
     | cr::CR4_SMEP
-    | cr::CR4_SMAP;
+    | cr::CR4_SMAP
+    | cr::CR4_PKE
+    | cr::CR4_PKS;
 
 /// The register operand of a MOV to or from a control or debug register: 64 bits in 64-bit mode, else 32.
 pub(crate) fn wide_gpr(cpu: &mut Cpu, r: u8) -> u64 {
@@ -155,7 +158,14 @@ fn write_cr4(cpu: &mut Cpu, v: u64) -> Result<(), Trap> {
         return Err(cpu.gp(0));
     }
     let changed = cpu.s.cr4 ^ v;
-    let paging = cr::CR4_PSE | cr::CR4_PAE | cr::CR4_PGE | cr::CR4_PCIDE | cr::CR4_SMEP | cr::CR4_SMAP;
+    let paging = cr::CR4_PSE
+        | cr::CR4_PAE
+        | cr::CR4_PGE
+        | cr::CR4_PCIDE
+        | cr::CR4_SMEP
+        | cr::CR4_SMAP
+        | cr::CR4_PKE
+        | cr::CR4_PKS;
     if changed & (cr::CR4_PAE | cr::CR4_PGE | cr::CR4_PSE | cr::CR4_SMEP) != 0
         && !long
         && cpu.s.cr0 & cr::CR0_PG != 0
@@ -650,9 +660,14 @@ pub fn into(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
     if cpu.s.flags() & flag::OF != 0 { cpu.deliver_software(vector::OF, false) } else { Ok(()) }
 }
 
-/// INT1.
+/// INT1. Conditions that MOV SS has held back are not reported by a #DB of their own behind it but by this one.
 pub fn int1(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
-    cpu.deliver_software(vector::DB, true)
+    let held_back = std::mem::take(&mut cpu.pending_debug);
+    cpu.deliver_software(vector::DB, true)?;
+    if held_back != 0 {
+        cpu.report_debug_conditions(held_back);
+    }
+    Ok(())
 }
 
 /// BOUND.
@@ -678,6 +693,33 @@ pub fn rdtsc(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
     cpu.set_gpr::<W64>(gpr::RAX, W32::zext(tsc));
     cpu.set_gpr::<W64>(gpr::RDX, tsc >> 32);
     Ok(())
+}
+
+/// RDPKRU.
+pub fn rdpkru(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
+    protection_keys(cpu)?;
+    let v = cpu.s.pkru;
+    cpu.set_gpr::<W64>(gpr::RAX, v.into());
+    cpu.set_gpr::<W64>(gpr::RDX, 0);
+    Ok(())
+}
+
+/// WRPKRU.
+pub fn wrpkru(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
+    protection_keys(cpu)?;
+    if cpu.gpr::<W32>(gpr::RDX) != 0 {
+        return Err(cpu.gp(0));
+    }
+    let v = cpu.gpr::<W32>(gpr::RAX) as u32;
+    cpu.set_pkru(v);
+    Ok(())
+}
+
+fn protection_keys(cpu: &mut Cpu) -> Result<(), Trap> {
+    if cpu.s.cr4 & cr::CR4_PKE == 0 {
+        return Err(cpu.ud());
+    }
+    if cpu.gpr::<W32>(gpr::RCX) != 0 { Err(cpu.gp(0)) } else { Ok(()) }
 }
 
 /// RDTSCP.
@@ -752,7 +794,11 @@ pub fn xsetbv(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
 pub fn cpuid(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
     let leaf = cpu.gpr::<W32>(gpr::RAX) as u32;
     let subleaf = cpu.gpr::<W32>(gpr::RCX) as u32;
-    let [a, b, c, d] = cpu.model.cpuid(leaf, subleaf, &cpu.s);
+    let [a, b, c, mut d] = cpu.model.cpuid(leaf, subleaf, &cpu.s);
+    // The APIC bit goes away with the APIC (SDM vol. 3 §11.4.3).
+    if leaf == 1 && !cpu.platform.apic_enabled() {
+        d &= !cpuid::LEAF_1_EDX_APIC;
+    }
     for (r, v) in [(gpr::RAX, a), (gpr::RBX, b), (gpr::RCX, c), (gpr::RDX, d)] {
         cpu.set_gpr::<W64>(r, u64::from(v));
     }

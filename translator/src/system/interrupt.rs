@@ -111,13 +111,17 @@ impl Cpu {
         self.s.msr.debugctl &= !3;
     }
 
+    /// DR6: B0–B3 report this exception only; BD, BS, BT are sticky (SDM vol. 3 §17.2.3).
+    pub(super) fn report_debug_conditions(&mut self, conditions: u64) {
+        self.s.dr[6] = (self.s.dr[6] & !15) | conditions;
+    }
+
     /// CR2 and DR6 as the exception says.
     fn note_payload(&mut self, e: &Exception) {
         match e.vector {
             vector::PF => self.s.cr2 = e.payload,
             vector::DB => {
-                // B0–B3 report this exception only; BD, BS, BT are sticky (SDM vol. 3 §17.2.3).
-                self.s.dr[6] = (self.s.dr[6] & !15) | e.payload;
+                self.report_debug_conditions(e.payload);
                 self.debug_handler_entered();
             }
             _ => {}

@@ -41,6 +41,7 @@ mod id {
     pub const MC_FIRST: u32 = 0x400;
     pub const MC_LAST: u32 = 0x40f;
     pub const TSC_DEADLINE: u32 = 0x6e0;
+    pub const PKRS: u32 = 0x6e1;
     pub const X2APIC_FIRST: u32 = 0x800;
     pub const X2APIC_LAST: u32 = 0x8ff;
     pub const EFER: u32 = 0xc000_0080;
@@ -113,7 +114,7 @@ fn read(cpu: &mut Cpu, n: u32) -> Option<u64> {
     let m = &cpu.s.msr;
     Some(match n {
         id::TSC => cpu.tsc(),
-        id::PLATFORM_ID | id::PRED_CMD | id::FLUSH_CMD | id::BIOS_UPDT_TRIG => 0,
+        id::PLATFORM_ID => 0,
         id::APIC_BASE | id::TSC_DEADLINE | id::X2APIC_FIRST..=id::X2APIC_LAST => {
             let tsc = cpu.tsc();
             let v = cpu.platform.apic_msr_read(n, tsc)?;
@@ -124,6 +125,7 @@ fn read(cpu: &mut Cpu, n: u32) -> Option<u64> {
         id::FEATURE_CONTROL => 1,
         id::TSC_ADJUST => m.tsc_adjust,
         id::SPEC_CTRL => m.spec_ctrl,
+        id::PKRS if cpu.model.allows_cr4(cr::CR4_PKS) => m.pkrs.into(),
         id::BIOS_SIGN_ID => 1 << 32,
         // Base ratio 10 × 100 MHz.
         id::PLATFORM_INFO => 10 << 8,
@@ -192,6 +194,10 @@ fn write(cpu: &mut Cpu, n: u32, v: u64) -> Written {
             }
             m.spec_ctrl = v;
         }
+        id::PKRS if cpu.model.allows_cr4(cr::CR4_PKS) => {
+            let Ok(v) = u32::try_from(v) else { return Written::Invalid };
+            cpu.set_pkrs(v);
+        }
         // Commands to caches and predictors that are not there, and a microcode update that does nothing.
         id::PRED_CMD | id::FLUSH_CMD => return check(v & !1 == 0),
         id::BIOS_UPDT_TRIG | id::BIOS_SIGN_ID | id::MISC_FEATURES => {}
@@ -248,8 +254,13 @@ fn write(cpu: &mut Cpu, n: u32, v: u64) -> Written {
         }
         id::MC_FIRST..=id::MC_LAST => {
             let k = (n - id::MC_FIRST) as usize;
-            // Status registers can only be cleared; controls take all ones or zeros as they are.
-            if !k.is_multiple_of(4) && v != 0 {
+            // Controls take all ones or zeros, status registers can only be cleared (SDM vol. 3 §16.3.2).
+            let valid = match k % 4 {
+                0 => v == 0 || v == u64::MAX,
+                1 => v == 0,
+                _ => true,
+            };
+            if !valid {
                 return Written::Invalid;
             }
             m.mc_banks[k / 4][k % 4] = v;

@@ -62,12 +62,12 @@ fn control_register_checks() {
         (PML4 | 1 << 63, to_cr3, GP),
         (old4, to_cr4, None),
         (old4 & !cr::CR4_PAE, to_cr4, GP),
-        // VME, PVI, LA57, VMXE, SMXE, PKE, CET: not there.
+        // VME, PVI, LA57, VMXE, CET: not there.
         (old4 | 1, to_cr4, GP),
         (old4 | 2, to_cr4, GP),
         (old4 | 1 << 12, to_cr4, GP),
         (old4 | 1 << 13, to_cr4, GP),
-        (old4 | 1 << 22, to_cr4, GP),
+        (old4 | cr::CR4_PKE | cr::CR4_PKS, to_cr4, None),
         (old4 | 1 << 23, to_cr4, GP),
         (old4 | 1 << 32, to_cr4, GP),
         (old4 | cr::CR4_SMEP | cr::CR4_SMAP | cr::CR4_UMIP | cr::CR4_FSGSBASE, to_cr4, None),
@@ -169,6 +169,16 @@ fn msrs() {
         (0x250, 0x0606_0606_0606_0606, true),
         (0x250, 7, false),
         (0xfe, 0, false),
+        (0x400, 0, true),
+        (0x400, u64::MAX, true),
+        (0x400, 1, false),
+        (0x401, 0, true),
+        (0x401, 1, false),
+        (0x402, u64::MAX, true),
+        (0x40f, u64::MAX, true),
+        (0x410, 0, false),
+        (0x6e1, 0xffff_ffff, true),
+        (0x6e1, 1 << 32, false),
         (0x1234_5678, 0, false),
     ] {
         check(
@@ -194,6 +204,16 @@ fn msrs() {
     }
     one(|| Machine::long().user(), 0, 0, |a| a.rdmsr(), GP);
     one(|| Machine::long().user(), 0, 0, |a| a.wrmsr(), GP);
+    // Commands have nothing to read.
+    for n in [0x49, 0x10b] {
+        let command = || {
+            let mut m = Machine::long();
+            m.s.gpr[1] = n;
+            m
+        };
+        one(command, 0, 0, |a| a.rdmsr(), GP);
+        one(command, 0, 0, |a| a.wrmsr(), None);
+    }
     let tsc: Body = |a| {
         a.mov(ecx, 0x10)?;
         a.rdmsr()
@@ -316,6 +336,83 @@ fn flags_by_privilege() {
             },
         );
     }
+}
+
+/// RDPKRU and WRPKRU (SDM vol. 2), and CPUID's OSPKE.
+#[test]
+fn pkru() {
+    let on = || {
+        let mut m = Machine::long();
+        m.s.cr4 |= cr::CR4_PKE;
+        m
+    };
+    for body in [(|a| a.rdpkru()) as Body, |a| a.wrpkru()] {
+        for user in [false, true] {
+            let of = |m: Machine, c: u64, d: u64| {
+                let mut m = if user { m.user() } else { m };
+                (m.s.gpr[1], m.s.gpr[2]) = (c, d);
+                m
+            };
+            one(|| of(on(), 0, 0), 0, 0, body, None);
+            one(|| of(on(), 1 << 32, 1 << 32), 0, 0, body, None);
+            one(|| of(on(), 1, 0), 0, 0, body, GP);
+            one(|| of(Machine::long(), 0, 0), 0, 0, body, UD);
+        }
+    }
+    let dirty = || {
+        let mut m = on();
+        m.s.gpr[2] = 1;
+        m
+    };
+    one(dirty, 0, 0, |a| a.rdpkru(), None);
+    one(dirty, 0, 0, |a| a.wrpkru(), GP);
+    check(
+        || {
+            let mut m = on().code64(|a| {
+                a.xor(ecx, ecx)?;
+                a.xor(edx, edx)?;
+                a.mov(rax, 0xffff_ffff_1234_5670u64)?;
+                a.wrpkru()?;
+                a.mov(rax, -1i64)?;
+                a.mov(edx, 1)?;
+                a.rdpkru()?;
+                a.mov(rsi, rax)?;
+                a.mov(rdi, rdx)?;
+                a.mov(eax, 7)?;
+                a.cpuid()?;
+                a.hlt()
+            });
+            m.s.pkru = 7;
+            m
+        },
+        |o| {
+            o.halted();
+            assert_eq!((o.gpr(gpr::RSI), o.gpr(gpr::RDI), o.s.pkru), (0x1234_5670, 0, 0x1234_5670));
+            assert_eq!(o.gpr(gpr::RCX) & 0x18, 0x18);
+        },
+    );
+}
+
+/// The APIC's bit in CPUID is that of IA32_APIC_BASE.
+#[test]
+fn cpuid_shows_whether_the_apic_is_enabled() {
+    check(
+        || {
+            Machine::long().code64(|a| {
+                a.mov(eax, 1)?;
+                a.cpuid()?;
+                a.mov(esi, edx)?;
+                a.out(PORT_APIC_OFF, al)?;
+                a.mov(eax, 1)?;
+                a.cpuid()?;
+                a.hlt()
+            })
+        },
+        |o| {
+            o.halted();
+            assert_eq!([gpr::RSI, gpr::RDX].map(|r| o.gpr(r) >> 9 & 1), [1, 0]);
+        },
+    );
 }
 
 /// SYSCALL and SYSRET (SDM vol. 2).

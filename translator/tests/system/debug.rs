@@ -821,6 +821,38 @@ fn opening_interrupts() {
     );
 }
 
+/// A data breakpoint that MOV SS has held back is reported by the #DB of INT1 behind it, and by one of its own where
+/// the instruction is another.
+#[test]
+fn breakpoint_held_back_until_int1() {
+    for int1 in [true, false] {
+        check(
+            || {
+                let mut m = Machine::long().interpreted().code64(|a| {
+                    a.mov(ss, word_ptr(DATA))?;
+                    if int1 {
+                        a.int1()?
+                    } else {
+                        a.nop()?
+                    }
+                    a.nop()?;
+                    a.hlt()
+                });
+                m.w16(DATA, DATA0);
+                logging(&mut m, 0);
+                m.s.dr[0] = DATA;
+                m.s.dr[7] = 0x400 | 2 | 0xf << 16;
+                m
+            },
+            |o| {
+                o.halted();
+                let log: Vec<(u64, u64)> = log(o).iter().map(|l| (l.0 - CODE, l.1 & 15)).collect();
+                assert_eq!(log, [(8, 1)], "{}", o.engine);
+            },
+        );
+    }
+}
+
 /// HLT with IF=0 is woken by an NMI, and not by an interrupt that waits.
 #[test]
 fn halt_without_interrupts() {

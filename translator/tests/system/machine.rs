@@ -70,6 +70,8 @@ pub const NX: u64 = 1 << 63;
 pub const PORT_IRQ: u32 = 0x10;
 /// Port whose output raises an NMI.
 pub const PORT_NMI: u32 = 0x11;
+/// A write to this port disables the local APIC.
+pub const PORT_APIC_OFF: u32 = 0x12;
 
 /// What the board was told.
 #[derive(Default)]
@@ -78,6 +80,7 @@ pub struct BoardState {
     pub nmis: u32,
     pub tpr: u64,
     pub tsc: u64,
+    pub apic_off: bool,
     /// Port accesses: port, size, value (reads have `None`).
     pub ports: Vec<(u16, u8, Option<u32>)>,
 }
@@ -94,6 +97,7 @@ impl Platform for Board {
         match u32::from(port) {
             PORT_IRQ => b.irqs.push_back(value as u8),
             PORT_NMI => b.nmis += 1,
+            PORT_APIC_OFF => b.apic_off = true,
             _ => b.ports.push((port, size, Some(value))),
         }
     }
@@ -101,6 +105,9 @@ impl Platform for Board {
         let mut b = self.0.lock().unwrap();
         b.tsc += 1;
         b.tsc
+    }
+    fn apic_enabled(&mut self) -> bool {
+        !self.0.lock().unwrap().apic_off
     }
     fn cr8(&mut self) -> u64 {
         self.0.lock().unwrap().tpr

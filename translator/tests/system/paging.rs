@@ -150,6 +150,108 @@ fn smap() {
     case(false, Do::Write, P | W, smap, None);
 }
 
+/// Protection keys (SDM vol. 3 §4.6.2): PKRU governs data accesses to user pages, IA32_PKRS those to supervisor pages.
+#[test]
+fn protection_keys() {
+    const KEY: u64 = 5;
+    const AD: u32 = 1 << (2 * KEY);
+    const WD: u32 = 2 << (2 * KEY);
+    let user_page = P | W | U | KEY << 59;
+    let supervisor_page = P | W | KEY << 59;
+    let pkru = |rights: u32| move |m: &mut Machine| (m.s.cr4 |= cr::CR4_PKE, m.s.pkru = rights).1;
+    let pkrs = |rights: u32| move |m: &mut Machine| (m.s.cr4 |= cr::CR4_PKS, m.s.msr.pkrs = rights).1;
+    for (user, what, rights, error) in [
+        (true, Do::Read, AD, Some(0x25)),
+        (true, Do::Write, AD, Some(0x27)),
+        (true, Do::Rmw, WD, Some(0x27)),
+        (true, Do::Write, WD, Some(0x27)),
+        (true, Do::Read, WD, None),
+        (true, Do::Fetch, AD | WD, None),
+        (true, Do::Write, !(AD | WD | 3), None),
+        (false, Do::Read, AD, Some(0x21)),
+        (false, Do::Write, WD, Some(0x23)),
+        (false, Do::Fetch, AD | WD, None),
+    ] {
+        case(user, what, user_page, pkru(rights), error);
+        // Only with CR4.PKE, and not by the rights of supervisor pages.
+        case(user, what, user_page, |m| m.s.pkru = rights, None);
+        case(user, what, user_page, pkrs(rights), None);
+    }
+    let wp_off = |m: &mut Machine| m.s.cr0 &= !cr::CR0_WP;
+    case(false, Do::Write, user_page, |m| (pkru(WD)(m), wp_off(m)).1, None);
+    case(false, Do::Write, user_page, |m| (pkru(AD)(m), wp_off(m)).1, Some(0x23));
+    case(true, Do::Write, user_page, |m| (pkru(WD)(m), wp_off(m)).1, Some(0x27));
+    // The bit is set whatever else forbids the access.
+    case(true, Do::Write, user_page & !W, pkru(WD), Some(0x27));
+    case(true, Do::Write, user_page & !W, pkru(0), Some(7));
+    for (what, rights, error) in [
+        (Do::Read, AD, Some(0x21)),
+        (Do::Rmw, WD, Some(0x23)),
+        (Do::Read, WD, None),
+        (Do::Fetch, AD | WD, None),
+        (Do::Write, !(AD | WD | 3), None),
+    ] {
+        case(false, what, supervisor_page, pkrs(rights), error);
+        case(false, what, supervisor_page, |m| m.s.msr.pkrs = rights, None);
+        case(false, what, supervisor_page, pkru(rights), None);
+    }
+    case(false, Do::Write, supervisor_page, |m| (pkrs(WD)(m), wp_off(m)).1, None);
+}
+
+/// WRPKRU, XRSTOR and WRMSR change the rights of pages that have been used.
+#[test]
+fn protection_keys_with_a_warm_tlb() {
+    type Body = fn(&mut CodeAssembler) -> Result<(), IcedError>;
+    let bodies: [(u64, Body); 3] = [
+        (UDATA, |a| {
+            a.mov(eax, 4)?;
+            a.xor(ecx, ecx)?;
+            a.xor(edx, edx)?;
+            a.wrpkru()
+        }),
+        (UDATA, |a| {
+            a.mov(eax, 0x200)?;
+            a.xor(edx, edx)?;
+            a.xrstor64(ptr(DATA + 0x1000))
+        }),
+        (DATA, |a| {
+            a.mov(ecx, 0x6e1)?;
+            a.mov(eax, 4)?;
+            a.xor(edx, edx)?;
+            a.wrmsr()
+        }),
+    ];
+    for (at, body) in bodies {
+        check(
+            || {
+                let mut m = Machine::long().code64(|a| {
+                    let mut again = a.create_label();
+                    a.mov(esi, 3)?;
+                    a.set_label(&mut again)?;
+                    a.mov(ebx, dword_ptr(at))?;
+                    a.mov(dword_ptr(at), ebx)?;
+                    a.inc(edi)?;
+                    a.dec(esi)?;
+                    a.jne(again)?;
+                    body(a)?;
+                    a.mov(ebx, dword_ptr(at))?;
+                    a.hlt()
+                });
+                m.pte(at, at | P | W | A | D | if at == UDATA { U } else { 0 } | 1 << 59);
+                m.s.cr4 |= cr::CR4_PKE | cr::CR4_PKS | cr::CR4_OSXSAVE;
+                m.s.xcr0 = 0x207;
+                m.w64(DATA + 0x1000 + 512, 0x200);
+                m.w64(DATA + 0x1000 + 2688, 4);
+                m
+            },
+            |o| {
+                assert_eq!((o.exception(PF).error, o.s.cr2), (Some(0x21), at), "{}", o.engine);
+                assert_eq!(o.gpr(7), 3);
+            },
+        );
+    }
+}
+
 /// Rights are those of all levels together (SDM vol. 3 §4.6.1).
 #[test]
 fn rights_of_all_levels() {
