@@ -142,6 +142,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "PORT", value_parser = port)]
     pub debug_exit: Option<u16>,
 
+    /// Add the device that hypervisor tests drive: interrupt lines, a port and memory, as QEMU's pc-testdev
+    #[arg(long)]
+    pub test_device: bool,
+
     /// Memory for compiled code; MiB without a unit
     #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = code_cache_size)]
     pub code_cache: u64,

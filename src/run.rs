@@ -145,6 +145,7 @@ fn try_run(args: &RunArgs) -> Result<(u8, Option<String>), RunError> {
         reboot: plan.reboot,
         code_cache_bytes: args.code_cache,
         debug_exit: args.debug_exit,
+        test_device: args.test_device,
         lockstep: args.lockstep,
         trace,
         counted: args.stats || args.stats_json.is_some(),

@@ -5,7 +5,7 @@ use std::io::Write;
 
 use serde::{Deserialize, Serialize};
 
-use crate::acpi_pm::AcpiPm;
+use crate::acpi_pm::{self, AcpiPm, Sleep};
 use crate::bus::{Nanos, StateError};
 use crate::debug_exit::DebugExit;
 use crate::hpet::{Hpet, Line};
@@ -18,6 +18,7 @@ use crate::pit::Pit;
 use crate::rtc::Rtc;
 use crate::serial::{COM1, Serial, SerialState};
 use crate::system_control::{self, SystemControl};
+use crate::test_device::TestDevice;
 
 /// Where the I/O APIC answers.
 pub const IOAPIC_BASE: u64 = 0xfec0_0000;
@@ -40,6 +41,8 @@ pub struct ChipsetConfig {
     pub rtc_epoch_seconds: u64,
     /// The port at which a guest ends the run with a code, if there is one.
     pub debug_exit: Option<u16>,
+    /// Whether there is the device of hypervisor tests.
+    pub test_device: bool,
 }
 
 /// The machine asks to be switched off or reset.
@@ -47,6 +50,8 @@ pub struct ChipsetConfig {
 pub enum PowerEvent {
     /// ACPI S5.
     PowerOff,
+    /// ACPI S3: devices have lost their state already.
+    Suspend,
     /// Any of the reset registers.
     Reset,
     /// The end of the run with this exit code, by the debug exit port.
@@ -67,6 +72,7 @@ pub struct Chipset {
     control: SystemControl,
     serial: Serial,
     debug_exit: Option<DebugExit>,
+    test_device: Option<TestDevice>,
     power: Option<PowerEvent>,
 }
 
@@ -85,6 +91,7 @@ pub struct ChipsetState {
     keyboard: I8042,
     control: SystemControl,
     serial: SerialState,
+    test_device: Option<TestDevice>,
 }
 
 impl Chipset {
@@ -94,7 +101,7 @@ impl Chipset {
             lapics: (0..config.cpus.max(1)).map(Lapic::new).collect(),
             ioapic: IoApic::new(),
             pic: Pic::new(),
-            pit: Pit::new(),
+            pit: Pit::new(0),
             rtc: Rtc::new(config.rtc_epoch_seconds, config.low_memory_bytes, config.memory_bytes),
             hpet: Hpet::new(),
             pm: AcpiPm::default(),
@@ -103,6 +110,7 @@ impl Chipset {
             control: SystemControl::new(),
             serial: Serial::new(serial_out),
             debug_exit: config.debug_exit.map(DebugExit::new),
+            test_device: config.test_device.then(TestDevice::default),
             power: None,
         }
     }
@@ -126,6 +134,11 @@ impl Chipset {
         self.ioapic.set_line(pin, level, &mut |m| deliver(lapics, m));
     }
 
+    /// Sets an input of the I/O APIC, of which the first 16 are ISA interrupts.
+    fn drive_gsi(&mut self, n: u8, level: bool) {
+        if n < 16 { self.set_irq(n, level) } else { self.set_pin(n.into(), level) }
+    }
+
     fn drive(&mut self, line: Line, level: bool) {
         match line {
             Line::LegacyTimer => self.set_irq(0, level),
@@ -147,8 +160,15 @@ impl Chipset {
         for (line, level) in levels {
             self.drive(line, level);
         }
-        if self.pm.take_power_off() {
-            self.power.get_or_insert(PowerEvent::PowerOff);
+        if self.rtc.alarm() {
+            self.pm.alarm();
+        }
+        self.set_irq(acpi_pm::SCI, self.pm.event());
+        if let Some(sleep) = self.pm.take_sleep() {
+            self.power.get_or_insert(match sleep {
+                Sleep::Suspend => PowerEvent::Suspend,
+                Sleep::Off => PowerEvent::PowerOff,
+            });
         }
         if self.keyboard.take_reset() | self.control.take_reset() {
             self.power.get_or_insert(PowerEvent::Reset);
@@ -200,6 +220,11 @@ impl Chipset {
     /// Takes `cpu`'s pending non-maskable interrupt.
     pub fn take_nmi(&mut self, cpu: usize) -> bool {
         self.lapics.get_mut(cpu).is_some_and(Lapic::take_nmi)
+    }
+
+    /// Whether `cpu`'s APIC is enabled by IA32_APIC_BASE.
+    pub fn apic_enabled(&self, cpu: usize) -> bool {
+        self.lapics.get(cpu).is_some_and(Lapic::enabled)
     }
 
     /// `cpu`'s CR8.
@@ -263,6 +288,30 @@ impl Chipset {
         }
     }
 
+    // ---- sleep ----
+
+    /// S3: every device but the real-time clock, the UART and the power management itself comes to its state after
+    /// power-on.
+    pub fn suspend(&mut self, now: Nanos) {
+        self.lapics = (0..self.lapics.len() as u8).map(Lapic::new).collect();
+        self.ioapic = IoApic::new();
+        self.pic = Pic::new();
+        self.pit = Pit::new(now);
+        self.hpet = Hpet::new();
+        self.pci = Pci::default();
+        self.keyboard = I8042::new();
+        self.control = SystemControl::new();
+    }
+
+    /// Ends S3 if an event that the guest enabled has occurred.
+    pub fn wake(&mut self) -> bool {
+        let wakes = self.pm.event();
+        if wakes {
+            self.pm.woken();
+        }
+        wakes
+    }
+
     // ---- ports ----
 
     /// Reads `size` (1, 2 or 4) bytes at a port; all ones where nothing answers.
@@ -287,6 +336,11 @@ impl Chipset {
             self.power.get_or_insert(PowerEvent::Exit(DebugExit::exit_code(value)));
             return;
         }
+        if self.test_device.is_some()
+            && let Some(line) = TestDevice::line(port)
+        {
+            return self.drive_gsi(line, value != 0);
+        }
         if (0xcf8..0xd00).contains(&port) && !(port == system_control::RESET && size == 1) {
             self.pci.port_write(port, size, value);
         } else {
@@ -309,7 +363,7 @@ impl Chipset {
             0x70 | 0x71 => self.rtc.read(port - 0x70, now),
             COM1..0x400 => self.serial.read((port - COM1) as u8),
             _ if AcpiPm::claims(port) => self.pm.read(port, now) as u8,
-            _ => 0xff,
+            _ => self.test_device.as_mut().and_then(|d| d.port(port)).map_or(0xff, |byte| *byte),
         }
     }
 
@@ -325,7 +379,11 @@ impl Chipset {
             0x70 | 0x71 => self.rtc.write(port - 0x70, v, now),
             COM1..0x400 => self.serial.write((port - COM1) as u8, v),
             _ if AcpiPm::claims(port) => self.pm.write(port, v),
-            _ => {}
+            _ => {
+                if let Some(byte) = self.test_device.as_mut().and_then(|d| d.port(port)) {
+                    *byte = v;
+                }
+            }
         }
     }
 
@@ -341,6 +399,9 @@ impl Chipset {
         }
         if let Some(offset) = inside(gpa, HPET_BASE, PAGE) {
             return self.hpet.read(offset, size, now);
+        }
+        if let Some(memory) = self.test_device.as_mut().and_then(|d| d.memory(gpa)) {
+            return memory.iter().take(size.into()).rev().fold(0, |v, &byte| v << 8 | u64::from(byte));
         }
         match inside(gpa, ECAM_BASE, ECAM_SIZE) {
             Some(offset) => self.pci.mmio_read(offset),
@@ -358,6 +419,8 @@ impl Chipset {
             self.ioapic.write(offset, value as u32, &mut |m| deliver(lapics, m));
         } else if let Some(offset) = inside(gpa, HPET_BASE, PAGE) {
             self.hpet.write(offset, size, value, now);
+        } else if let Some(memory) = self.test_device.as_mut().and_then(|d| d.memory(gpa)) {
+            memory.iter_mut().zip(value.to_le_bytes()).take(size.into()).for_each(|(byte, v)| *byte = v);
         } else if let Some(offset) = inside(gpa, ECAM_BASE, ECAM_SIZE) {
             self.pci.mmio_write(offset, size, value);
         }
@@ -402,6 +465,7 @@ impl Chipset {
             keyboard: self.keyboard.clone(),
             control: self.control.clone(),
             serial: self.serial.save(),
+            test_device: self.test_device.clone(),
         }
     }
 
@@ -413,6 +477,10 @@ impl Chipset {
         if state.lapics.len() != self.lapics.len() {
             return Err(StateError::Invalid("number of CPUs"));
         }
+        if state.test_device.is_some() != self.test_device.is_some() {
+            return Err(StateError::Invalid("presence of the test device"));
+        }
+        state.test_device.as_ref().map_or(Ok(()), TestDevice::validate)?;
         state.rtc.validate()?;
         state.keyboard.validate()?;
         self.serial.restore(&state.serial)?;
@@ -427,6 +495,7 @@ impl Chipset {
         self.pci = s.pci;
         self.keyboard = s.keyboard;
         self.control = s.control;
+        self.test_device = s.test_device;
         Ok(())
     }
 }
@@ -461,6 +530,7 @@ mod tests {
             low_memory_bytes: 64 << 20,
             rtc_epoch_seconds: 1 << 30,
             debug_exit: Some(0xf4),
+            test_device: true,
         };
         Chipset::new(&config, Box::new(std::io::sink()))
     }
@@ -481,12 +551,20 @@ mod tests {
     fn ops() -> impl Strategy<Value = Vec<Op>> {
         let size = prop_oneof![Just(1u8), Just(2), Just(4)];
         let wide = prop_oneof![Just(1u8), Just(2), Just(4), Just(8)];
-        let port =
-            prop_oneof![0u16..0x100, Just(0x4d0), 0x3f8u16..0x400, 0x600u16..0x630, 0xcf0u16..0xd00, any::<u16>()];
+        let port = prop_oneof![
+            0u16..0x100,
+            Just(0x4d0),
+            0x3f8u16..0x400,
+            0x600u16..0x630,
+            0xcf0u16..0xd00,
+            0x2000u16..0x2018,
+            any::<u16>()
+        ];
         let gpa = prop_oneof![
             (0u64..0x1000).prop_map(|o| 0xfee0_0000 + o),
             (0u64..0x100).prop_map(|o| 0xfec0_0000 + o),
             (0u64..0x200).prop_map(|o| 0xfed0_0000 + o),
+            (0u64..0x1_0000).prop_map(|o| 0xff00_0000 + o),
             (0u64..1 << 28).prop_map(|o| ECAM_BASE + o),
             any::<u64>()
         ];
@@ -577,9 +655,44 @@ mod tests {
     }
 
     #[test]
+    fn test_device() {
+        let mut c = chipset();
+        c.port_write(0xe0, 4, 0x1122_3344, 0);
+        c.port_write(0xe1, 1, 0x55, 0);
+        assert_eq!((c.port_read(0xe0, 4, 0), c.port_read(0xe2, 2, 0)), (0x1122_5544, 0x1122));
+        c.mmio_write(0xff00_0ffc, 8, 0x8877_6655_4433_2211, 0);
+        assert_eq!((c.mmio_read(0xff00_0ffe, 4, 0), c.mmio_read(0xff00_1004, 8, 0)), (0x6655_4433, 0));
+        // Input 20 of the I/O APIC, edge-triggered, vector 44h.
+        c.mmio_write(IOAPIC_BASE, 4, 0x10 + 2 * 20, 0);
+        c.mmio_write(IOAPIC_BASE + 0x10, 4, 0x44, 0);
+        c.port_write(0x2000 + 20, 4, 1, 0);
+        assert_eq!(c.acknowledge(0), Some(0x44));
+    }
+
+    /// The alarm ends S3 if the guest enabled that, and the clock is what it was.
+    #[test]
+    fn the_alarm_wakes() {
+        let mut c = chipset();
+        for (n, v) in [(1, 0xc0), (3, 0xc0), (5, 0xc0), (0x0b, 0x22)] {
+            c.port_write(0x70, 1, n, 0);
+            c.port_write(0x71, 1, v, 0);
+        }
+        c.port_write(0x21, 1, 0, 0);
+        c.suspend(0);
+        let second = 1_000_000_000;
+        c.advance(second);
+        assert!(!c.wake());
+        c.port_write(0x602, 2, 1 << 10, second);
+        assert!(c.wake());
+        assert_eq!(c.port_read(0x600, 2, second), 1 << 15 | 1 << 10);
+        assert_eq!((c.port_read(0x21, 1, second), c.port_read(0x71, 1, second)), (0xf8, 0x22));
+    }
+
+    #[test]
     fn power_events() {
         for (port, size, v, event) in [
             (0x604, 2, 5 << 10 | 1 << 13, PowerEvent::PowerOff),
+            (0x604, 2, 1 << 10 | 1 << 13, PowerEvent::Suspend),
             (0xcf9, 1, 6, PowerEvent::Reset),
             (0x64, 1, 0xfe, PowerEvent::Reset),
             (0xf4, 1, 0x10, PowerEvent::Exit(33)),

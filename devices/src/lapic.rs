@@ -116,9 +116,7 @@ pub struct Lapic {
     lvt: [u32; LVT_COUNT],
     divide: u32,
     initial: u32,
-    /// When the count was started.
-    started: Nanos,
-    /// When the timer fires next.
+    /// When the timer fires next, and the count reaches 0.
     expiry: Option<Nanos>,
     tsc_deadline: u64,
     nmi: bool,
@@ -147,7 +145,6 @@ impl Lapic {
             lvt,
             divide: 0,
             initial: 0,
-            started: 0,
             expiry: None,
             tsc_deadline: 0,
             nmi: false,
@@ -269,21 +266,19 @@ impl Lapic {
         self.lvt[0] >> 17 & 3
     }
 
-    fn period(&self) -> Nanos {
-        scale_up(u64::from(self.initial) * self.divisor(), NANOS, TIMER_HZ).max(1)
+    /// How long the timer takes to count `ticks`.
+    fn duration(&self, ticks: u32) -> Nanos {
+        scale_up(u64::from(ticks) * self.divisor(), NANOS, TIMER_HZ).max(1)
     }
 
-    fn start(&mut self, now: Nanos) {
-        self.started = now;
-        self.expiry = (self.initial != 0 && self.timer_mode() < 2).then(|| now.saturating_add(self.period()));
+    /// Counts down from `ticks`, of which 0 stop the timer.
+    fn start(&mut self, ticks: u32, now: Nanos) {
+        self.expiry = (ticks != 0).then(|| now.saturating_add(self.duration(ticks)));
     }
 
     fn current(&self, now: Nanos) -> u32 {
-        if self.initial == 0 || self.timer_mode() == 2 || self.expiry.is_none() {
-            return 0;
-        }
-        let ticks = scale(now.saturating_sub(self.started), TIMER_HZ, NANOS) / self.divisor();
-        (u64::from(self.initial)).saturating_sub(ticks) as u32
+        let Some(at) = self.expiry.filter(|_| self.timer_mode() < 2) else { return 0 };
+        scale(at.saturating_sub(now), TIMER_HZ, NANOS).div_ceil(self.divisor()) as u32
     }
 
     /// Fires the timer if it is due. Missed periods make one interrupt.
@@ -292,10 +287,9 @@ impl Lapic {
         self.expiry = None;
         match self.timer_mode() {
             1 => {
-                let period = self.period();
+                let period = self.duration(self.initial);
                 let missed = (now - at) / period;
-                self.started = at + missed * period;
-                self.expiry = Some(self.started.saturating_add(period));
+                self.expiry = Some((at + missed * period).saturating_add(period));
             }
             2 => self.tsc_deadline = 0,
             _ => {}
@@ -399,17 +393,18 @@ impl Lapic {
             reg::ESR => {
                 self.esr = std::mem::take(&mut self.errors);
             }
-            reg::LVT_TIMER..=reg::LVT_ERROR => self.write_lvt((n - reg::LVT_TIMER) as usize, v, now),
+            reg::LVT_TIMER..=reg::LVT_ERROR => self.write_lvt((n - reg::LVT_TIMER) as usize, v),
             reg::TIMER_INITIAL => {
                 if self.timer_mode() != 2 {
                     self.initial = v;
-                    self.start(now);
+                    self.start(v, now);
                 }
             }
             reg::TIMER_DIVIDE => {
+                let rest = self.current(now);
                 self.divide = v & 0xb;
-                if self.expiry.is_some() && self.timer_mode() < 2 {
-                    self.start(now);
+                if self.timer_mode() < 2 {
+                    self.start(rest, now);
                 }
             }
             _ => return None,
@@ -417,7 +412,7 @@ impl Lapic {
         Some(Effect::None)
     }
 
-    fn write_lvt(&mut self, k: usize, v: u32, now: Nanos) {
+    fn write_lvt(&mut self, k: usize, v: u32) {
         let mask = match k {
             0 => 0x0007_10ff & !(1 << 12),
             LVT_LINT0 | LVT_LINT1 => 0x0001_a7ff,
@@ -426,15 +421,12 @@ impl Lapic {
         };
         let old_mode = self.timer_mode();
         self.lvt[k] = v & mask | if self.software_enabled() { 0 } else { MASKED };
-        if k == 0 && self.timer_mode() != old_mode {
-            // Changing to or from deadline mode disarms the timer (SDM vol. 3 §11.5.4.1).
-            if (old_mode == 2) != (self.timer_mode() == 2) {
-                self.expiry = None;
-                self.tsc_deadline = 0;
-                self.initial = 0;
-            } else {
-                self.start(now);
-            }
+        // Changing to or from deadline mode disarms the timer (SDM vol. 3 §11.5.4.1). Between the other two the count
+        // goes on, and the mode decides what happens at its end.
+        if (old_mode == 2) != (self.timer_mode() == 2) {
+            self.expiry = None;
+            self.tsc_deadline = 0;
+            self.initial = 0;
         }
     }
 
@@ -481,10 +473,7 @@ impl Lapic {
                 self.icr = v & !(1 << 12);
                 return Some(self.send(v as u32, (v >> 32) as u32));
             }
-            0x83f if self.x2apic() => {
-                let vector = v as u8;
-                self.accept(vector, false);
-            }
+            0x83f if self.x2apic() => self.accept(u8::try_from(v).ok()?, false),
             0x800..=0x8ff if self.x2apic() => {
                 let n = msr - 0x800;
                 // Reserved bits, and read-only registers, raise #GP; EOI and ESR take only zero.
@@ -568,6 +557,28 @@ mod tests {
         assert_eq!((a.acknowledge(), a.msr_read(0x6e0, 0)), (Some(0x30), Some(0)));
     }
 
+    /// The count neither restarts nor stops when one-shot becomes periodic or the other way round; a finished one stays
+    /// finished. A new divisor changes its rate, not its value.
+    #[test]
+    fn the_count_outlives_changes_of_mode_and_rate() {
+        let (one_shot, periodic) = (0x30, 0x30 | 1 << 17);
+        let mut a = Lapic::new(0);
+        a.mmio_write(0x3e0, 0xb, 0); // divide by 1
+        a.mmio_write(0x320, one_shot, 0);
+        a.mmio_write(0x380, 1000, 0);
+        a.mmio_write(0x320, periodic, 700);
+        assert_eq!((a.mmio_read(0x390, 700), a.next_event()), (300, Some(1000)));
+        a.advance(1000);
+        assert_eq!((a.mmio_read(0x390, 1000), a.next_event()), (1000, Some(2000)));
+        a.mmio_write(0x3e0, 0, 1500); // divide by 2
+        assert_eq!((a.mmio_read(0x390, 1500), a.mmio_read(0x390, 1700), a.next_event()), (500, 400, Some(2500)));
+        a.mmio_write(0x320, one_shot, 1800);
+        a.advance(2500);
+        assert_eq!((a.mmio_read(0x390, 2500), a.next_event()), (0, None));
+        a.mmio_write(0x320, periodic, 2600);
+        assert_eq!((a.mmio_read(0x390, 2600), a.mmio_read(0x380, 2600), a.next_event()), (0, 1000, None));
+    }
+
     #[test]
     fn mode_changes() {
         let mut a = Lapic::new(0);
@@ -577,5 +588,8 @@ mod tests {
         assert_eq!((a.msr_read(0x802, 0), a.mmio_base()), (Some(0), None));
         assert!(a.msr_write(0x1b, b, 0, 0).is_none(), "back to xAPIC only through disabled");
         assert!(a.msr_write(0x80b, 1, 0, 0).is_none());
+        assert!(a.msr_write(0x83f, 0x141, 0, 0).is_none(), "reserved bits of the self-IPI register");
+        assert!(a.msr_write(0x83f, 0x41, 0, 0).is_some());
+        assert_eq!(a.acknowledge(), Some(0x41));
     }
 }

@@ -17,3 +17,4 @@ pub mod pit;
 pub mod rtc;
 pub mod serial;
 pub mod system_control;
+pub mod test_device;

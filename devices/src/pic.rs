@@ -165,10 +165,11 @@ pub struct Pic {
 }
 
 impl Pic {
-    /// Both chips after power-on: nothing is programmed and everything masked.
+    /// Both chips as firmware leaves them: vectors from 08h and 70h on, open to the timer, the keyboard, the clock and
+    /// the mouse.
     pub fn new() -> Pic {
-        let chip = Chip { imr: 0xff, lowest: 7, ..Chip::default() };
-        Pic { chips: [chip.clone(), chip] }
+        let chip = |base, open: u8| Chip { base, imr: !open, lowest: 7, ..Chip::default() };
+        Pic { chips: [chip(0x08, 0b111), chip(0x70, 0b1_0001)] }
     }
 
     /// Sets the level of input `irq` (0–15).

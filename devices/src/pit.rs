@@ -134,10 +134,12 @@ pub struct Pit {
 }
 
 impl Pit {
-    /// After power-on: no counter runs.
-    pub fn new() -> Pit {
+    /// As firmware leaves it at `now`: counter 0 is the clock of 18.2 Hz, the others do not run.
+    pub fn new(now: Nanos) -> Pit {
         let c = Counter { access: 3, reload: 0x1_0000, gate: true, ..Counter::default() };
-        Pit { counters: [c.clone(), c.clone(), Counter { gate: false, ..c }], due: None }
+        let clock = Counter { mode: 2, started: Some(now), ..c.clone() };
+        let due = clock.next_edge(now);
+        Pit { counters: [clock, c.clone(), Counter { gate: false, ..c }], due }
     }
 
     /// Reads port 40h–43h (`offset` 0–3).
@@ -215,7 +217,7 @@ impl Pit {
 
 impl Default for Pit {
     fn default() -> Self {
-        Pit::new()
+        Pit::new(0)
     }
 }
 
@@ -231,7 +233,7 @@ mod tests {
 
     #[test]
     fn rate_generator_interrupts_at_its_period() {
-        let mut p = Pit::new();
+        let mut p = Pit::new(0);
         program(&mut p, 0, 2, 11932); // about 100 Hz
         let first = p.next_event().unwrap_or_default();
         assert!((9_999_000..10_001_000).contains(&first), "{first}");
@@ -242,7 +244,7 @@ mod tests {
 
     #[test]
     fn one_shot_counts_down_and_raises_its_output() {
-        let mut p = Pit::new();
+        let mut p = Pit::new(0);
         p.set_gate2(true, 0);
         program(&mut p, 2, 0, 0xffff);
         assert!(!p.output2(0));

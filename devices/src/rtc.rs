@@ -169,6 +169,11 @@ impl Rtc {
         self.cmos[REG_C] & 0x80 != 0
     }
 
+    /// Whether the alarm has gone off and its interrupt is enabled.
+    pub fn alarm(&self) -> bool {
+        self.cmos[REG_C] & self.cmos[REG_B] & C_ALARM != 0
+    }
+
     /// When the clock has something to signal next.
     pub fn next_event(&self) -> Option<Nanos> {
         let update = (self.cmos[REG_B] & (C_UPDATE | C_ALARM) != 0 && self.cmos[REG_B] & B_SET == 0)

@@ -3,6 +3,8 @@
 //!
 //! Ports and addresses are those of the devices crate; sizes and what has no constant there are said here.
 
+use std::mem::offset_of;
+
 use acpi_tables::Aml;
 use acpi_tables::aml::{self, AddressSpaceCacheable};
 use acpi_tables::facs::FACS;
@@ -71,6 +73,14 @@ impl Writer<'_> {
         self.next = end.next_multiple_of(TABLE_ALIGN);
         Ok(at)
     }
+}
+
+/// Where the guest wants to go on in real mode after S3, if it said so (§5.2.10).
+pub fn waking_vector(ram: &GuestMemoryMmap) -> Option<u32> {
+    /// Beyond these nothing is within the reach of real mode.
+    const END: u32 = 0x10_0000;
+    let at = GuestAddress(FACS_AT + offset_of!(FACS, waking) as u64);
+    ram.read_obj::<u32>(at).ok().filter(|v| *v != 0 && *v < END)
 }
 
 /// Writes the tables of a machine with `cpus` processors, whose APIC ids count from 0. Gives the guest physical
@@ -225,11 +235,13 @@ fn dsdt(cpus: u8) -> Sdt {
 
     let mut dsdt = Sdt::new(*b"DSDT", HEADER_LEN, 2, OEM, OEM_TABLE, OEM_REVISION);
     dsdt.append_slice(&aml::Scope::raw("\\_SB_".into(), code));
-    // Only "off" (S5) is there (§7.4.2); the second value is for a PM1b register, which is not.
-    let mut s5 = Vec::new();
-    let sleep_type = aml::Package::new(vec![&acpi_pm::SLEEP_TYPE_S5, &acpi_pm::SLEEP_TYPE_S5]);
-    aml::Name::new("\\_S5_".into(), &sleep_type).to_aml_bytes(&mut s5);
-    dsdt.append_slice(&s5);
+    // Sleeping states (§7.4.2); the second value is for a PM1b register, which there is not.
+    let mut states = Vec::new();
+    for (name, sleep_type) in [("\\_S3_", acpi_pm::SLEEP_TYPE_S3), ("\\_S5_", acpi_pm::SLEEP_TYPE_S5)] {
+        let package = aml::Package::new(vec![&sleep_type, &sleep_type]);
+        aml::Name::new(name.into(), &package).to_aml_bytes(&mut states);
+    }
+    dsdt.append_slice(&states);
     dsdt
 }
 

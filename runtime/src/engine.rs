@@ -217,6 +217,7 @@ mod tests {
             code_cache_bytes: 1 << 20,
             lockstep,
             debug_exit: None,
+            test_device: false,
             trace: None,
             perf_map: false,
             counted: false,
@@ -249,6 +250,7 @@ mod tests {
             low_memory_bytes: ram.size(),
             rtc_epoch_seconds: 0,
             debug_exit: None,
+            test_device: false,
         };
         let shared = Arc::new(Shared::new(Chipset::new(&chipset, Box::new(std::io::sink()))));
         let kick = shared.kick.clone();

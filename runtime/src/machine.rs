@@ -40,6 +40,8 @@ pub struct MachineConfig {
     pub code_cache_bytes: u64,
     /// The port at which the guest ends the run with a code of its own.
     pub debug_exit: Option<u16>,
+    /// Whether there is the device of hypervisor tests.
+    pub test_device: bool,
     /// Repeat every run of compiled code interpreted, and stop at the first difference.
     pub lockstep: bool,
     /// Write every guest instruction that executes; the guest is interpreted.
@@ -287,11 +289,18 @@ impl Machine {
                 Exit::Failed(why) => return Outcome::Failed(why),
                 Exit::Stopped => {
                     if let Some(event) = self.shared.power.lock().take() {
-                        return match event {
-                            PowerEvent::PowerOff => Outcome::PoweredOff,
-                            PowerEvent::Reset => Outcome::Reset,
-                            PowerEvent::Exit(code) => Outcome::Exited(code),
-                        };
+                        match event {
+                            PowerEvent::PowerOff => return Outcome::PoweredOff,
+                            PowerEvent::Reset => return Outcome::Reset,
+                            PowerEvent::Exit(code) => return Outcome::Exited(code),
+                            PowerEvent::Suspend if self.shared.sleep_until_woken() => {
+                                let Some(vector) = acpi::waking_vector(self.parts.ram.mmap()) else {
+                                    return Outcome::Reset;
+                                };
+                                self.parts.vcpu.set_state(&woken_state(vector));
+                            }
+                            PowerEvent::Suspend => {}
+                        }
                     }
                     if let Some(why) = *self.shared.stop.lock() {
                         return Outcome::Stopped(why);
@@ -320,6 +329,7 @@ fn chipset_config(config: &MachineConfig, ram: &GuestRam, epoch: u64) -> Chipset
         low_memory_bytes: low_ram_end(ram.mmap()),
         rtc_epoch_seconds: epoch,
         debug_exit: config.debug_exit,
+        test_device: config.test_device,
     }
 }
 
@@ -370,6 +380,15 @@ fn initial_state(r: &Registers) -> CpuState {
     state.gdtr = Table { base: r.gdt_base, limit: r.gdt_limit };
     state.idtr = Table::default();
     (state.cr0, state.cr3, state.cr4, state.efer) = (r.cr0, r.cr3, r.cr4, r.efer);
+    state
+}
+
+/// The CPU after S3: real mode, at the guest's waking vector (ACPI 6.5 §5.2.10).
+fn woken_state(vector: u32) -> CpuState {
+    let mut state = CpuState::reset();
+    state.rip = u64::from(vector & 15);
+    let cs = &mut state.seg[usize::from(seg::CS)];
+    (cs.selector, cs.base) = ((vector >> 4) as u16, u64::from(vector & !15));
     state
 }
 

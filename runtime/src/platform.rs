@@ -150,6 +150,26 @@ impl Shared {
         self.kick.request(Kick::ATTENTION);
     }
 
+    /// Sleeps in S3 until an event wakes the machine (true) or the user ends the run.
+    pub fn sleep_until_woken(&self) -> bool {
+        self.chipset.lock().suspend(self.now());
+        loop {
+            let mut chipset = self.chipset.lock();
+            chipset.advance(self.now());
+            if chipset.wake() {
+                return true;
+            }
+            let deadline = chipset.next_deadline();
+            drop(chipset);
+            let mut guard = self.idle.lock();
+            if self.stop.lock().is_some() {
+                return false;
+            }
+            let wait = deadline.map_or(Duration::MAX, |at| Duration::from_nanos(at.saturating_sub(self.now())));
+            self.wake.wait_for(&mut guard, wait.min(Duration::from_secs(3600)));
+        }
+    }
+
     /// The timer thread: kicks the vCPU whenever a device timer is due while guest code runs.
     pub fn run_timer(&self) {
         loop {
@@ -255,6 +275,10 @@ impl Platform for VcpuPlatform {
         count(&self.shared.exits.apic_accesses);
         let cpu = self.cpu;
         self.with(|c, now| c.apic_msr_write(cpu, msr, value, tsc, now))
+    }
+
+    fn apic_enabled(&mut self) -> bool {
+        self.shared.chipset.lock().apic_enabled(self.cpu)
     }
 
     fn cr8(&mut self) -> u64 {

@@ -9,6 +9,7 @@
 //! whatever gives more than an error. Nothing here depends on the host's instruction set: for that reason, of the
 //! linux-loader crate only the command line is used, as its loaders of x86 kernels are compiled on x86 hosts alone.
 
+mod bios;
 mod bzimage;
 mod cmdline;
 mod e820;

@@ -19,7 +19,7 @@ use super::elf::{self, Classes, PT_LOAD, Segment, u32_at};
 use super::entry::{self, Entry, GDT_LEN};
 use super::image::Image;
 use super::initrd::{self, Initrd};
-use super::{BootError, Request, cmdline, e820};
+use super::{BootError, Request, bios, cmdline, e820};
 use crate::memory::low_ram_end;
 
 const MAGIC: u32 = 0x1bad_b002;
@@ -126,6 +126,7 @@ pub(super) fn load(kernel: &Image, header: &Header, request: &Request) -> Result
     check_parts(kernel, request.ram, &parts)?;
 
     let end = parts.last().map_or(HIGH_MEMORY, |part| part.end.max(HIGH_MEMORY));
+    bios::write(request.ram)?;
     for part in &parts {
         let memory = (part.start, part.end - part.start);
         kernel.fill(request.ram, memory, "a program segment", part.offset, part.file_len)?;
