@@ -525,11 +525,14 @@ fn enter_outer(cpu: &mut Cpu, cs: Segment, ss: Segment, ip: u64, rpl: u8, bytes:
     cpu.set_cs(cs, rpl);
     cpu.s.rip = ip;
     let rsp = &mut cpu.s.gpr[usize::from(gpr::RSP)];
-    *rsp = match bytes {
-        8 => sp,
-        // The new stack's size says how much of ESP is loaded.
-        _ if ss.attr & Segment::DB != 0 || cpu.mode.has(Mode::CODE64) => cut(bytes, sp),
-        _ => *rsp & !0xffff | sp & 0xffff,
+    // Outside 64-bit mode the new stack's size says how much of RSP is loaded, whatever was popped: processors leave
+    // the rest as it was under a 16-bit stack, and clear the upper half under a 32-bit one.
+    *rsp = if cpu.mode.has(Mode::CODE64) {
+        cut(bytes, sp)
+    } else if ss.attr & Segment::DB != 0 {
+        cut(bytes.min(4), sp)
+    } else {
+        *rsp & !0xffff | sp & 0xffff
     };
     if outer {
         cpu.null_inaccessible_segments();

@@ -222,9 +222,12 @@ fn write(cpu: &mut Cpu, n: u32, v: u64) -> Written {
                 _ => cpu.s.seg[usize::from(seg::GS)].base = v,
             }
         }
-        id::MCG_STATUS => m.mcg_status = v & 7,
+        // RIPV, EIPV, MCIP.
+        id::MCG_STATUS if v & !7 == 0 => m.mcg_status = v,
         id::MISC_ENABLE => m.misc_enable = v,
-        id::DEBUGCTL => m.debugctl = v & 3,
+        // LBR, BTF.
+        id::DEBUGCTL if v & !3 == 0 => m.debugctl = v,
+        id::MCG_STATUS | id::DEBUGCTL => return Written::Invalid,
         id::MTRR_PHYS_FIRST..=id::MTRR_PHYS_LAST => {
             let k = (n - id::MTRR_PHYS_FIRST) as usize;
             // A base has its type in the low byte, a mask its valid bit at 11 (SDM vol. 3 §11.11.2.3).

@@ -178,6 +178,10 @@ fn msrs() {
         (0x40f, u64::MAX, true),
         (0x410, 0, false),
         (0x6e1, 0xffff_ffff, true),
+        (0x17a, 7, true),
+        (0x17a, 8, false),
+        (0x1d9, 3, true),
+        (0x1d9, 1 << 6, false),
         (0x6e1, 1 << 32, false),
         (0x1234_5678, 0, false),
     ] {

@@ -323,6 +323,37 @@ fn iretq() {
             },
         );
     }
+    // How much of RSP the new stack segment lets in, as seen on a processor.
+    const ASKED: u64 = 0x1234_5678_0000_8000 - 0x1000;
+    for (code, db, new) in [
+        (CODE64, true, ASKED),
+        (CODE64, false, ASKED),
+        (CODE32, true, ASKED & 0xffff_ffff),
+        (CODE32, false, 0x9_0000 | ASKED & 0xffff),
+    ] {
+        check(
+            || {
+                let mut m = Machine::long().code64(|a| {
+                    a.mov(esp, 0x9_8000)?;
+                    a.push(i32::from(FREE))?;
+                    a.mov(rax, ASKED)?;
+                    a.push(rax)?;
+                    a.push(2)?;
+                    a.push(i32::from(code))?;
+                    a.push(CODE as i32 + 0x100)?;
+                    a.iretq()
+                });
+                m.gdt(FREE, descriptor(0, 0xfffff, if db { 0xc093 } else { 0x8093 }));
+                // HLT is the same in both modes.
+                m.bytes(CODE + 0x100, &[0xf4]);
+                m
+            },
+            |o| {
+                o.halted();
+                assert_eq!(o.gpr(gpr::RSP), new, "{}: {code:#x} {db}", o.engine);
+            },
+        );
+    }
     check(
         || {
             Machine::long().flags(flag::NT).code64(|a| {
