@@ -253,16 +253,11 @@ impl Cpu {
         self.cut_ip(self.ip_base.wrapping_add(i.next_off()))
     }
 
-    /// Cuts an instruction pointer to the code size.
+    /// Cuts an instruction pointer to what the mode has of it. In 16-bit code too that is EIP: only branches cut it to
+    /// their operand size, and what runs on past FFFFh leaves the segment or, if that is larger, goes on.
     #[inline(always)]
     pub fn cut_ip(&self, ip: u64) -> u64 {
-        if self.mode.has(Mode::CODE64) {
-            ip
-        } else if self.mode.has(Mode::CODE32) {
-            ip & 0xffff_ffff
-        } else {
-            ip & 0xffff
-        }
+        mode_cut(self.mode, ip)
     }
 
     /// To be called after an access to a device, which may have raised or lowered an interrupt.
@@ -277,6 +272,12 @@ impl Cpu {
     pub fn tsc(&mut self) -> u64 {
         self.platform.tsc().wrapping_add(self.s.tsc_offset)
     }
+}
+
+/// [`Cpu::cut_ip`] for a mode that has been left.
+#[inline(always)]
+pub(crate) fn mode_cut(mode: Mode, ip: u64) -> u64 {
+    if mode.has(Mode::CODE64) { ip } else { ip & 0xffff_ffff }
 }
 
 fn is_flat_data(s: &CpuState, r: u8) -> bool {

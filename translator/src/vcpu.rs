@@ -2,7 +2,7 @@
 
 use crate::addr::{PAGE_MASK, PAGE_SIZE};
 use crate::block::{Block, BlockCache, BlockId, Cached, MAX_INSNS, NO_TARGET};
-use crate::cpu::{Cpu, Kick};
+use crate::cpu::{Cpu, Kick, mode_cut};
 use crate::decode::{self, MAX_LEN};
 use crate::exception::{Exception, Trap, vector};
 use crate::insn::{Insn, Mode};
@@ -710,14 +710,6 @@ pub struct TripleFault;
 #[inline(always)]
 fn jump_index(linear: u64) -> usize {
     (linear ^ linear >> 12) as usize & (JUMP_ENTRIES - 1)
-}
-
-fn mode_cut(mode: Mode, ip: u64) -> u64 {
-    match mode.bits() {
-        64 => ip,
-        32 => ip & 0xffff_ffff,
-        _ => ip & 0xffff,
-    }
 }
 
 /// Whether an instruction that clears TF is not single-stepped: software interrupts, whose delivery clears it, and

@@ -123,6 +123,9 @@ impl Table {
     }
 
     fn flush_page(&mut self, linear: u64) {
+        if !self.used {
+            return;
+        }
         // One INVLPG removes a whole large page (SDM vol. 3 §4.10.4.1); its 4 KiB parts are not linked to each other.
         if self.has_large {
             return self.flush();

@@ -491,3 +491,57 @@ fn code_limit_of_known_code() {
         },
     );
 }
+
+/// 16-bit code runs on past offset FFFFh, to #GP beyond the limit or on in a larger segment; branches wrap. As seen on a
+/// processor.
+#[test]
+fn past_64_kib_of_16_bit_code() {
+    const END: u64 = CODE + 0x1_0000;
+    let guest = |limit: u32, at: u64, code: &[u8]| {
+        let mut m = Machine::flat32().interpreted();
+        m.gdt(FREE, descriptor(CODE as u32, limit, 0x9b));
+        m.s.seg[usize::from(seg::CS)] = m.segment(FREE);
+        m.s.rip = at - CODE;
+        // HLT wherever else it may come to.
+        m.bytes(CODE, &[0xf4; 0x40]);
+        m.bytes(END, &[0xf4; 0x40]);
+        m.bytes(at, code);
+        m
+    };
+    // INC AX; NOP up to the end.
+    let runs_on: &[u8] = &[0x40, 0x90];
+    check(
+        || guest(0xffff, END - 2, runs_on),
+        |o| {
+            assert_eq!(o.gpr(0), 1);
+            o.fault(13, 0, 0x1_0000);
+        },
+    );
+    check(
+        || guest(0x1_ffff, END - 2, runs_on),
+        |o| {
+            o.halted();
+            assert_eq!((o.gpr(0), o.s.rip), (1, 0x1_0001));
+        },
+    );
+    // MOV AX, 1234h across the end.
+    let crossing: &[u8] = &[0xb8, 0x34, 0x12];
+    check(|| guest(0xffff, END - 1, crossing), |o| _ = o.fault(13, 0, 0xffff));
+    check(
+        || guest(0x1_ffff, END - 1, crossing),
+        |o| {
+            o.halted();
+            assert_eq!((o.gpr(0), o.s.rip), (0x1234, 0x1_0003));
+        },
+    );
+    // JMP short +16; with a 32-bit operand size it goes beyond.
+    for (code, ip) in [(&[0xeb, 0x10][..], 0x11), (&[0x66, 0xeb, 0x10], 0x1_0011)] {
+        check(
+            || guest(0x1_ffff, END - code.len() as u64, code),
+            |o| {
+                o.halted();
+                assert_eq!(o.s.rip, ip);
+            },
+        );
+    }
+}
