@@ -1,9 +1,7 @@
 //! Predecoded basic blocks, keyed by guest physical address and mode, dropped when their bytes are overwritten.
 
-use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
-
 use crate::addr::{PAGE_MASK, PAGE_SIZE};
+use crate::address_map::AddressMap;
 use crate::insn::{Insn, Mode};
 use crate::mem::{GuestRam, granule_mask};
 
@@ -77,31 +75,6 @@ impl Block {
         std::iter::once(first).chain(self.next_page.map(|page| (page, granule_mask(0, rest))))
     }
 }
-
-/// Keys are addresses: a multiplicative hash is enough, and no guest can make it slow beyond the bound on entries.
-#[derive(Default)]
-pub struct AddressHasher(u64);
-
-impl Hasher for AddressHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-    fn write(&mut self, bytes: &[u8]) {
-        for &b in bytes {
-            self.write_u64(u64::from(b));
-        }
-    }
-    fn write_u8(&mut self, v: u8) {
-        self.write_u64(u64::from(v));
-    }
-    fn write_u64(&mut self, v: u64) {
-        let x = (self.0 ^ v).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        self.0 = x ^ x >> 32;
-    }
-}
-
-/// A map from addresses.
-pub type AddressMap<K, V> = HashMap<K, V, BuildHasherDefault<AddressHasher>>;
 
 /// The blocks of one vCPU.
 #[derive(Default)]

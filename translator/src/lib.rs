@@ -1,6 +1,7 @@
 //! The x86-64 CPU: one semantics, interpreted while cold and compiled by Cranelift when hot.
 
 pub mod addr;
+pub mod address_map;
 pub mod block;
 pub mod code;
 pub mod cpu;
@@ -14,12 +15,14 @@ pub mod flags;
 pub mod insn;
 pub mod jit;
 pub mod lockstep;
+pub mod mapping;
 pub mod mem;
 pub mod mmu;
 pub mod platform;
 pub mod semantics;
 pub mod simd;
 pub mod state;
+pub mod sync;
 pub mod system;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

@@ -6,9 +6,10 @@ use crate::cpu::{Cpu, Kick, mode_cut};
 use crate::decode::{self, MAX_LEN};
 use crate::exception::{Exception, Trap, vector};
 use crate::insn::{Insn, Mode};
+use crate::jit::cache::Change;
 use crate::jit::frame::reason;
 use crate::jit::region::Plan;
-use crate::jit::{Change, Jit, THRESHOLD};
+use crate::jit::{Jit, THRESHOLD};
 use crate::state::{Segment, flag, seg};
 
 /// Why [`Vcpu::run`] returned.
@@ -250,7 +251,7 @@ impl Vcpu {
     fn follow_regions(&mut self) {
         let Some(jit) = &mut self.jit else { return };
         let mut freed = Vec::new();
-        for change in jit.changes.drain(..) {
+        for change in jit.changes() {
             match change {
                 Change::Code((gpa, mode), code) => {
                     if let Some(id) = self.blocks.find(gpa, Mode(mode)) {

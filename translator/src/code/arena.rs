@@ -1,13 +1,10 @@
-//! The arena: one anonymous file mapped twice, a writable view for us and an executable view for the processor.
+//! The arena: memory mapped twice, a writable view for us and an executable view for the processor, shared out in slots.
 
-use super::free_list::{FreeList, GRANULE};
+use super::free_list::FreeList;
 use super::publish::{CoreSync, clean_to_fetch};
 use super::{HostIsa, patch};
-use parking_lot::Mutex;
-use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use crate::mapping::{Executable, MappingError, Writable, map_twice};
+use crate::sync::Mutex;
 
 /// Why code memory could not be made or filled.
 #[derive(Debug, thiserror::Error)]
@@ -27,17 +24,9 @@ pub enum ArenaError {
         /// The host.
         isa: HostIsa,
     },
-    /// The kernel gave no memory file.
-    #[error("cannot create the memory file of the code cache: {0}")]
-    File(#[source] io::Error),
-    /// The kernel did not map the file; a policy that forbids executable memory shows here.
-    #[error("cannot map the code cache ({view} view): {source}")]
-    Map {
-        /// `writable` or `executable`.
-        view: &'static str,
-        /// The reason.
-        source: io::Error,
-    },
+    /// No memory.
+    #[error(transparent)]
+    Mapping(#[from] MappingError),
     /// More bytes than the slot holds.
     #[error("{len} bytes of code do not fit a slot of {capacity}")]
     SlotOverflow {
@@ -57,56 +46,26 @@ pub struct Slot {
 }
 
 impl Slot {
-    /// Where it begins, in bytes from the start of the arena; a multiple of [`GRANULE`].
+    /// Where it begins, in bytes from the start of the arena; a multiple of [`GRANULE`](super::GRANULE).
     pub fn offset(&self) -> usize {
         self.offset
     }
 
-    /// Bytes it holds: what was asked for, rounded up to [`GRANULE`].
+    /// Bytes it holds: what was asked for, rounded up to [`GRANULE`](super::GRANULE).
     #[expect(clippy::len_without_is_empty, reason = "a slot is never empty")]
     pub fn len(&self) -> usize {
         self.len
     }
 }
 
-/// One mapping of the arena's file.
-struct View {
-    base: NonNull<u8>,
-    len: usize,
-}
-
-// SAFETY: a `View` is an address range it alone unmaps; the accesses through it are synchronised by `CodeArena`.
-unsafe impl Send for View {}
-// SAFETY: as above; `&View` only gives the address.
-unsafe impl Sync for View {}
-
-impl View {
-    fn map(file: &OwnedFd, len: usize, protection: i32, view: &'static str) -> Result<Self, ArenaError> {
-        // SAFETY: a fresh shared mapping of a file we own, at an address the kernel chooses, disturbs nothing.
-        let base = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, libc::MAP_SHARED, file.as_raw_fd(), 0) };
-        match NonNull::new(base.cast::<u8>()) {
-            Some(base) if base.as_ptr().cast::<libc::c_void>() != libc::MAP_FAILED => Ok(Self { base, len }),
-            _ => Err(ArenaError::Map { view, source: io::Error::last_os_error() }),
-        }
-    }
-}
-
-impl Drop for View {
-    fn drop(&mut self) {
-        // SAFETY: exactly the range `map` made; no pointer into it outlives the arena by the contract of `exec_ptr`.
-        unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
-    }
-}
-
 /// Memory for compiled code, bounded and shared by all threads.
 pub struct CodeArena {
-    writable: View,
-    executable: View,
+    /// Locked over each store: a patch reads its neighbours before it stores.
+    writable: Mutex<Writable>,
+    executable: Executable,
     isa: HostIsa,
     cores: CoreSync,
     free: Mutex<FreeList>,
-    /// Held while bytes are stored through `writable`: a patch reads its neighbours before it stores.
-    storing: Mutex<()>,
 }
 
 impl CodeArena {
@@ -120,18 +79,9 @@ impl CodeArena {
         if bytes > limit {
             return Err(ArenaError::TooLarge { bytes, limit, isa });
         }
-        let capacity = bytes.max(1).next_multiple_of(page_size());
-        let file = memory_file(capacity).map_err(ArenaError::File)?;
-        let writable = View::map(&file, capacity, libc::PROT_READ | libc::PROT_WRITE, "writable")?;
-        let executable = View::map(&file, capacity, libc::PROT_READ | libc::PROT_EXEC, "executable")?;
-        Ok(Self {
-            writable,
-            executable,
-            isa,
-            cores: CoreSync::register(),
-            free: Mutex::new(FreeList::new(capacity)),
-            storing: Mutex::new(()),
-        })
+        let (writable, executable) = map_twice(bytes)?;
+        let free = Mutex::new(FreeList::new(executable.len()));
+        Ok(Self { writable: Mutex::new(writable), executable, isa, cores: CoreSync::register(), free })
     }
 
     /// The instruction set of the code it holds.
@@ -141,7 +91,7 @@ impl CodeArena {
 
     /// Its size in bytes.
     pub fn capacity(&self) -> usize {
-        self.executable.len
+        self.executable.len()
     }
 
     /// Bytes in live slots.
@@ -168,18 +118,9 @@ impl CodeArena {
     /// [`ArenaError::SlotOverflow`] when the slot is shorter; nothing is written.
     pub fn write(&self, slot: &mut Slot, bytes: &[u8]) -> Result<(), ArenaError> {
         let capacity = slot.len.min(self.capacity().saturating_sub(slot.offset));
-        if bytes.len() > capacity {
-            return Err(ArenaError::SlotOverflow { len: bytes.len(), capacity });
-        }
-        let _storing = self.storing.lock();
-        // SAFETY: `offset + capacity` lies inside the mapping by the line above; the slot is borrowed mutably and
-        // every store into the view holds `storing`, so nobody else accesses these bytes through it meanwhile.
-        unsafe {
-            let start = self.writable.base.as_ptr().add(slot.offset);
-            start.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
-            start.add(bytes.len()).write_bytes(self.isa.filler(), capacity - bytes.len());
-        }
-        Ok(())
+        let end = slot.offset + capacity;
+        let written = self.writable.lock().write(slot.offset, bytes, end, self.isa.filler());
+        written.then_some(()).ok_or(ArenaError::SlotOverflow { len: bytes.len(), capacity })
     }
 
     /// Step two: makes what was written to the slot visible to instruction fetch on every core. The code may be
@@ -198,39 +139,19 @@ impl CodeArena {
     /// When it returns, new executions of the branch *will soon* go to `target`; before the old target is freed,
     /// [`CodeArena::sync_cores`] makes that certain.
     pub fn patch_branch(&self, site: usize, target: usize) -> bool {
-        if target >= self.capacity() || site.checked_add(4).is_none_or(|end| end > self.capacity()) {
+        if target >= self.capacity() || !patch::is_patchable(self.isa, site) {
             return false;
         }
         let Some(word) = patch::branch_word(self.isa, site, target) else { return false };
-        if !patch::is_patchable(self.isa, site) {
-            return false;
-        }
-        let _storing = self.storing.lock();
-        // SAFETY: `site..site + 4` is inside the mapping, checked above.
-        let at = unsafe { self.writable.base.as_ptr().add(site) };
+        let mut writable = self.writable.lock();
         let is_branch = match self.isa {
-            // SAFETY: `site` is not zero and `site - 1` is inside the mapping; `storing` excludes writers.
-            HostIsa::X86_64 => site != 0 && unsafe { at.sub(1).read() } == patch::X86_JMP_REL32,
-            // SAFETY: four bytes inside the mapping, aligned as `is_patchable` checked; `storing` excludes writers.
-            HostIsa::Aarch64 => patch::is_aarch64_b(unsafe { at.cast::<u32>().read() }),
+            HostIsa::X86_64 => site.checked_sub(1).and_then(|at| writable.byte(at)) == Some(patch::X86_JMP_REL32),
+            HostIsa::Aarch64 => writable.word(site).is_some_and(patch::is_aarch64_b),
         };
-        if !is_branch {
+        if !is_branch || !writable.replace_word(site, word) {
             return false;
         }
-        if site.is_multiple_of(4) {
-            // SAFETY: inside the mapping and aligned to 4 (the view begins at a page).
-            unsafe { AtomicU32::from_ptr(at.cast()) }.store(word, Ordering::Release);
-        } else {
-            let within = site % 8;
-            // SAFETY: the aligned 8 bytes around the site are inside the mapping, whose size is a multiple of 8, and
-            // the mapping begins at a page.
-            let around = unsafe { AtomicU64::from_ptr(at.sub(within).cast()) };
-            // `storing` makes this load and store one step; the store is single, so fetch sees no mixture.
-            let mut bytes = around.load(Ordering::Relaxed).to_ne_bytes();
-            bytes[within..within + 4].copy_from_slice(&word.to_le_bytes());
-            around.store(u64::from_ne_bytes(bytes), Ordering::Release);
-        }
-        clean_to_fetch(self.exec_ptr(site), 4);
+        clean_to_fetch(self.executable.at(site), 4);
         true
     }
 
@@ -246,41 +167,18 @@ impl CodeArena {
     /// The address at which the byte at `offset` executes. Calling it is `unsafe` and the caller's to prove: the slot
     /// is published and lives, `offset` is an entry point, and the arena outlives the call.
     pub fn exec_ptr(&self, offset: usize) -> *const u8 {
-        debug_assert!(offset < self.capacity());
-        self.executable.base.as_ptr().wrapping_add(offset)
+        self.executable.at(offset)
+    }
+
+    /// The executable view of its memory.
+    pub fn executable(&self) -> &Executable {
+        &self.executable
     }
 
     /// The offset of an executable address, when it is one of this arena's: what a fault handler asks of a program
     /// counter.
     pub fn offset_of(&self, address: usize) -> Option<usize> {
-        let offset = address.wrapping_sub(self.executable.base.as_ptr() as usize);
+        let offset = address.wrapping_sub(self.executable.at(0) as usize);
         (offset < self.capacity()).then_some(offset)
     }
-}
-
-// The patch of an unaligned site accesses the aligned 8 bytes around it.
-const _: () = assert!(GRANULE.is_multiple_of(8));
-
-fn page_size() -> usize {
-    // SAFETY: `sysconf` reads a constant of the system.
-    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    usize::try_from(size).ok().filter(|size| size.is_power_of_two()).unwrap_or(1 << 16)
-}
-
-/// An anonymous file of `len` bytes whose size can never change, so that no access to a view can raise `SIGBUS`.
-fn memory_file(len: usize) -> io::Result<OwnedFd> {
-    // SAFETY: the name is a terminated string; the call makes a new descriptor or fails.
-    let fd = unsafe { libc::memfd_create(c"diglot-code".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: `fd` was just made and has no other owner.
-    let file = unsafe { OwnedFd::from_raw_fd(fd) };
-    let size = libc::off_t::try_from(len).map_err(io::Error::other)?;
-    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
-    // SAFETY: both calls act on our own file.
-    let done = unsafe {
-        libc::ftruncate(file.as_raw_fd(), size) == 0 && libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) == 0
-    };
-    if done { Ok(file) } else { Err(io::Error::last_os_error()) }
 }

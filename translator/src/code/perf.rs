@@ -3,7 +3,7 @@
 //! `perf report` reads `/tmp/perf-<pid>.map` after the program has ended, so the file is left behind: it is written
 //! only when the user asked for it. Addresses are never reassigned in the file; after evictions the newest line wins.
 
-use parking_lot::Mutex;
+use crate::sync::Mutex;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;

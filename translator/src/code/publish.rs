@@ -16,7 +16,7 @@
 //! run our other threads.
 
 use super::HostIsa;
-use std::sync::atomic::{Ordering, fence};
+use crate::sync::{Ordering, fence};
 
 impl HostIsa {
     /// The instruction set this program was compiled for, when code can be emitted for it.

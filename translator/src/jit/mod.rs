@@ -1,12 +1,15 @@
 //! The compiler: hot blocks grown into regions and compiled by Cranelift on background threads.
 //!
 //! The vCPU thread plans a region from its predecoded blocks, queues it and goes on interpreting; a worker compiles;
-//! the vCPU thread picks the code up between two blocks, copies it into the arena and publishes it.
+//! the vCPU thread picks the code up between two blocks, copies it into the arena and publishes it. What the threads
+//! share is in `handover.rs`, what becomes of the code in `cache.rs`.
 
 mod access;
+pub mod cache;
 pub mod compile;
 pub mod emit;
 pub mod frame;
+pub mod handover;
 pub mod helpers;
 pub mod host;
 mod liveness;
@@ -15,24 +18,18 @@ pub mod usage;
 mod values;
 pub mod vector;
 
-use std::collections::VecDeque;
-use std::hash::BuildHasherDefault;
-use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
-use dashmap::DashMap;
-use parking_lot::{Condvar, Mutex};
-
 use crate::addr::PAGE_MASK;
-use crate::block::{AddressHasher, AddressMap};
 use crate::code::{ArenaError, CodeArena, HostIsa, PerfMap, Slot, add_link_cells, elide_frame};
 use crate::cpu::Cpu;
 use crate::insn::{Insn, Mode};
 use crate::mem::GuestRam;
+use cache::{Cache, Change, Key, Placed, RegionId, Unit};
 use compile::{Branch, Compiled, Compiler};
 use frame::HELPERS;
+use handover::Handover;
 use region::Plan;
 
 /// The compiler has no form of an instruction; the interpreter's evaluation is called instead.
@@ -45,52 +42,6 @@ pub const THRESHOLD: u32 = 400;
 pub const WORKER: &str = "compile";
 /// Regions that may wait for a worker.
 const QUEUE: usize = 256;
-
-/// Where guest code is: physical address and mode.
-pub type Key = (u64, u8);
-
-type RegionId = u64;
-
-/// A compiled region in the arena.
-struct Region {
-    slot: Slot,
-    /// Pages that its bytes lie in, and which granules of each.
-    extents: Vec<(u64, u64)>,
-    /// Where it may be entered, as far as no later region has taken its place there.
-    entries: Vec<Key>,
-    /// Its blocks.
-    blocks: Vec<Key>,
-    /// Its direct branches to other regions: what they lead to, and their sites in the arena.
-    branches: Vec<(Key, usize)>,
-    /// Instructions that helpers evaluate: the code has their addresses.
-    _insns: Box<[Insn]>,
-}
-
-/// The way into a region.
-#[derive(Clone, Copy)]
-struct Entry {
-    region: RegionId,
-    /// Address of its code in the executable view, for calls and computed jumps.
-    code: u64,
-    /// Offset in the arena that direct branches of other regions lead to.
-    tail: usize,
-    /// The page into which the region's one instruction crosses. Only the jump cache, which knows that the page is
-    /// mapped behind the first one, leads there.
-    second_page: Option<u64>,
-}
-
-/// What the vCPU has to bring up to date after regions came or went.
-#[derive(Debug)]
-pub enum Change {
-    /// The block at the key has this code now; 0 for none.
-    Code(Key, u64),
-    /// The block at the key may become hot again.
-    Cool(Key),
-    /// No code is at these addresses any more.
-    Freed(Range<u64>),
-    /// These granules of the page hold translated code.
-    Mark(u64, u64),
-}
 
 /// What the compiler did, for statistics.
 #[allow(missing_docs)]
@@ -107,28 +58,9 @@ pub struct JitCounts {
     pub failed: u64,
 }
 
-/// Work and results shared with the workers.
-struct Shared {
-    queue: Mutex<Queue>,
-    work: Condvar,
-    done: Mutex<Vec<Done>>,
-    any_done: AtomicBool,
-}
-
-/// A job's number, its plan, and what came of it.
-type Done = (u64, Plan, Result<Compiled, String>);
-
-#[derive(Default)]
-struct Queue {
-    jobs: VecDeque<(u64, Plan)>,
-    finished: bool,
-}
-
-/// A queued region: dropped on arrival when its bytes changed meanwhile.
-struct Pending {
-    extents: Vec<(u64, u64)>,
-    cancelled: bool,
-}
+/// A region's number and its plan; then what came of it, too.
+type Job = (RegionId, Plan);
+type Done = (RegionId, Plan, Result<Compiled, String>);
 
 /// A piece of code made once at the start.
 struct Stub {
@@ -153,26 +85,13 @@ pub enum JitError {
 
 /// The compiler and the code cache.
 pub struct Jit {
-    arena: CodeArena,
-    entries: DashMap<Key, Entry, BuildHasherDefault<AddressHasher>>,
-    regions: AddressMap<RegionId, Region>,
-    by_page: AddressMap<u64, Vec<RegionId>>,
-    /// Sites of direct branches to a key, whether it has code now or not.
-    incoming: AddressMap<Key, Vec<usize>>,
-    /// Regions by age, for eviction.
-    order: VecDeque<RegionId>,
-    pending: AddressMap<RegionId, Pending>,
-    /// How often compiled code of a page was overwritten, or would have been before it was ready.
-    rewrites: AddressMap<u64, u32>,
-    next_id: RegionId,
-    shared: Arc<Shared>,
-    workers: Vec<JoinHandle<()>>,
+    /// The regions; of their predecoded instructions the code has the addresses.
+    cache: Cache<Box<[Insn]>>,
+    workers: Workers,
     enter: Stub,
     stub: Stub,
-    lookup: Stub,
+    _lookup: Stub,
     thunks: Vec<Stub>,
-    /// What the vCPU has not been told yet.
-    pub changes: Vec<Change>,
     /// Whether regions count the guest instructions they complete, for statistics and lock-step; it costs a few percent.
     pub counted: bool,
     /// Names regions for Linux perf.
@@ -198,39 +117,17 @@ impl Jit {
         let stub = install(compiler.stub())?;
         let lookup = install(compiler.lookup())?;
         let thunks = (0..HELPERS).map(|n| install(compiler.thunk(n))).collect::<Result<_, _>>()?;
-        let shared = Arc::new(Shared {
-            queue: Mutex::default(),
-            work: Condvar::new(),
-            done: Mutex::default(),
-            any_done: AtomicBool::new(false),
-        });
-        let mut jit = Jit {
-            arena,
-            entries: DashMap::default(),
-            regions: AddressMap::default(),
-            by_page: AddressMap::default(),
-            incoming: AddressMap::default(),
-            order: VecDeque::new(),
-            pending: AddressMap::default(),
-            rewrites: AddressMap::default(),
-            next_id: 0,
-            shared,
-            workers: Vec::new(),
+        Ok(Jit {
+            cache: Cache::new(arena, lookup.tail),
+            workers: Workers::start(workers)?,
             enter,
             stub,
-            lookup,
+            _lookup: lookup,
             thunks,
-            changes: Vec::new(),
             counted: false,
             perf: None,
             counts: JitCounts::default(),
-        };
-        for _ in 0..workers.max(1) {
-            let shared = jit.shared.clone();
-            let worker = std::thread::Builder::new().name(WORKER.into()).spawn(move || work(&shared));
-            jit.workers.push(worker.map_err(JitError::Thread)?);
-        }
-        Ok(jit)
+        })
     }
 
     /// Code that returns to the dispatch loop at once: where jump-cache entries without a region lead.
@@ -257,43 +154,34 @@ impl Jit {
 
     /// Queues a region; false if the queue is full.
     pub fn request(&mut self, plan: Plan) -> bool {
-        let mut queue = self.shared.queue.lock();
-        if queue.jobs.len() >= QUEUE {
-            return false;
+        let id = self.cache.expect(plan.extents.clone());
+        let queued = self.workers.way.request((id, plan));
+        if !queued {
+            self.cache.arrive(id);
         }
-        let id = self.next_id;
-        self.next_id += 1;
-        let pending = Pending { extents: plan.extents.clone(), cancelled: false };
-        self.pending.insert(id, pending);
-        queue.jobs.push_back((id, plan));
-        self.shared.work.notify_one();
-        true
+        queued
     }
 
     /// Whether compiled regions wait to be installed.
     #[inline(always)]
     pub fn has_done(&self) -> bool {
-        self.shared.any_done.load(Ordering::Relaxed)
+        self.workers.way.has_done()
     }
 
     /// Waits until every queued region is compiled: for tests and lock-step runs.
     pub fn drain(&self) {
-        while self.pending.len() > self.shared.done.lock().len() {
-            std::thread::sleep(std::time::Duration::from_micros(50));
-        }
+        self.workers.way.wait_for(self.cache.expected());
     }
 
     /// Installs what the workers have finished; [`Self::changes`] says what that changed. No vCPU may be in compiled
     /// code.
     pub fn install(&mut self) {
-        self.shared.any_done.store(false, Ordering::Relaxed);
-        let done = std::mem::take(&mut *self.shared.done.lock());
-        for (id, plan, result) in done {
-            let cancelled = self.pending.remove(&id).is_none_or(|p| p.cancelled);
+        for (id, plan, result) in self.workers.way.take_done() {
+            let wanted = self.cache.arrive(id);
             match result {
-                _ if cancelled => {
+                _ if !wanted => {
                     self.counts.dropped += 1;
-                    self.changes.extend(plan.keys().map(Change::Cool));
+                    self.cache.changes.extend(plan.keys().map(Change::Cool));
                 }
                 Err(why) => {
                     tracing::warn!("region at {:#x} not compiled: {why}", plan.gpa);
@@ -309,14 +197,18 @@ impl Jit {
         }
     }
 
+    /// What the vCPU has not been told yet.
+    pub fn changes(&mut self) -> std::vec::Drain<'_, Change> {
+        self.cache.changes.drain(..)
+    }
+
     /// Drops what is queued or being compiled: to be called when the marks of its code have been cleared, so that
     /// stores to it would not be noticed.
     pub fn cancel_pending(&mut self) {
-        self.pending.values_mut().for_each(|p| p.cancelled = true);
-        self.rewrites.clear();
+        self.cache.cancel_expected();
     }
 
-    /// Puts a region into the arena and links it with the others.
+    /// Completes a region's code and puts it into the cache.
     fn place(&mut self, id: RegionId, plan: &Plan, compiled: Compiled) -> Option<()> {
         let Compiled { mut code, branches, insns, addresses, nanos } = compiled;
         let insns = insns.into_boxed_slice();
@@ -324,66 +216,35 @@ impl Jit {
             let address = std::ptr::from_ref(insns.get(n)?) as u64;
             code.get_mut(at..at + 8)?.copy_from_slice(&address.to_le_bytes());
         }
+        let isa = self.cache.arena().isa();
         let sites: Vec<usize> = branches.iter().map(|b| b.site).collect();
-        let skip = match self.arena.isa() {
+        let tail = match isa {
             HostIsa::X86_64 => elide_frame(&mut code, &sites)?,
             HostIsa::Aarch64 => 0,
         };
-        let sites = add_link_cells(self.arena.isa(), &mut code, &sites)?;
-        let mut slot = loop {
-            match self.arena.alloc(code.len()) {
-                Some(slot) => break slot,
-                None => {
-                    // Oldest first; what is still hot is compiled again.
-                    let oldest = self.order.front().copied()?;
-                    self.remove(oldest);
-                    self.counts.evicted += 1;
-                }
-            }
-        };
-        self.arena.write(&mut slot, &code).ok()?;
-        let start = slot.offset();
+        let sites = add_link_cells(isa, &mut code, &sites)?;
+        let bytes = code.len();
         let page = plan.gpa & !PAGE_MASK;
-        let mut region = Region {
-            slot,
+        let key = |Branch { to, .. }: Branch| to.map(|off| (page | off, plan.mode.0));
+        let unit = Unit {
+            code,
+            tail,
+            branches: sites.into_iter().zip(branches.into_iter().map(key)).collect(),
             extents: plan.extents.clone(),
             entries: plan.entries().map(|off| (page | off, plan.mode.0)).collect(),
             blocks: plan.keys().collect(),
-            branches: Vec::new(),
-            _insns: insns,
+            second_page: plan.second_page(),
+            kept: insns,
         };
-        for (Branch { to, .. }, site) in branches.into_iter().zip(sites) {
-            let site = start + site;
-            let mut target = self.lookup.tail;
-            if let Some(off) = to {
-                let key = (page | off, plan.mode.0);
-                target = self.entries.get(&key).map_or(target, |e| self.branch_target(Some(*e)));
-                self.incoming.entry(key).or_default().push(site);
-                region.branches.push((key, site));
-            }
-            self.arena.patch_branch(site, target);
-        }
-        self.arena.publish(&region.slot);
+        let Placed { code, evicted } = self.cache.place(id, unit)?;
+        self.counts.evicted += evicted;
         if let Some(perf) = &self.perf
-            && let Err(e) = perf.record(self.arena.exec_ptr(start), code.len(), &plan.name())
+            && let Err(e) = perf.record(code as *const u8, bytes, &plan.name())
         {
             tracing::warn!("the map for perf ends here, at the region of {:#x}: {e}", plan.gpa);
             self.perf = None;
         }
-        self.count(plan, code.len(), nanos);
-        let code = self.arena.exec_ptr(start) as u64;
-        let entry = Entry { region: id, code, tail: start + skip, second_page: plan.second_page() };
-        self.changes.extend(region.blocks.iter().copied().map(Change::Cool));
-        for &(page, granules) in &plan.extents {
-            self.changes.push(Change::Mark(page, granules));
-            self.by_page.entry(page).or_default().push(id);
-        }
-        self.order.push_back(id);
-        let entries = region.entries.clone();
-        self.regions.insert(id, region);
-        for key in entries {
-            self.link(key, Some(entry));
-        }
+        self.count(plan, bytes, nanos);
         Some(())
     }
 
@@ -395,103 +256,25 @@ impl Jit {
         self.counts.compile_nanos += nanos;
     }
 
-    /// Makes `entry` what runs at a key, for the dispatch loop and for the direct branches that lead there. A region
-    /// that thereby loses its last entry goes.
-    fn link(&mut self, key: Key, entry: Option<Entry>) {
-        let old = match entry {
-            Some(entry) => self.entries.insert(key, entry),
-            None => self.entries.remove(&key).map(|(_, e)| e),
-        };
-        self.changes.push(Change::Code(key, entry.map_or(0, |e| e.code)));
-        let target = self.branch_target(entry);
-        for &site in self.incoming.get(&key).into_iter().flatten() {
-            self.arena.patch_branch(site, target);
-        }
-        if let Some(old) = old.filter(|_| entry.is_some())
-            && let Some(region) = self.regions.get_mut(&old.region)
-        {
-            region.entries.retain(|&k| k != key);
-            if region.entries.is_empty() {
-                self.remove(old.region);
-            }
-        }
-    }
-
-    /// Where direct branches to an entry lead.
-    fn branch_target(&self, entry: Option<Entry>) -> usize {
-        entry.filter(|e| e.second_page.is_none()).map_or(self.lookup.tail, |e| e.tail)
-    }
-
     /// The code of the region that may be entered at a key, if there is one; `second_page` as the block there has it.
     pub fn find(&self, key: Key, second_page: Option<u64>) -> Option<u64> {
-        self.entries.get(&key).filter(|e| e.second_page == second_page).map(|e| e.code)
-    }
-
-    fn remove(&mut self, id: RegionId) {
-        let Some(region) = self.regions.remove(&id) else { return };
-        for key in region.entries {
-            self.link(key, None);
-        }
-        for (key, site) in region.branches {
-            if let Some(sites) = self.incoming.get_mut(&key) {
-                sites.retain(|&s| s != site);
-                if sites.is_empty() {
-                    self.incoming.remove(&key);
-                }
-            }
-        }
-        self.changes.extend(region.blocks.into_iter().map(Change::Cool));
-        self.order.retain(|&r| r != id);
-        for (page, _) in region.extents {
-            if let Some(list) = self.by_page.get_mut(&page) {
-                list.retain(|&r| r != id);
-                if list.is_empty() {
-                    self.by_page.remove(&page);
-                }
-            }
-        }
-        let start = self.arena.exec_ptr(region.slot.offset()) as u64;
-        self.changes.push(Change::Freed(start..start + region.slot.len() as u64));
-        self.arena.free(region.slot);
+        self.cache.find(key, second_page)
     }
 
     /// How often compiled code in the page of `gpa` was overwritten.
     pub fn rewrites(&self, gpa: u64) -> u32 {
-        self.rewrites.get(&(gpa & !PAGE_MASK)).copied().unwrap_or(0)
+        self.cache.rewrites(gpa)
     }
 
     /// Drops the regions, compiled or queued, that touch `granules` of a page. No vCPU may be in compiled code.
     pub fn invalidate(&mut self, page: u64, granules: u64) {
-        let touched = |extents: &[(u64, u64)]| extents.iter().any(|&(p, g)| p == page && g & granules != 0);
-        let mut rewrites = 0;
-        for p in self.pending.values_mut().filter(|p| !p.cancelled && touched(&p.extents)) {
-            p.cancelled = true;
-            rewrites += 1;
-        }
-        let here = self.by_page.get(&page).into_iter().flatten();
-        let gone: Vec<RegionId> =
-            here.copied().filter(|id| self.regions.get(id).is_some_and(|r| touched(&r.extents))).collect();
-        for id in gone {
-            self.remove(id);
-            self.counts.invalidated += 1;
-            rewrites += 1;
-        }
-        if rewrites != 0 {
-            *self.rewrites.entry(page).or_default() += rewrites;
-        }
+        self.counts.invalidated += self.cache.invalidate(page, granules);
     }
 
     /// Marks the granules of every region of `page` (of all pages if `None`) as holding code again.
     pub fn mark(&self, page: Option<u64>, ram: &GuestRam) {
-        let pages: Vec<u64> = page.map_or_else(|| self.by_page.keys().copied().collect(), |p| vec![p]);
-        for page in pages {
-            for id in self.by_page.get(&page).into_iter().flatten() {
-                if let Some(r) = self.regions.get(id) {
-                    r.extents.iter().filter(|e| e.0 == page).for_each(|&(page, granules)| {
-                        ram.mark_code(page, granules);
-                    });
-                }
-            }
+        for (page, granules) in self.cache.extents(page) {
+            ram.mark_code(page, granules);
         }
     }
 
@@ -507,32 +290,38 @@ impl Jit {
     }
 }
 
-impl Drop for Jit {
+/// The compile threads; they end with it.
+struct Workers {
+    way: Arc<Handover<Job, Done>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Workers {
+    /// Starts `count` threads, one at least.
+    fn start(count: usize) -> Result<Workers, JitError> {
+        let mut workers = Workers { way: Arc::new(Handover::new(QUEUE)), threads: Vec::new() };
+        for _ in 0..count.max(1) {
+            let way = workers.way.clone();
+            let thread = std::thread::Builder::new().name(WORKER.into()).spawn(move || work(&way));
+            workers.threads.push(thread.map_err(JitError::Thread)?);
+        }
+        Ok(workers)
+    }
+}
+
+impl Drop for Workers {
     fn drop(&mut self) {
-        self.shared.queue.lock().finished = true;
-        self.shared.work.notify_all();
-        for w in self.workers.drain(..) {
-            let _ = w.join();
+        self.way.close();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
         }
     }
 }
 
 /// A compile thread.
-fn work(shared: &Shared) {
+fn work(way: &Handover<Job, Done>) {
     let Ok(mut compiler) = Compiler::new() else { return };
-    loop {
-        let (id, plan) = {
-            let mut queue = shared.queue.lock();
-            loop {
-                if queue.finished {
-                    return;
-                }
-                match queue.jobs.pop_front() {
-                    Some(job) => break job,
-                    None => shared.work.wait(&mut queue),
-                }
-            }
-        };
+    way.serve(|(id, plan)| {
         // Should Cranelift meet something it does not expect, the region stays interpreted and the thread goes on.
         let attempt = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| compiler.compile(&plan)));
         let result = attempt.unwrap_or_else(|_| {
@@ -541,7 +330,6 @@ fn work(shared: &Shared) {
             }
             Err("the compiler panicked".into())
         });
-        shared.done.lock().push((id, plan, result));
-        shared.any_done.store(true, Ordering::Release);
-    }
+        (id, plan, result)
+    });
 }

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::hash::BuildHasherDefault;
 
-use crate::block::AddressHasher;
+use crate::address_map::AddressHasher;
 
 /// Address bits in the large pages that kernels use, 2 MiB.
 const LARGE_BITS: u32 = 21;

@@ -1,0 +1,325 @@
+//! The code cache: which regions there are, where they may be entered, and how they lead to one another.
+//!
+//! A region is *expected* from when its bytes are copied into a plan, *placed* when its code has come, and *removed*
+//! when its bytes change, when its room is needed, or when later regions have taken all its entries.
+//!
+//! - **Publish.** [`Cache::place`] writes the code into a slot, links its direct branches, makes it fetchable, and only
+//!   then lets others lead to it.
+//! - **Invalidate.** A store to the bytes of a region removes it, or, while it is still expected, has it dropped when it
+//!   comes ([`Cache::arrive`]).
+//! - **Evict.** [`Cache::place`] removes the oldest regions until there is room.
+//!
+//! **Invariant:** a slot is freed after every direct branch that led to it has been led elsewhere, and while no vCPU is
+//! in compiled code: whoever calls [`Cache::place`] or [`Cache::invalidate`] sees to that. What holds addresses of code
+//! by other means learns from [`Change::Freed`] which of them mean nothing any more, before it may use one again.
+//!
+//! Nothing here knows instructions or the compiler; `translator/model` runs this file against every interleaving of
+//! vCPU and workers.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use crate::addr::PAGE_MASK;
+use crate::address_map::AddressMap;
+use crate::code::{CodeArena, Slot};
+
+/// Where guest code is: physical address and mode.
+pub type Key = (u64, u8);
+
+/// A page, and which granules of it.
+pub type Extent = (u64, u64);
+
+/// The number of a region, never given twice.
+pub type RegionId = u64;
+
+/// A compiled region, to be placed.
+pub struct Unit<K> {
+    /// Host code, complete but for its direct branches.
+    pub code: Vec<u8>,
+    /// Where in `code` direct branches of other regions enter it; computed jumps and calls do at its start.
+    pub tail: usize,
+    /// The sites of its direct branches in `code`, each patchable, and what they lead to: the region at a key, or
+    /// wherever RIP says.
+    pub branches: Vec<(usize, Option<Key>)>,
+    /// Pages that its bytes lie in, and which granules of each.
+    pub extents: Vec<Extent>,
+    /// Where it may be entered.
+    pub entries: Vec<Key>,
+    /// Its blocks.
+    pub blocks: Vec<Key>,
+    /// The page into which the region's one instruction crosses. Only the jump cache, which knows that the page is
+    /// mapped behind the first one, leads there.
+    pub second_page: Option<u64>,
+    /// What the code refers to by address, kept for as long as it.
+    pub kept: K,
+}
+
+/// A region in the arena.
+struct Region<K> {
+    slot: Slot,
+    extents: Vec<Extent>,
+    /// Where it may be entered, as far as no later region has taken its place there.
+    entries: Vec<Key>,
+    blocks: Vec<Key>,
+    /// Its direct branches to keys, and their sites in the arena.
+    branches: Vec<(Key, usize)>,
+    _kept: K,
+}
+
+/// The way into a region.
+#[derive(Clone, Copy)]
+struct Entry {
+    region: RegionId,
+    /// Address of its code in the executable view, for calls and computed jumps.
+    code: u64,
+    /// Offset in the arena that direct branches of other regions lead to.
+    tail: usize,
+    second_page: Option<u64>,
+}
+
+/// A region whose code has not come yet.
+struct Expected {
+    extents: Vec<Extent>,
+    /// Whether its bytes have changed meanwhile.
+    cancelled: bool,
+}
+
+/// What the vCPU has to bring up to date after regions came or went.
+#[derive(Debug)]
+pub enum Change {
+    /// The block at the key has this code now; 0 for none.
+    Code(Key, u64),
+    /// The block at the key may become hot again.
+    Cool(Key),
+    /// No code is at these addresses any more.
+    Freed(Range<u64>),
+    /// These granules of the page hold translated code.
+    Mark(u64, u64),
+}
+
+/// Where a region was placed.
+#[derive(Clone, Copy, Debug)]
+pub struct Placed {
+    /// Address of its code.
+    pub code: u64,
+    /// How many regions went for it to have room.
+    pub evicted: u64,
+}
+
+/// The regions, compiled and expected, and the code memory that they are in.
+pub struct Cache<K> {
+    arena: CodeArena,
+    /// Offset in the arena to which direct branches lead that have no region to lead to.
+    lookup: usize,
+    entries: AddressMap<Key, Entry>,
+    regions: AddressMap<RegionId, Region<K>>,
+    by_page: AddressMap<u64, Vec<RegionId>>,
+    /// Sites of direct branches to a key, whether it has code now or not.
+    incoming: AddressMap<Key, Vec<usize>>,
+    /// Regions by age, for eviction.
+    order: VecDeque<RegionId>,
+    expected: AddressMap<RegionId, Expected>,
+    /// How often compiled code of a page was overwritten, or would have been before it was ready.
+    rewrites: AddressMap<u64, u32>,
+    next_id: RegionId,
+    /// What the vCPU has not been told yet.
+    pub changes: Vec<Change>,
+}
+
+impl<K> Cache<K> {
+    /// An empty cache in `arena`; `lookup` is where code begins there that goes wherever RIP says.
+    pub fn new(arena: CodeArena, lookup: usize) -> Cache<K> {
+        Cache {
+            arena,
+            lookup,
+            entries: AddressMap::default(),
+            regions: AddressMap::default(),
+            by_page: AddressMap::default(),
+            incoming: AddressMap::default(),
+            order: VecDeque::new(),
+            expected: AddressMap::default(),
+            rewrites: AddressMap::default(),
+            next_id: 0,
+            changes: Vec::new(),
+        }
+    }
+
+    /// The code memory.
+    pub fn arena(&self) -> &CodeArena {
+        &self.arena
+    }
+
+    /// Expects a region of bytes that were read just now and are marked as code: stores to them are noticed from here
+    /// on.
+    pub fn expect(&mut self, extents: Vec<Extent>) -> RegionId {
+        let id = self.next_id;
+        self.next_id += 1;
+        self.expected.insert(id, Expected { extents, cancelled: false });
+        id
+    }
+
+    /// How many regions are expected.
+    pub fn expected(&self) -> usize {
+        self.expected.len()
+    }
+
+    /// Expects a region no longer. Whether its code is still that of its bytes, so that it may be placed now.
+    pub fn arrive(&mut self, id: RegionId) -> bool {
+        self.expected.remove(&id).is_some_and(|e| !e.cancelled)
+    }
+
+    /// Drops what is expected when it comes: for when the marks of its code have been cleared, so that stores to it
+    /// would not be noticed.
+    pub fn cancel_expected(&mut self) {
+        self.expected.values_mut().for_each(|e| e.cancelled = true);
+        self.rewrites.clear();
+    }
+
+    /// Puts a region that has [arrived](Self::arrive) into the arena and links it with the others; `None` if it does
+    /// not fit there. No vCPU may be in compiled code.
+    pub fn place(&mut self, id: RegionId, unit: Unit<K>) -> Option<Placed> {
+        let mut evicted = 0;
+        let mut slot = loop {
+            match self.arena.alloc(unit.code.len()) {
+                Some(slot) => break slot,
+                None => {
+                    // Oldest first; what is still hot is compiled again.
+                    let oldest = self.order.front().copied()?;
+                    self.remove(oldest);
+                    evicted += 1;
+                }
+            }
+        };
+        self.arena.write(&mut slot, &unit.code).ok()?;
+        let start = slot.offset();
+        let mut branches = Vec::with_capacity(unit.branches.len());
+        for (site, to) in unit.branches {
+            let site = start + site;
+            let mut target = self.lookup;
+            if let Some(key) = to {
+                target = self.branch_target(self.entries.get(&key));
+                self.incoming.entry(key).or_default().push(site);
+                branches.push((key, site));
+            }
+            self.arena.patch_branch(site, target);
+        }
+        self.arena.publish(&slot);
+        let code = self.arena.exec_ptr(start) as u64;
+        let entry = Entry { region: id, code, tail: start + unit.tail, second_page: unit.second_page };
+        self.changes.extend(unit.blocks.iter().copied().map(Change::Cool));
+        for &(page, granules) in &unit.extents {
+            self.changes.push(Change::Mark(page, granules));
+            self.by_page.entry(page).or_default().push(id);
+        }
+        self.order.push_back(id);
+        let region = Region {
+            slot,
+            extents: unit.extents,
+            entries: unit.entries.clone(),
+            blocks: unit.blocks,
+            branches,
+            _kept: unit.kept,
+        };
+        self.regions.insert(id, region);
+        for key in unit.entries {
+            self.link(key, Some(entry));
+        }
+        Some(Placed { code, evicted })
+    }
+
+    /// Makes `entry` what runs at a key, for the dispatch loop and for the direct branches that lead there. A region
+    /// that thereby loses its last entry goes.
+    fn link(&mut self, key: Key, entry: Option<Entry>) {
+        let old = match entry {
+            Some(entry) => self.entries.insert(key, entry),
+            None => self.entries.remove(&key),
+        };
+        self.changes.push(Change::Code(key, entry.map_or(0, |e| e.code)));
+        let target = self.branch_target(entry.as_ref());
+        for &site in self.incoming.get(&key).into_iter().flatten() {
+            self.arena.patch_branch(site, target);
+        }
+        if let Some(old) = old.filter(|_| entry.is_some())
+            && let Some(region) = self.regions.get_mut(&old.region)
+        {
+            region.entries.retain(|&k| k != key);
+            if region.entries.is_empty() {
+                self.remove(old.region);
+            }
+        }
+    }
+
+    /// Where direct branches to an entry lead.
+    fn branch_target(&self, entry: Option<&Entry>) -> usize {
+        entry.filter(|e| e.second_page.is_none()).map_or(self.lookup, |e| e.tail)
+    }
+
+    /// The code of the region that may be entered at a key, if there is one; `second_page` as the block there has it.
+    pub fn find(&self, key: Key, second_page: Option<u64>) -> Option<u64> {
+        self.entries.get(&key).filter(|e| e.second_page == second_page).map(|e| e.code)
+    }
+
+    fn remove(&mut self, id: RegionId) {
+        let Some(region) = self.regions.remove(&id) else { return };
+        for key in region.entries {
+            self.link(key, None);
+        }
+        for (key, site) in region.branches {
+            if let Some(sites) = self.incoming.get_mut(&key) {
+                sites.retain(|&s| s != site);
+                if sites.is_empty() {
+                    self.incoming.remove(&key);
+                }
+            }
+        }
+        self.changes.extend(region.blocks.into_iter().map(Change::Cool));
+        self.order.retain(|&r| r != id);
+        for (page, _) in region.extents {
+            if let Some(list) = self.by_page.get_mut(&page) {
+                list.retain(|&r| r != id);
+                if list.is_empty() {
+                    self.by_page.remove(&page);
+                }
+            }
+        }
+        let start = self.arena.exec_ptr(region.slot.offset()) as u64;
+        self.changes.push(Change::Freed(start..start + region.slot.len() as u64));
+        self.arena.free(region.slot);
+    }
+
+    /// How often compiled code in the page of `gpa` was overwritten.
+    pub fn rewrites(&self, gpa: u64) -> u32 {
+        self.rewrites.get(&(gpa & !PAGE_MASK)).copied().unwrap_or(0)
+    }
+
+    /// Drops the regions that touch `granules` of a page, those that are expected when they come; returns how many of
+    /// the others there were. No vCPU may be in compiled code.
+    pub fn invalidate(&mut self, page: u64, granules: u64) -> u64 {
+        let touched = |extents: &[Extent]| extents.iter().any(|&(p, g)| p == page && g & granules != 0);
+        let mut rewrites = 0;
+        for e in self.expected.values_mut().filter(|e| !e.cancelled && touched(&e.extents)) {
+            e.cancelled = true;
+            rewrites += 1;
+        }
+        let here = self.by_page.get(&page).into_iter().flatten();
+        let gone: Vec<RegionId> =
+            here.copied().filter(|id| self.regions.get(id).is_some_and(|r| touched(&r.extents))).collect();
+        for &id in &gone {
+            self.remove(id);
+            rewrites += 1;
+        }
+        if rewrites != 0 {
+            *self.rewrites.entry(page).or_default() += rewrites;
+        }
+        gone.len() as u64
+    }
+
+    /// The granules of `page` (of all pages if `None`) that regions lie in, some more than once.
+    pub fn extents(&self, page: Option<u64>) -> impl Iterator<Item = Extent> {
+        let pages: Vec<u64> = page.map_or_else(|| self.by_page.keys().copied().collect(), |p| vec![p]);
+        pages.into_iter().flat_map(move |page| {
+            let regions = self.by_page.get(&page).into_iter().flatten().filter_map(|id| self.regions.get(id));
+            regions.flat_map(|r| &r.extents).copied().filter(move |e| e.0 == page)
+        })
+    }
+}
