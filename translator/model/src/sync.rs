@@ -1,0 +1,65 @@
+//! Loom's primitives, with the interface that the translator's module of this name has.
+
+use std::ops::{Deref, DerefMut};
+
+pub use loom::sync::atomic::{AtomicBool, Ordering, fence};
+
+/// A lock.
+pub struct Mutex<T>(loom::sync::Mutex<T>);
+
+/// A lock that is held.
+pub struct MutexGuard<'a, T>(Option<loom::sync::MutexGuard<'a, T>>);
+
+/// Where threads wait for what a lock protects to change.
+pub struct Condvar(loom::sync::Condvar);
+
+const HELD: &str = "the lock is held but while its holder waits";
+
+impl<T> Mutex<T> {
+    /// A lock that nobody holds.
+    pub fn new(value: T) -> Self {
+        Self(loom::sync::Mutex::new(value))
+    }
+
+    /// Waits for the lock.
+    pub fn lock(&self) -> MutexGuard<'_, T> {
+        MutexGuard(Some(self.0.lock().expect("no thread panics")))
+    }
+}
+
+impl<T> Deref for MutexGuard<'_, T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        self.0.as_ref().expect(HELD)
+    }
+}
+
+impl<T> DerefMut for MutexGuard<'_, T> {
+    fn deref_mut(&mut self) -> &mut T {
+        self.0.as_mut().expect(HELD)
+    }
+}
+
+impl Condvar {
+    /// One that nobody waits at.
+    #[expect(clippy::new_without_default, reason = "the translator's has this name")]
+    pub fn new() -> Self {
+        Self(loom::sync::Condvar::new())
+    }
+
+    /// Gives the lock up until notified.
+    pub fn wait<T>(&self, guard: &mut MutexGuard<'_, T>) {
+        let held = guard.0.take().expect(HELD);
+        guard.0 = Some(self.0.wait(held).expect("no thread panics"));
+    }
+
+    /// Wakes one that waits.
+    pub fn notify_one(&self) {
+        self.0.notify_one();
+    }
+
+    /// Wakes all that wait.
+    pub fn notify_all(&self) {
+        self.0.notify_all();
+    }
+}
