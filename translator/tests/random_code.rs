@@ -92,10 +92,11 @@ fn run(images: u64, with_jit: bool) {
 
 #[test]
 fn interpreted_random_images() {
-    run(10_000, false);
+    run(if cfg!(miri) { 20 } else { 10_000 }, false);
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "executes no code but Rust's")]
 fn random_images_with_the_compiler_at_hand() {
     run(100, true);
 }

@@ -40,11 +40,11 @@ pub use insn::Store;
 pub use op::{Arith, Constant, Format, Memory, Op};
 pub use soft::Soft;
 
-/// What computes the transcendentals on this host.
-#[cfg(target_arch = "x86_64")]
+/// What computes the transcendentals on this host. (Miri is none: it executes no assembly.)
+#[cfg(all(target_arch = "x86_64", not(miri)))]
 type Native = Host;
 /// What computes the transcendentals on this host.
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(any(not(target_arch = "x86_64"), miri))]
 type Native = Soft;
 
 /// Bits of the status word (SDM vol. 1 §8.1.3).

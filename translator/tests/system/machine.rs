@@ -490,10 +490,11 @@ fn drive(vcpu: &mut Vcpu) -> Exit {
     panic!("the guest does not end: rip {:#x}", vcpu.cpu.s.rip);
 }
 
-/// Runs a guest on every engine and checks what came of it.
+/// Runs a guest on every engine and checks what came of it. (Miri executes no code but Rust's.)
 pub fn check(build: impl Fn() -> Machine, expect: impl Fn(&Outcome)) {
-    for compiler in [false, true] {
-        build().run(compiler, &expect);
+    build().run(false, &expect);
+    if !cfg!(miri) {
+        build().run(true, &expect);
     }
 }
 

@@ -58,10 +58,11 @@ pub(super) trait FpUnit {
 /// The unit of this host.
 pub(super) struct Host;
 
-#[cfg(not(target_arch = "x86_64"))]
+// Miri is no such host: it executes no assembly.
+#[cfg(any(not(target_arch = "x86_64"), miri))]
 impl FpUnit for Host {}
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(miri)))]
 mod x86 {
     use std::arch::asm;
     use std::arch::x86_64::__m128i;
