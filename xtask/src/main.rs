@@ -1,5 +1,6 @@
 //! The project's own chores, `cargo xtask`.
 
+mod check;
 mod coverage;
 mod silicon;
 
@@ -17,6 +18,11 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Runs tests under a tool that sees what a plain run does not.
+    Check {
+        /// The tool.
+        tool: check::Tool,
+    },
     /// Writes docs/isa-coverage.md: which instructions are compiled, done by helper, and undefined.
     Coverage {
         /// Write nothing; exit with 1 if the page is not what would be written.
@@ -29,6 +35,7 @@ enum Command {
 
 fn main() -> ExitCode {
     match Cli::parse().command {
+        Command::Check { tool } => check::run(tool),
         Command::Coverage { check } => coverage::run(check),
         Command::Silicon(options) => silicon::run(&options),
     }
