@@ -1,6 +1,7 @@
 //! The machine: an engine, guest memory, the chipset and how a guest is booted.
 
 pub mod acpi;
+mod alarm;
 pub mod boot;
 pub mod embedded;
 mod engine;
@@ -9,6 +10,7 @@ pub mod machine;
 pub mod memory;
 mod platform;
 pub mod stats;
+mod sync;
 
 pub use boot::InitrdSource as Initrd;
 pub use diglot_translator::trace::{Filter as TraceFilter, Trace};

@@ -10,6 +10,7 @@ use diglot_devices::chipset::{Chipset, PowerEvent};
 use diglot_translator::engine::{Kick, Platform};
 use parking_lot::{Condvar, Mutex};
 
+use crate::alarm::{Alarm, NEVER};
 use crate::machine::StopReason;
 
 /// Input that waits for the UART is bounded: a guest that does not read makes the sender wait, not memory grow.
@@ -24,10 +25,8 @@ pub(crate) struct Shared {
     input: Mutex<VecDeque<u8>>,
     pub stop: Mutex<Option<StopReason>>,
     pub power: Mutex<Option<PowerEvent>>,
-    /// When the timer thread will look again; [`u64::MAX`] if it sleeps until told.
-    armed: AtomicU64,
-    timer: Mutex<TimerState>,
-    timer_changed: Condvar,
+    /// When the timer thread will look again.
+    alarm: Alarm,
     /// What left guest code for a device.
     pub exits: Exits,
     /// The halted vCPU waits here.
@@ -65,11 +64,6 @@ fn count(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);
 }
 
-#[derive(Default)]
-struct TimerState {
-    finished: bool,
-}
-
 impl Shared {
     pub fn new(chipset: Chipset) -> Shared {
         Shared {
@@ -79,9 +73,7 @@ impl Shared {
             input: Mutex::new(VecDeque::new()),
             stop: Mutex::new(None),
             power: Mutex::new(None),
-            armed: AtomicU64::new(u64::MAX),
-            timer: Mutex::new(TimerState::default()),
-            timer_changed: Condvar::new(),
+            alarm: Alarm::default(),
             exits: Exits::default(),
             idle: Mutex::new(()),
             wake: Condvar::new(),
@@ -111,7 +103,7 @@ impl Shared {
     pub fn input(&self, bytes: &[u8]) {
         for chunk in bytes.chunks(INPUT_LIMIT) {
             while self.input.lock().len() + chunk.len() > INPUT_LIMIT {
-                if self.stop.lock().is_some() || self.timer.lock().finished {
+                if self.stop.lock().is_some() || self.alarm.finished() {
                     return;
                 }
                 std::thread::sleep(Duration::from_millis(5));
@@ -172,36 +164,30 @@ impl Shared {
 
     /// The timer thread: kicks the vCPU whenever a device timer is due while guest code runs.
     pub fn run_timer(&self) {
-        loop {
-            let deadline = self.chipset.lock().next_deadline();
-            let mut state = self.timer.lock();
-            if state.finished {
-                return;
-            }
-            self.armed.store(deadline.unwrap_or(u64::MAX), Ordering::Release);
+        while !self.alarm.finished() {
+            let deadline = {
+                let chipset = self.chipset.lock();
+                let deadline = chipset.next_deadline().unwrap_or(NEVER);
+                self.alarm.arm(deadline);
+                deadline
+            };
             let now = self.now();
-            match deadline {
-                Some(at) if at <= now => {
-                    drop(state);
+            let away = match deadline {
+                NEVER => None,
+                at if at > now => Some(Duration::from_nanos(at - now)),
+                _ => {
                     self.kick.request(Kick::ATTENTION);
                     // The vCPU advances the timer; until then there is nothing to wait for but that.
-                    let mut state = self.timer.lock();
-                    if !state.finished {
-                        self.timer_changed.wait_for(&mut state, Duration::from_millis(1));
-                    }
+                    Some(Duration::from_millis(1))
                 }
-                Some(at) => {
-                    self.timer_changed.wait_for(&mut state, Duration::from_nanos(at - now));
-                }
-                None => self.timer_changed.wait(&mut state),
-            }
+            };
+            self.alarm.sleep(deadline, away);
         }
     }
 
     /// Ends the timer thread.
     pub fn finish(&self) {
-        self.timer.lock().finished = true;
-        self.timer_changed.notify_all();
+        self.alarm.finish();
     }
 
     /// After a device access: takes power events and tells the timer thread about an earlier deadline.
@@ -210,12 +196,7 @@ impl Shared {
             self.power.lock().get_or_insert(event);
             self.kick.request(Kick::STOP);
         }
-        let next = chipset.next_deadline().unwrap_or(u64::MAX);
-        if next < self.armed.load(Ordering::Acquire) {
-            self.armed.store(next, Ordering::Release);
-            drop(self.timer.lock());
-            self.timer_changed.notify_one();
-        }
+        self.alarm.earlier(chipset.next_deadline().unwrap_or(NEVER));
     }
 }
 

@@ -1,7 +1,7 @@
 //! What the concurrent modules ([`crate::code`], [`crate::jit::handover`], [`crate::jit::cache`]) synchronise with.
 //!
 //! They take their locks and atomics from here so that the model checker can give them others: the crate
-//! `translator/model` is made of the same source files, beside a `sync` whose primitives are loom's and a
+//! `model` is made of the same source files, beside a `sync` whose primitives are loom's and a
 //! [`crate::mapping`] whose memory loom watches.
 
 pub use std::sync::atomic::{AtomicBool, Ordering, fence};

@@ -13,7 +13,7 @@
 //! in compiled code: whoever calls [`Cache::place`] or [`Cache::invalidate`] sees to that. What holds addresses of code
 //! by other means learns from [`Change::Freed`] which of them mean nothing any more, before it may use one again.
 //!
-//! Nothing here knows instructions or the compiler; `translator/model` runs this file against every interleaving of
+//! Nothing here knows instructions or the compiler; `model` runs this file against every interleaving of
 //! vCPU and workers.
 
 use std::collections::VecDeque;

@@ -1,19 +1,21 @@
-//! The translator's code cache under a model checker.
+//! The translator's code cache, and the machine's alarm clock, under a model checker.
 //!
-//! The modules of this crate are the translator's own source files; only what they stand on is another. [`sync`] has
+//! The modules of this crate are source files of the others; only what they stand on is another. [`sync`] has
 //! loom's locks and atomics instead of the system's, so that a test runs once for each interleaving of its threads and
 //! each value that a weakly ordered load may give. [`mapping`] has memory that loom watches, where a plain store to
 //! what another thread may be executing is an error, and [`processor`] executes the few instructions that the tests
 //! write there.
 //!
-//! A test is a script for the vCPU's thread, against workers that are as fast or as slow as can be;
+//! A test is a script for the vCPU's thread, against others that are as fast or as slow as can be;
 //! `tests/interleavings` has them.
 
-#[path = "../../src/addr.rs"]
+#[path = "../../translator/src/addr.rs"]
 pub mod addr;
-#[path = "../../src/address_map.rs"]
+#[path = "../../translator/src/address_map.rs"]
 pub mod address_map;
-#[path = "../../src/code/mod.rs"]
+#[path = "../../runtime/src/alarm.rs"]
+pub mod alarm;
+#[path = "../../translator/src/code/mod.rs"]
 pub mod code;
 pub mod jit;
 pub mod mapping;

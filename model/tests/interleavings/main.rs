@@ -1,9 +1,10 @@
-//! Every interleaving of the threads that share code memory, compile jobs and the code cache.
+//! Every interleaving of the threads that share code memory, compile jobs, the code cache and the alarm.
 //!
 //! A test fails at the first interleaving in which an assertion does not hold, a plain store is not ordered against
 //! another thread's fetch, or all threads wait. Those that expect a panic leave a rule out, and so show that the model
 //! sees what the rule is for.
 
+mod alarm;
 mod arena;
 mod cache;
 mod handover;

@@ -1,8 +1,9 @@
-//! Loom's primitives, with the interface that the translator's module of this name has.
+//! Loom's primitives, with the interface that the modules of this name have in the crates whose files these are.
 
 use std::ops::{Deref, DerefMut};
+use std::time::Duration;
 
-pub use loom::sync::atomic::{AtomicBool, Ordering, fence};
+pub use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
 /// A lock.
 pub struct Mutex<T>(loom::sync::Mutex<T>);
@@ -42,7 +43,7 @@ impl<T> DerefMut for MutexGuard<'_, T> {
 
 impl Condvar {
     /// One that nobody waits at.
-    #[expect(clippy::new_without_default, reason = "the translator's has this name")]
+    #[expect(clippy::new_without_default, reason = "the real one is made so")]
     pub fn new() -> Self {
         Self(loom::sync::Condvar::new())
     }
@@ -51,6 +52,11 @@ impl Condvar {
     pub fn wait<T>(&self, guard: &mut MutexGuard<'_, T>) {
         let held = guard.0.take().expect(HELD);
         guard.0 = Some(self.0.wait(held).expect("no thread panics"));
+    }
+
+    /// Gives the lock up until notified: there is no time that could pass.
+    pub fn wait_for<T>(&self, guard: &mut MutexGuard<'_, T>, _: Duration) {
+        self.wait(guard);
     }
 
     /// Wakes one that waits.

@@ -1,0 +1,6 @@
+//! The part of the compiler that several threads share.
+
+#[path = "../../translator/src/jit/cache.rs"]
+pub mod cache;
+#[path = "../../translator/src/jit/handover.rs"]
+pub mod handover;
