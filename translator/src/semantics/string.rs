@@ -113,7 +113,9 @@ fn run_length<W: Width>(cpu: &Cpu, i: &Insn, at: u64, room: u64, most: u64) -> u
         4 => (1 << 32) - at,
         _ => (1 << 16) - at,
     };
-    if cpu.s.rflags & flag::DF != 0 { 1 } else { (room.min(wrap) / W::BYTES).min(most) }
+    // Backwards one by one, and that only if it is inside, too.
+    let most = if cpu.s.rflags & flag::DF != 0 { 1 } else { most };
+    (room.min(wrap) / W::BYTES).min(most)
 }
 
 fn movs<W: Width>(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
@@ -151,6 +153,10 @@ fn bulk_move<W: Width>(
     most: u64,
 ) -> Result<u64, Trap> {
     let Some((source, source_room)) = cpu.direct(from, false)? else { return Ok(0) };
+    if source_room < W::BYTES {
+        // The source's second page is looked at before the target.
+        return Ok(0);
+    }
     let Some((target, target_room)) = cpu.direct(to, true)? else { return Ok(0) };
     let n = run_length::<W>(cpu, i, si, source_room.min(target_room), most);
     let n = run_length::<W>(cpu, i, di, n * W::BYTES, n);
