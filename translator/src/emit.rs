@@ -350,9 +350,14 @@ pub trait Emit: Sized {
     #[inline(always)]
     fn probe_write(&mut self, i: &Insn, ea: Self::V, bytes: u64) -> Result<(), Self::Trap> {
         // Enough for an evaluator that leaves faults to the interpreter: the first store finds out about the rest.
-        let last = self.bin_imm::<W64>(Bin::Add, ea, bytes - 1);
-        let last = self.cut_address(i, last);
+        let last = self.further(i, ea, bytes - 1);
         self.check_store::<W8>(i, last)
+    }
+    /// Checks that no byte of an operand of several loads has a non-canonical address, before the first of them.
+    #[inline(always)]
+    fn check_extent(&mut self, _i: &Insn, _ea: Self::V, _bytes: u64) -> Result<(), Self::Trap> {
+        // As for `probe_write`: the load that cannot be done finds out.
+        Ok(())
     }
     /// Loads `W` into the low end of a vector, zeros above.
     fn load_x_low<W: Width>(&mut self, i: &Insn, ea: Self::V) -> Result<Self::X, Self::Trap>;
@@ -459,6 +464,15 @@ pub trait Emit: Sized {
             4 => self.bin_imm::<W64>(Bin::And, address, 0xffff_ffff),
             _ => self.bin_imm::<W64>(Bin::And, address, 0xffff),
         }
+    }
+
+    /// The address `bytes` into an operand at `ea`. The address size cuts where an operand begins, not where it ends:
+    /// in 64-bit mode one that a 32-bit address leads to may reach beyond 4 GiB. In other modes linear addresses do
+    /// not.
+    #[inline(always)]
+    fn further(&mut self, i: &Insn, ea: Self::V, bytes: u64) -> Self::V {
+        let at = self.bin_imm::<W64>(Bin::Add, ea, bytes);
+        if i.stack_bytes == 8 { at } else { self.bin_imm::<W64>(Bin::And, at, 0xffff_ffff) }
     }
 
     /// Reads operand `n`, an integer of width `W`.

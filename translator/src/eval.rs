@@ -312,8 +312,16 @@ impl Emit for Cpu {
     fn probe_write(&mut self, i: &Insn, ea: u64, bytes: u64) -> Result<(), Trap> {
         let linear = self.linearize(i.seg, ea, bytes, true)?;
         self.through_ss = i.seg == seg::SS;
+        self.check_canonical(linear, bytes)?;
         self.check_alignment(linear, bytes.min(16))?;
         Cpu::probe_write(self, linear, bytes)
+    }
+
+    #[inline(always)]
+    fn check_extent(&mut self, i: &Insn, ea: u64, bytes: u64) -> Result<(), Trap> {
+        let linear = if i.flat { ea } else { self.linearize(i.seg, ea, bytes, false)? };
+        self.through_ss = i.seg == seg::SS;
+        self.check_canonical(linear, bytes)
     }
 
     #[inline(always)]

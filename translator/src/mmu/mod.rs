@@ -129,11 +129,24 @@ impl Cpu {
     }
 
     /// Raises #AC for a misaligned operand of `len` bytes, a power of two, if alignment is checked (SDM vol. 3 §6.15).
-    /// Processors find it before they translate the address.
+    /// Processors find it before they translate the address, which they have found to be canonical before.
     #[inline]
     pub fn check_alignment(&mut self, linear: u64, len: u64) -> Result<(), Trap> {
         if self.class == Class::UserAligned && linear & (len - 1) != 0 {
+            self.check_canonical(linear, len)?;
             return Err(self.raise(Exception::with_error(vector::AC, 0)));
+        }
+        Ok(())
+    }
+
+    /// Raises #GP, or #SS for an access through SS, if the first or the last of `len` bytes has no canonical address.
+    #[inline]
+    pub fn check_canonical(&mut self, linear: u64, len: u64) -> Result<(), Trap> {
+        let last = linear.wrapping_add(len - 1);
+        if self.s.long_mode() && !(is_canonical(linear) && is_canonical(last)) {
+            // The caller knows whether the access went through SS; #GP is the rule for everything else.
+            let v = if self.through_ss { vector::SS } else { vector::GP };
+            return Err(self.raise(Exception::with_error(v, 0)));
         }
         Ok(())
     }
@@ -209,6 +222,7 @@ impl Cpu {
     }
 
     fn probe(&mut self, linear: u64, len: u64, access: Access, class: Class) -> Result<(), Trap> {
+        self.check_canonical(linear, len.max(1))?;
         self.translate(linear, access, class)?;
         let last = self.wrap_linear(linear.wrapping_add(len.max(1) - 1));
         if (linear ^ last) & !PAGE_MASK != 0 {
@@ -288,10 +302,12 @@ impl Cpu {
 
     /// The host address of `linear` and how many bytes from there on may be accessed directly, if the page is plain
     /// RAM for this access: what string instructions copy by.
-    pub fn direct(&mut self, linear: u64, write: bool) -> Result<Option<(*mut u8, u64)>, Trap> {
+    /// `len` bytes at least are accessed.
+    pub fn direct(&mut self, linear: u64, len: u64, write: bool) -> Result<Option<(*mut u8, u64)>, Trap> {
         if self.class == Class::UserAligned {
             return Ok(None);
         }
+        self.check_canonical(linear, len)?;
         let access = if write { Access::Write } else { Access::Read };
         let t = self.translate(linear, access, self.class)?;
         let slow_store = self.ram.code_granules(t.gpa) != 0 || self.journal.is_some();
@@ -316,6 +332,7 @@ impl Cpu {
     #[inline(never)]
     pub(crate) fn load_slow(&mut self, linear: u64, len: usize, class: Class) -> Result<u64, Trap> {
         let in_first = (PAGE_SIZE - (linear & PAGE_MASK)) as usize;
+        self.check_canonical(linear, len as u64)?;
         let first = self.translate(linear, Access::Read, class)?;
         if self.watch {
             self.check_watch(linear, len as u64, false);
@@ -333,6 +350,7 @@ impl Cpu {
     #[inline(never)]
     pub(crate) fn store_slow(&mut self, linear: u64, len: usize, value: u64, class: Class) -> Result<(), Trap> {
         let in_first = (PAGE_SIZE - (linear & PAGE_MASK)) as usize;
+        self.check_canonical(linear, len as u64)?;
         let first = self.translate(linear, Access::Write, class)?;
         if self.watch {
             self.check_watch(linear, len as u64, true);
@@ -407,11 +425,7 @@ impl Cpu {
             return Ok(Translated { gpa, host });
         }
         self.mmu.counts.tlb_misses += 1;
-        if self.s.long_mode() && !is_canonical(linear) {
-            // The caller knows whether the access went through SS; #GP is the rule for everything else.
-            let v = if self.through_ss { vector::SS } else { vector::GP };
-            return Err(self.raise(Exception::with_error(v, 0)));
-        }
+        self.check_canonical(linear, 1)?;
         let w = walk(&self.ram, &self.paging(), linear, access, class.is_user(), class == Class::SupervisorSmap)
             .map_err(|e| self.raise(e))?;
         Ok(self.fill(linear, w, class))

@@ -48,10 +48,11 @@ fn task_switched(cpu: &mut Cpu) -> Result<(), Trap> {
 fn area(cpu: &mut Cpu, i: &Insn, bytes: u64, align: u64, write: bool) -> Result<u64, Trap> {
     let ea = cpu.ea(i);
     let linear = cpu.linearize(i.seg, ea, bytes, write)?;
+    cpu.through_ss = i.seg == seg::SS;
+    cpu.check_canonical(linear, 1)?;
     if linear & (align - 1) != 0 {
         return Err(cpu.gp(0));
     }
-    cpu.through_ss = i.seg == seg::SS;
     Ok(linear)
 }
 

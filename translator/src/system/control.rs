@@ -254,7 +254,7 @@ fn load_table(cpu: &mut Cpu, i: &Insn) -> Result<crate::state::Table, Trap> {
     cpu.require_cpl0()?;
     let ea = cpu.ea(i);
     let limit = cpu.load::<W16>(i, i.seg, ea)? as u16;
-    let at = cpu.cut_address(i, ea.wrapping_add(2));
+    let at = cpu.further(i, ea, 2);
     let base = if cpu.mode.has(Mode::CODE64) {
         let base = cpu.load::<W64>(i, i.seg, at)?;
         if !is_canonical(base) {
@@ -403,7 +403,7 @@ pub fn load_far(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
         4 => cpu.load::<W32>(i, i.seg, ea)?,
         _ => cpu.load::<W64>(i, i.seg, ea)?,
     };
-    let at = cpu.cut_address(i, ea.wrapping_add(u64::from(i.osize)));
+    let at = cpu.further(i, ea, u64::from(i.osize));
     let selector = cpu.load::<W16>(i, i.seg, at)? as u16;
     cpu.load_data_segment(i.aux as u8, selector)?;
     match i.osize {
@@ -673,7 +673,7 @@ pub fn int1(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
 /// BOUND.
 pub fn bound(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     let ea = cpu.ea(i);
-    let second = cpu.cut_address(i, ea.wrapping_add(u64::from(i.osize)));
+    let second = cpu.further(i, ea, u64::from(i.osize));
     let (v, low, high) = if i.osize == 2 {
         let low = cpu.load::<W16>(i, i.seg, ea)?;
         (cpu.read::<W16>(i, 0)? as i16 as i64, low as i16 as i64, cpu.load::<W16>(i, i.seg, second)? as i16 as i64)

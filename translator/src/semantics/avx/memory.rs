@@ -55,7 +55,6 @@ fn is_set(mask: Ymm, bytes: usize, n: usize) -> bool {
 }
 
 fn load_element(cpu: &mut Cpu, i: &Insn, bytes: usize, ea: u64) -> Result<u64, Trap> {
-    let ea = cpu.cut_address(i, ea);
     let linear = cpu.linearize(i.seg, ea, bytes as u64, false)?;
     cpu.through_ss = i.seg == seg::SS;
     if bytes == 4 { cpu.load_element::<W32>(linear) } else { cpu.load_element::<W64>(linear) }
@@ -70,14 +69,15 @@ fn masked_move(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     if i.op[0] != Opnd::Mem {
         let mut v = [0; 2];
         for n in chosen {
-            let x = load_element(cpu, i, bytes, ea.wrapping_add((n * bytes) as u64))?;
+            let at = cpu.further(i, ea, (n * bytes) as u64);
+            let x = load_element(cpu, i, bytes, at)?;
             set_element(&mut v, bytes, n, x);
         }
         return write(cpu, i, v);
     }
     let v = read(cpu, i, 2)?;
     let address = |cpu: &mut Cpu, n: usize| {
-        let at = cpu.cut_address(i, ea.wrapping_add((n * bytes) as u64));
+        let at = cpu.further(i, ea, (n * bytes) as u64);
         cpu.linearize(i.seg, at, bytes as u64, true)
     };
     for n in chosen.clone() {
@@ -121,7 +121,8 @@ fn gather(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
         if is_set(mask, data, n) {
             let k = element(indices, index, n);
             let k = if index == 4 { k as i32 as u64 } else { k };
-            match load_element(cpu, i, data, base.wrapping_add(k << i.scale)) {
+            let at = cpu.cut_address(i, base.wrapping_add(k << i.scale));
+            match load_element(cpu, i, data, at) {
                 Ok(x) => set_element(&mut v, data, n, x),
                 Err(trap) => {
                     // The upper halves of a 128-bit form are cleared once it completes.

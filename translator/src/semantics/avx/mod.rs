@@ -13,7 +13,7 @@ mod tests;
 use iced_x86::{CpuidFeature, EncodingKind};
 
 use crate::cpu::Cpu;
-use crate::emit::{Bin, Emit};
+use crate::emit::Emit;
 use crate::exception::{Exception, Trap, vector};
 use crate::insn::{Insn, Mode, Opnd};
 use crate::semantics::{Form, Sem, interp};
@@ -44,13 +44,6 @@ fn unavailable(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
 /// A 128-bit value, or a 256-bit one with its upper lane.
 type Lanes<E> = (<E as Emit>::X, Option<<E as Emit>::X>);
 
-/// The address of another byte of a memory operand.
-#[inline(always)]
-fn above<E: Emit>(e: &mut E, i: &Insn, ea: E::V, bytes: u64) -> E::V {
-    let at = e.bin_imm::<W64>(Bin::Add, ea, bytes);
-    e.cut_address(i, at)
-}
-
 /// Operand `n`, a vector register or memory; of a memory operand shorter than a lane the rest is zeros.
 #[inline(always)]
 fn get<E: Emit>(e: &mut E, i: &Insn, n: usize) -> Result<Lanes<E>, E::Trap> {
@@ -65,9 +58,10 @@ fn get<E: Emit>(e: &mut E, i: &Insn, n: usize) -> Result<Lanes<E>, E::Trap> {
                 4 => (e.load_x_low::<W32>(i, ea)?, None),
                 8 => (e.load_x_low::<W64>(i, ea)?, None),
                 16 => (e.load_x(i, ea, false)?, None),
-                _ => {
+                bytes => {
+                    e.check_extent(i, ea, bytes.into())?;
                     let low = e.load_x(i, ea, false)?;
-                    let at = above(e, i, ea, 16);
+                    let at = e.further(i, ea, 16);
                     (low, Some(e.load_x(i, at, false)?))
                 }
             })

@@ -2,7 +2,7 @@
 
 use iced_x86::{CodeSize, Instruction, Mnemonic};
 
-use super::{above, get, is_wide, put};
+use super::{get, is_wide, put};
 use crate::emit::{Bin, Emit};
 use crate::insn::{Insn, Opnd};
 use crate::semantics::sse::{combine, logic_kind, low};
@@ -68,9 +68,12 @@ fn move_whole<E: Emit>(e: &mut E, i: &Insn, aligned: bool) -> Result<(), E::Trap
     };
     let (low, high) = match at {
         Some(ea) if i.op[1] == Opnd::Mem => {
+            if wide && !aligned {
+                e.check_extent(i, ea, 32)?;
+            }
             let low = e.load_x(i, ea, aligned)?;
             let high = if wide {
-                let at = above(e, i, ea, 16);
+                let at = e.further(i, ea, 16);
                 Some(e.load_x(i, at, aligned)?)
             } else {
                 None
@@ -87,7 +90,7 @@ fn move_whole<E: Emit>(e: &mut E, i: &Insn, aligned: bool) -> Result<(), E::Trap
                 e.probe_write(i, ea, 32)?;
             }
             e.store_x(i, ea, low, aligned)?;
-            let at = above(e, i, ea, 16);
+            let at = e.further(i, ea, 16);
             e.store_x(i, at, high, aligned)
         }
         _ => put(e, i, (low, high)),
