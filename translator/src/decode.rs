@@ -1,7 +1,8 @@
 //! From guest bytes to predecoded instructions, by iced-x86.
 
 use iced_x86::{
-    Code, CpuidFeature, Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register,
+    Code, CpuidFeature, Decoder, DecoderError, DecoderOptions, EncodingKind, FlowControl, Instruction, Mnemonic,
+    OpKind, Register,
 };
 
 use crate::cpuid::CpuModel;
@@ -52,8 +53,10 @@ fn predecode(instr: &Instruction, bytes: &[u8], mode: Mode, model: &CpuModel, to
         semantics::lookup(&form)
     };
     let len = (instr.len() as u8).clamp(1, MAX_LEN as u8);
+    // 16-bit code may be that of real or virtual-8086 mode, which have no VEX prefix (SDM vol. 2 §2.3.3).
+    let vex16 = mode.bits() == 16 && instr.encoding() == EncodingKind::VEX;
     let mut insn = Insn {
-        run: sem.run,
+        run: if vex16 { semantics::protected_only } else { sem.run },
         sem,
         imm: 0,
         imm2: 0,
@@ -87,12 +90,24 @@ fn predecode(instr: &Instruction, bytes: &[u8], mode: Mode, model: &CpuModel, to
     for n in 0..instr.op_count().min(4) {
         insn.op[n as usize] = operand(instr, n, len, &mut insn);
     }
-    let s = segment_number(instr.memory_segment());
+    let s = segment_number(segment(instr, mode));
     insn.seg = s.unwrap_or(seg::DS);
     // FS and GS have bases in every mode; the flat bit says nothing about them. Outside 64-bit mode CS is never writable.
     let plain = insn.seg < seg::FS && (insn.seg != seg::CS || mode.has(Mode::CODE64));
     insn.flat = mode.has(Mode::FLAT) && (s.is_none() || plain);
     insn
+}
+
+/// The segment of the memory operand. 64-bit mode ignores overrides other than FS and GS (SDM vol. 2 §2.2.1.1), so that
+/// without one it is still the base register that tells whether a fault is one of the stack.
+fn segment(instr: &Instruction, mode: Mode) -> Register {
+    let ignored = matches!(instr.segment_prefix(), Register::ES | Register::CS | Register::SS | Register::DS);
+    if !(mode.has(Mode::CODE64) && ignored) {
+        return instr.memory_segment();
+    }
+    let mut plain = *instr;
+    plain.set_segment_prefix(Register::None);
+    plain.memory_segment()
 }
 
 /// Address size: the mode's, or the other one after a 67h prefix.

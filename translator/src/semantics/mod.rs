@@ -144,6 +144,14 @@ pub fn lookup(form: &Form<'_>) -> &'static Sem {
     GROUPS.iter().find_map(|f| f(form)).unwrap_or_else(undefined)
 }
 
+/// Evaluates an instruction that raises #UD in real and virtual-8086 mode.
+pub fn protected_only(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
+    if !cpu.s.protected() || cpu.s.vm86() {
+        return Err(cpu.ud());
+    }
+    (i.sem.run)(cpu, i)
+}
+
 /// What becomes of an instruction in compiled code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Treatment {

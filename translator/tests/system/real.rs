@@ -145,6 +145,8 @@ fn instructions() {
         |a| a.ltr(ax),
         |a| a.verr(ax),
         |a| a.arpl(ax, bx),
+        // ANDN eax, ecx, edx: there is no VEX prefix.
+        |a| a.db(&[0xc4, 0xe2, 0x70, 0xf2, 0xc2]),
     ] {
         check(|| Machine::real().code16(code), |o| assert_eq!((o.vector(), frame(o).0), (Some(6), AT)));
     }
