@@ -83,11 +83,12 @@ fn element(
 ) -> Result<(), Trap> {
     let repeated = i.rep != Rep::None;
     let count = index(cpu, i, gpr::RCX);
+    let port = cpu.gpr::<W16>(gpr::RDX) as u16;
+    // Processors look at the permission even where there is nothing to transfer.
+    check(cpu, port, i.osize)?;
     if repeated && count == 0 {
         return Ok(());
     }
-    let port = cpu.gpr::<W16>(gpr::RDX) as u16;
-    check(cpu, port, i.osize)?;
     let at = index(cpu, i, pointer);
     transfer(cpu, port, at)?;
     advance(cpu, i, pointer, u64::from(i.osize));

@@ -22,8 +22,7 @@ fn far_pointer(cpu: &mut Cpu, i: &Insn) -> Result<(u16, u64), Trap> {
         4 => cpu.load::<W32>(i, i.seg, ea)?,
         _ => cpu.load::<W64>(i, i.seg, ea)?,
     };
-    let at = cpu.ea(i).wrapping_add(u64::from(i.osize));
-    let at = cpu.cut_address(i, at);
+    let at = cpu.further(i, ea, u64::from(i.osize));
     Ok((cpu.load::<W16>(i, i.seg, at)? as u16, offset))
 }
 
@@ -448,6 +447,7 @@ fn push_frame(cpu: &mut Cpu, stack_bytes: u8, bytes: u8, words: &[u64]) -> Resul
     let rsp = cut(stack_bytes, cpu.s.gpr[usize::from(gpr::RSP)].wrapping_sub(total));
     let frame: Vec<u8> = words.iter().rev().flat_map(|w| w.to_le_bytes()[..usize::from(bytes)].to_vec()).collect();
     let linear = cpu.linearize(seg::SS, rsp, total, true)?;
+    cpu.check_alignment(linear, u64::from(bytes))?;
     cpu.store_bytes(linear, &frame)?;
     Ok(Pushed { rsp, bytes: stack_bytes })
 }
