@@ -11,6 +11,8 @@
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod bench;
 #[cfg(target_arch = "x86_64")]
+mod bundles;
+#[cfg(target_arch = "x86_64")]
 mod engine;
 #[cfg(target_arch = "x86_64")]
 mod every;
@@ -21,6 +23,8 @@ mod integer;
 mod native;
 #[cfg(target_arch = "x86_64")]
 mod program;
+#[cfg(all(test, target_arch = "x86_64"))]
+mod rules;
 #[cfg(target_arch = "x86_64")]
 mod sequences;
 #[cfg(target_arch = "x86_64")]
@@ -48,6 +52,8 @@ use crate::state::{CpuState, Segment, cr};
 
 /// Where the window starts, for guest and host: below 2 GiB, so that absolute displacements reach it.
 pub(crate) const WINDOW: u64 = 0x5000_0000;
+/// Its bytes.
+const WINDOW_LEN: u64 = 0x1_0000;
 /// The page of the code under test.
 const CODE: u64 = WINDOW + 0x1000;
 /// Where the instruction under test stands.
@@ -56,7 +62,7 @@ pub(crate) const INSN: u64 = CODE + 0x100;
 pub(crate) const TAKEN: u64 = INSN - 0x40;
 /// Where execution goes on behind the code under test.
 const FALL: u64 = WINDOW + 0x800;
-/// The memory that instructions work on: it straddles page boundaries.
+/// The memory that instructions work on: it straddles a page boundary.
 pub(crate) const DATA: u64 = WINDOW + 0x2f00;
 /// A page that is not present.
 pub(crate) const ABSENT: u64 = WINDOW + 0x6000;
@@ -65,10 +71,10 @@ pub(crate) const READ_ONLY: u64 = WINDOW + 0x7000;
 /// Supervisor's tables and stack of the guest, which the host does not use.
 const SYSTEM: u64 = WINDOW + 0x8000;
 /// Bytes of it.
-pub(crate) const DATA_LEN: usize = 0x200;
+pub(crate) const DATA_LEN: usize = 0x480;
 /// More of it, up to a page that is not present.
 const EDGE: u64 = ABSENT - EDGE_LEN as u64;
-const EDGE_LEN: usize = 64;
+const EDGE_LEN: usize = 256;
 
 const RAM: usize = 2 << 20;
 const TABLES: u64 = 0x10_0000;
@@ -154,6 +160,15 @@ impl Fpu {
     }
 }
 
+/// What user mode sees of the data segment registers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Segments {
+    /// DS, ES, FS and GS. Before the code under test they are what the operating system has them to be.
+    pub selectors: [u16; 4],
+    pub fs_base: u64,
+    pub gs_base: u64,
+}
+
 /// What an instruction can change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Machine {
@@ -165,6 +180,7 @@ pub(crate) struct Machine {
     pub ymm: [[u64; 4]; 16],
     pub mxcsr: u32,
     pub fpu: Fpu,
+    pub segments: Segments,
     /// The bytes at [`DATA`] and [`EDGE`].
     pub data: Vec<u8>,
 }
@@ -174,7 +190,8 @@ impl Machine {
     pub(crate) fn new(gpr: [u64; 16], flags: u64, mut data: Vec<u8>) -> Machine {
         data.resize(DATA_LEN + EDGE_LEN, 0x5a);
         let fpu = Fpu { control: 0x37f, status: 0, tags: 0, st: [[0; 10]; 8] };
-        Machine { gpr, flags, rip: INSN, fault: None, ymm: [[0; 4]; 16], mxcsr: 0x1f80, fpu, data }
+        let segments = Segments::default();
+        Machine { gpr, flags, rip: INSN, fault: None, ymm: [[0; 4]; 16], mxcsr: 0x1f80, fpu, segments, data }
     }
 }
 

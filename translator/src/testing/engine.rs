@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::{
-    ABSENT, CODE, DATA, DATA_LEN, EDGE, FALL, Fault, Fpu, Guest, INSN, Machine, READ_ONLY, SYSTEM, TAKEN, WINDOW,
+    ABSENT, CODE, DATA, DATA_LEN, EDGE, FALL, Fault, Fpu, Guest, INSN, Machine, READ_ONLY, SYSTEM, Segments, TAKEN,
+    WINDOW, WINDOW_LEN,
 };
 use crate::addr::PAGE_SIZE;
 use crate::exception::vector;
@@ -29,9 +30,25 @@ const GDT: u64 = SYSTEM + 0x600;
 const STACK_TOP: u64 = SYSTEM + 0x1000;
 /// Where exceptions are delivered to: 16 bytes each, and nothing there, as execution stops before.
 const HANDLERS: u64 = SYSTEM + 0x2000;
-const KERNEL_CODE: u16 = 8;
-const USER_CODE: u16 = 0x23;
-const USER_DATA: u16 = 0x1b;
+/// Linux's global descriptor table, as instructions that name selectors meet it on the host, up to the thread-local
+/// segments, which are absent there.
+const DESCRIPTORS: [(u16, u64); 8] = [
+    (0x08, 0x00cf_9b00_0000_ffff),
+    (KERNEL_CODE, 0x00af_9b00_0000_ffff),
+    (0x18, 0x00cf_9300_0000_ffff),
+    (0x20, 0x00cf_fb00_0000_ffff),
+    (0x28, 0x00cf_f300_0000_ffff),
+    (0x30, 0x00af_fb00_0000_ffff),
+    // The task state; level 3 sees no more than that it may not use it.
+    (0x40, 0x0000_8b00_0000_0067),
+    // Its limit is the number of the processor.
+    (0x78, 0x0040_f500_0000_0000),
+];
+const GDT_LIMIT: u16 = 0x7f;
+const KERNEL_CODE: u16 = 0x10;
+const USER_CODE32: u16 = 0x23;
+const USER_CODE64: u16 = 0x33;
+const USER_DATA: u16 = 0x2b;
 
 /// One engine with the code that it runs.
 pub(crate) struct Engine {
@@ -52,6 +69,7 @@ impl Engine {
         for n in 0..512 {
             let entry = match WINDOW + n * PAGE_SIZE {
                 ABSENT => 0,
+                at if at >= WINDOW + WINDOW_LEN => 0,
                 READ_ONLY => n * PAGE_SIZE | 5,
                 _ => n * PAGE_SIZE | 7,
             };
@@ -61,24 +79,31 @@ impl Engine {
         memory.write_obj(PAGE_TABLE | 7, GuestAddress(pde)).unwrap();
         let put = |at: u64, v: u64| memory.write_obj(v, GuestAddress(at - WINDOW)).unwrap();
         for n in 0..32 {
-            // A 64-bit interrupt gate of level 3 to the first stack of the interrupt stack table.
+            // A 64-bit interrupt gate to the first stack of the interrupt stack table. INT3 and INTO are what user mode
+            // may raise.
             let handler = HANDLERS + 16 * n;
-            put(IDT + 16 * n, handler & 0xffff | u64::from(KERNEL_CODE) << 16 | 0xee01 << 32 | (handler >> 16) << 48);
+            let kind = if matches!(n as u8, vector::BP | vector::OF) { 0xee01 } else { 0x8e01 };
+            put(IDT + 16 * n, handler & 0xffff | u64::from(KERNEL_CODE) << 16 | kind << 32 | (handler >> 16) << 48);
             put(IDT + 16 * n + 8, handler >> 32);
         }
         put(TSS + 0x24, STACK_TOP);
         // No I/O permission map.
         put(TSS + 0x60, 0x68 << 48);
-        put(GDT + u64::from(KERNEL_CODE), 0x00af_9b00_0000_ffff);
-        put(GDT + 0x18, 0x00cf_f300_0000_ffff);
-        put(GDT + 0x20, 0x00af_fb00_0000_ffff);
+        for (selector, descriptor) in DESCRIPTORS {
+            put(GDT + u64::from(selector), descriptor);
+        }
         let mut s = cpu.s.clone();
         s.idtr = Table { base: IDT, limit: 511 };
-        s.gdtr = Table { base: GDT, limit: 0x27 };
-        s.tr = Segment { base: TSS, limit: 0x67, attr: 0x8b, selector: 0x28 };
+        s.gdtr = Table { base: GDT, limit: GDT_LIMIT };
+        s.ldtr = Segment::default();
+        s.tr = Segment { base: TSS, limit: 0x67, attr: 0x8b, selector: 0x40 };
         s.seg = [Segment { base: 0, limit: u32::MAX, attr: 0xc0f3, selector: USER_DATA }; 6];
-        let code = if bits == 32 { 0xc0fb } else { 0xa0fb };
-        s.seg[usize::from(seg::CS)] = Segment { attr: code, selector: USER_CODE, ..s.seg[0] };
+        let (attr, selector) = if bits == 32 { (0xc0fb, USER_CODE32) } else { (0xa0fb, USER_CODE64) };
+        s.seg[usize::from(seg::CS)] = Segment { attr, selector, ..s.seg[0] };
+        let null: &[u8] = if bits == 32 { &[seg::FS, seg::GS] } else { &[seg::DS, seg::ES, seg::FS, seg::GS] };
+        for &r in null {
+            s.seg[usize::from(r)] = Segment::default();
+        }
         s.cpl = 3;
         s.cr0 |= cr::CR0_WP | cr::CR0_AM | cr::CR0_NE | cr::CR0_MP;
         s.cr4 |= cr::CR4_OSXSAVE | cr::CR4_FSGSBASE;
@@ -160,6 +185,8 @@ impl Engine {
         cpu.s.set_flags(before.flags);
         cpu.s.ymm = before.ymm;
         cpu.s.mxcsr = before.mxcsr;
+        cpu.s.seg[usize::from(seg::FS)].base = before.segments.fs_base;
+        cpu.s.seg[usize::from(seg::GS)].base = before.segments.gs_base;
         cpu.s.x87.fxrstor(&before.fpu.image(before.mxcsr), true);
         cpu.mode_changed();
         assert!(cpu.mode.has(Mode::AVX));
@@ -199,6 +226,11 @@ impl Engine {
             ymm: s.ymm,
             mxcsr: s.mxcsr,
             fpu: Fpu::from_image(&image),
+            segments: Segments {
+                selectors: [seg::DS, seg::ES, seg::FS, seg::GS].map(|r| s.seg[usize::from(r)].selector),
+                fs_base: s.seg[usize::from(seg::FS)].base,
+                gs_base: s.seg[usize::from(seg::GS)].base,
+            },
             data,
         };
         if let Some(v) = fault {

@@ -4,9 +4,10 @@ use std::sync::{Mutex, MutexGuard, Once};
 
 use iced_x86::code_asm::*;
 
-use super::{ABSENT, CODE, DATA, DATA_LEN, EDGE, FALL, Fault, Fpu, INSN, Machine, READ_ONLY, TAKEN, WINDOW};
+use super::{
+    ABSENT, CODE, DATA, DATA_LEN, EDGE, FALL, Fault, Fpu, INSN, Machine, READ_ONLY, Segments, TAKEN, WINDOW, WINDOW_LEN,
+};
 
-const LEN: usize = 0x1_0000;
 const PAGE: usize = 0x1000;
 /// Where a taken branch and a fault go on.
 const BRANCHED: u64 = FALL + 0x200;
@@ -25,8 +26,16 @@ const VECTOR: u64 = CONTEXT + 20 * 8;
 const ERROR: u64 = CONTEXT + 21 * 8;
 const ADDRESS: u64 = CONTEXT + 22 * 8;
 const FAULT_IP: u64 = CONTEXT + 23 * 8;
+/// Whether the code under test runs: a fault may be where it has led.
+const RUNNING: u64 = CONTEXT + 30 * 8;
 /// A far pointer to 32-bit code.
 const FAR32: u64 = CONTEXT + 24 * 8;
+/// The bases of FS and GS, the host's own, and the selectors that the code leaves.
+const FS_BASE: u64 = CONTEXT + 25 * 8;
+const GS_BASE: u64 = CONTEXT + 26 * 8;
+const HOST_FS: u64 = CONTEXT + 27 * 8;
+const HOST_GS: u64 = CONTEXT + 28 * 8;
+const SELECTORS: u64 = CONTEXT + 29 * 8;
 /// Linux's selectors of user mode's code, and of data that 32-bit code can use.
 const CS32: u16 = 0x23;
 const CS64: u16 = 0x33;
@@ -36,6 +45,10 @@ const AREA: u64 = CONTEXT + 0x400;
 const AREA_HEADER: u64 = AREA + 512;
 const AREA_HIGH: u64 = AREA + 576;
 const COMPONENTS: i32 = 7;
+/// The end of user mode's addresses on Linux: the last page has none.
+const USER_END: u64 = 0x7fff_ffff_f000;
+/// Linux's bit of AT_HWCAP2 for user mode's use of RDFSBASE and its kin.
+const HWCAP2_FSGSBASE: u64 = 2;
 
 static WINDOW_IN_USE: Mutex<bool> = Mutex::new(false);
 
@@ -54,7 +67,8 @@ fn slot(at: u64) -> AsmMemoryOperand {
     qword_ptr(at)
 }
 
-/// The code that loads the registers and jumps to [`INSN`], the code there being 32- or 64-bit.
+/// The code that loads the registers and jumps to [`INSN`], the code there being 32- or 64-bit. All data segment
+/// registers are null before, but DS and ES of 32-bit code.
 fn prologue(bits: u32) -> Result<Vec<u8>, IcedError> {
     let mut a = CodeAssembler::new(64)?;
     for r in [rbx, rbp, r12, r13, r14, r15] {
@@ -66,6 +80,14 @@ fn prologue(bits: u32) -> Result<Vec<u8>, IcedError> {
     a.mov(eax, COMPONENTS)?;
     a.mov(edx, 0)?;
     a.xrstor64(ptr(AREA))?;
+    a.rdfsbase(rax)?;
+    a.mov(slot(HOST_FS), rax)?;
+    a.rdgsbase(rax)?;
+    a.mov(slot(HOST_GS), rax)?;
+    a.mov(rax, slot(FS_BASE))?;
+    a.wrfsbase(rax)?;
+    a.mov(rax, slot(GS_BASE))?;
+    a.wrgsbase(rax)?;
     if bits == 32 {
         a.mov(eax, DS as i32)?;
         a.mov(ds, eax)?;
@@ -96,10 +118,23 @@ fn epilogue(way: u64, at: u64) -> Result<Vec<u8>, IcedError> {
     a.mov(rsp, slot(HOST_SP))?;
     a.pushfq()?;
     a.pop(slot(FLAGS))?;
+    for (at, r) in (0..).zip([ds, es, fs, gs]) {
+        a.mov(eax, r)?;
+        a.mov(word_ptr(SELECTORS + 2 * at), ax)?;
+    }
+    a.rdfsbase(rax)?;
+    a.mov(slot(FS_BASE), rax)?;
+    a.rdgsbase(rax)?;
+    a.mov(slot(GS_BASE), rax)?;
     // What 64-bit code expects in them.
     a.mov(eax, 0)?;
-    a.mov(ds, eax)?;
-    a.mov(es, eax)?;
+    for r in [ds, es, fs, gs] {
+        a.mov(r, eax)?;
+    }
+    a.mov(rax, slot(HOST_FS))?;
+    a.wrfsbase(rax)?;
+    a.mov(rax, slot(HOST_GS))?;
+    a.wrgsbase(rax)?;
     a.mov(eax, COMPONENTS)?;
     a.mov(edx, 0)?;
     a.xsave64(ptr(AREA))?;
@@ -115,17 +150,24 @@ fn epilogue(way: u64, at: u64) -> Result<Vec<u8>, IcedError> {
 }
 
 impl Native {
-    /// Takes the window for code of 32 or 64 bits; `None`, with the reason printed, where this host cannot serve.
-    pub(crate) fn take(bits: u32) -> Option<Native> {
+    /// Takes the window; `None`, with the reason printed, where this host cannot serve.
+    pub(crate) fn take() -> Option<Native> {
         if !is_x86_feature_detected!("avx2") {
             eprintln!("skipped: this processor has no AVX2");
+            return None;
+        }
+        // SAFETY: reads what the kernel gave the process.
+        if unsafe { libc::getauxval(libc::AT_HWCAP2) } & HWCAP2_FSGSBASE == 0 {
+            eprintln!("skipped: this host's user mode has no RDFSBASE");
             return None;
         }
         let mut mapped = WINDOW_IN_USE.lock().unwrap_or_else(|e| e.into_inner());
         if !*mapped {
             let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
             // SAFETY: a new mapping that replaces none.
-            let at = unsafe { libc::mmap(WINDOW as *mut _, LEN, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+            let at = unsafe {
+                libc::mmap(WINDOW as *mut _, WINDOW_LEN as usize, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
+            };
             if at as u64 != WINDOW {
                 eprintln!("skipped: the window at {WINDOW:#x} is not free on this host");
                 return None;
@@ -137,8 +179,7 @@ impl Native {
                 assert!(code.len() <= 0x200);
                 put(at, &code);
             }
-            put(TAKEN, &jump(TAKEN, BRANCHED));
-            put(FALL32, &[&[0xea][..], &(FALL as u32).to_le_bytes(), &CS64.to_le_bytes()].concat());
+            put(FALL32, &far_jump(FALL));
             put(FAR32, &[&(INSN as u32).to_le_bytes()[..], &CS32.to_le_bytes()].concat());
             // Touched, so that a store finds a page and no permission.
             put(READ_ONLY, &[0]);
@@ -148,27 +189,31 @@ impl Native {
             *mapped = true;
         }
         catch_signals();
-        Some(Native { _lock: mapped, bits, len: 0 })
+        Some(Native { _lock: mapped, bits: 64, len: 0 })
     }
 
-    /// Puts code in place; what it falls through to is the end.
-    pub(crate) fn load(&mut self, code: &[u8]) {
+    /// Puts code of 32 or 64 bits in place; what it falls through to is the end.
+    pub(crate) fn load(&mut self, bits: u32, code: &[u8]) {
+        self.bits = bits;
         self.len = code.len();
         let next = INSN + code.len() as u64;
         assert!(next + 5 < CODE + PAGE as u64);
         protect(CODE, libc::PROT_READ | libc::PROT_WRITE);
         put(INSN, code);
-        put(next, &jump(next, if self.bits == 32 { FALL32 } else { FALL }));
+        put(next, &jump(next, if bits == 32 { FALL32 } else { FALL }));
+        put(TAKEN, &if bits == 32 { far_jump(BRANCHED) } else { jump(TAKEN, BRANCHED).to_vec() });
         protect(CODE, libc::PROT_READ | libc::PROT_EXEC);
     }
 
-    /// Runs the code in place, which must end and touch no memory but the window's.
+    /// Runs the code in place, which must end and use no memory but the window's.
     pub(crate) fn run(&mut self, before: &Machine) -> Machine {
         put(DATA, &before.data[..DATA_LEN]);
         put(EDGE, &before.data[DATA_LEN..]);
         for (n, v) in before.gpr.iter().chain([&before.flags]).enumerate() {
             put(CONTEXT + n as u64 * 8, &v.to_le_bytes());
         }
+        put(FS_BASE, &before.segments.fs_base.to_le_bytes());
+        put(GS_BASE, &before.segments.gs_base.to_le_bytes());
         put(AREA, &before.fpu.image(before.mxcsr));
         put(AREA_HEADER, &[0; 64]);
         put(AREA_HEADER, &[COMPONENTS as u8]);
@@ -177,9 +222,11 @@ impl Native {
             put(AREA_HIGH + 16 * n, &[y[2].to_le_bytes(), y[3].to_le_bytes()].concat());
         }
         let start = if self.bits == 32 { START32 } else { WINDOW };
+        put(RUNNING, &[1]);
         // SAFETY: the prologue is a function without arguments that keeps the registers it must; the code in between
         // touches the window only, as the caller says, and what it raises is caught.
         unsafe { std::mem::transmute::<*const (), extern "sysv64" fn()>(start as *const ())() };
+        put(RUNNING, &[0]);
         let mut data = vec![0; before.data.len()];
         get(DATA, &mut data[..DATA_LEN]);
         get(EDGE, &mut data[DATA_LEN..]);
@@ -206,6 +253,11 @@ impl Native {
             }),
             mxcsr: word(AREA + 24) as u32,
             fpu: Fpu::from_image(&image),
+            segments: Segments {
+                selectors: std::array::from_fn(|n| (word(SELECTORS) >> (16 * n)) as u16),
+                fs_base: word(FS_BASE),
+                gs_base: word(GS_BASE),
+            },
             data,
         }
     }
@@ -221,7 +273,7 @@ fn catch_signals() {
     assert_eq!(unsafe { libc::sigaltstack(&stack, std::ptr::null_mut()) }, 0);
     static HANDLER: Once = Once::new();
     HANDLER.call_once(|| {
-        for signal in [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE] {
+        for signal in [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP] {
             // SAFETY: an all-zero `sigaction` is a valid one.
             let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
             action.sa_sigaction = on_signal as *const () as usize;
@@ -236,11 +288,15 @@ extern "C" fn on_signal(signal: libc::c_int, _: *mut libc::siginfo_t, context: *
     // SAFETY: the kernel passes a `ucontext_t` to a handler with SA_SIGINFO.
     let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
     let ip = registers[libc::REG_RIP as usize] as u64;
-    if !(CODE..CODE + PAGE as u64).contains(&ip) {
+    if word(RUNNING) == 0 {
         // Not ours: the instruction runs again and takes the process down.
         // SAFETY: restores the default action.
         unsafe { libc::signal(signal, libc::SIG_DFL) };
         return;
+    }
+    // Linux hides the layout of its own part: it says of each page there that it is present.
+    if registers[libc::REG_CR2 as usize] as u64 >= USER_END && registers[libc::REG_TRAPNO as usize] == 14 {
+        registers[libc::REG_ERR as usize] &= !1;
     }
     for (at, r) in [(VECTOR, libc::REG_TRAPNO), (ERROR, libc::REG_ERR), (ADDRESS, libc::REG_CR2)] {
         put(at, &registers[r as usize].to_le_bytes());
@@ -256,6 +312,11 @@ fn jump(from: u64, to: u64) -> [u8; 5] {
     let mut code = [0xe9; 5];
     code[1..].copy_from_slice(&(to.wrapping_sub(from + 5) as u32).to_le_bytes());
     code
+}
+
+/// From 32-bit code to 64-bit code.
+fn far_jump(to: u64) -> Vec<u8> {
+    [&[0xea][..], &(to as u32).to_le_bytes(), &CS64.to_le_bytes()].concat()
 }
 
 fn put(at: u64, bytes: &[u8]) {

@@ -2,17 +2,24 @@
 //! what single instructions cannot show, such as flags that outlive the instruction that made them, registers that
 //! are written back late, and faults in the middle of compiled code.
 
-use iced_x86::{Code, CpuidFeature, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, Register, RflagsBits};
+use std::collections::BTreeMap;
 
-use super::bench::host_has;
+use iced_x86::{
+    Code, CpuidFeature, Decoder, DecoderOptions, Encoder, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
+    Register, RflagsBits,
+};
+
+use super::bench::{host_has, is_image};
 use super::integer::{self, undefined};
-use super::program::{Part, Program, Rsi, Step};
-use super::{ABSENT, DATA, Machine, Random, every};
+use super::program::{BRANCHES, Part, Program, Rsi, Step};
+use super::{ABSENT, DATA, INSN, Machine, Random, bundles, every};
 use crate::state::flag;
 
 /// Registers that programs must not write: those of addresses, the stack pointer and the loop counter.
-const KEPT: [Register; 5] = [Register::RBX, Register::RSP, Register::RSI, Register::R9, COUNTER];
-const COUNTER: Register = Register::R15;
+fn kept(bits: u32) -> [Register; 5] {
+    let counter = if bits == 64 { Register::R15 } else { Register::RBP };
+    [Register::RBX, Register::RSP, Register::RSI, Register::R9, counter]
+}
 /// The numbers of those that lead into the data.
 pub(crate) const POINTERS: [usize; 4] = [3, 4, 6, 9];
 /// The most parts of a program.
@@ -34,37 +41,9 @@ fn flags(bits: u32) -> u64 {
     .fold(0, |all, (_, f)| all | f)
 }
 
-/// What `i` does with the flags; `None` if it may not stand in a program.
-pub(crate) fn part(code: &[u8], i: &Instruction, info: &mut InstructionInfoFactory) -> Option<Part> {
+/// The flags that `i` reads, leaves undefined, and gives a value; `None` if its result may be undefined, too.
+pub(super) fn flags_of(i: &Instruction) -> Option<(u64, u64, u64)> {
     use Mnemonic::*;
-    if i.flow_control() != iced_x86::FlowControl::Next || i.is_string_instruction() || i.is_privileged() {
-        return None;
-    }
-    // RIP-relative operands and others that lead astray somewhere else; a stack pointer that others need; state that
-    // processors treat in their own ways.
-    if i.is_ip_rel_memory_operand()
-        || matches!(i.mnemonic(), Xlatb | Maskmovdqu | Vmaskmovdqu | Leave | Enter | Pushf | Pushfq | Lahf | Cpuid)
-    {
-        return None;
-    }
-    // AMD's processors read 32 bits of memory.
-    if i.code() == Code::Movsxd_r16_rm16 {
-        return None;
-    }
-    if i.memory_displ_size() == 8 || matches!(i.mnemonic(), Bt | Bts | Btr | Btc) && i.memory_size().size() != 0 {
-        return None;
-    }
-    let writes_kept = info.info(i).used_registers().iter().any(|u| {
-        let writes =
-            !matches!(u.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess);
-        writes && KEPT.contains(&u.register().full_register())
-    });
-    if writes_kept && !matches!(i.mnemonic(), Push | Pop) || i.op0_register().full_register() == Register::RSP {
-        return None;
-    }
-    if KEPT.contains(&i.op0_register().full_register()) && i.mnemonic() == Pop {
-        return None;
-    }
     // Shifts may leave everything as it is, or not.
     let shift = matches!(i.mnemonic(), Shl | Shr | Sar | Sal | Rol | Ror | Rcl | Rcr | Shld | Shrd);
     let (undefines, defines) = if shift {
@@ -83,41 +62,193 @@ pub(crate) fn part(code: &[u8], i: &Instruction, info: &mut InstructionInfoFacto
         let given = i.rflags_written() | i.rflags_cleared() | i.rflags_set();
         (flags(i.rflags_undefined()), flags(given))
     };
-    let reads = flags(i.rflags_read());
+    Some((flags(i.rflags_read()), undefines, defines))
+}
+
+/// `i` as a part; `None` if it may not stand in a program.
+pub(crate) fn part(code: &[u8], i: &Instruction, info: &mut InstructionInfoFactory, bits: u32) -> Option<Part> {
+    use Mnemonic::*;
+    if i.code().op_code().fwait() || i.len() != code.len() {
+        // Two instructions, each of which is a part by itself.
+        return None;
+    }
+    if i.flow_control() != iced_x86::FlowControl::Next || i.is_string_instruction() || i.is_privileged() {
+        return None;
+    }
+    // What needs other registers (bundles.rs has most of it), leads somewhere else, or moves the stack pointer too far.
+    // MONITOR and MWAIT have nothing to do in user mode. LSL may find the segment whose limit is the number of the host's processor.
+    if matches!(
+        i.mnemonic(),
+        Monitor
+            | Mwait
+            | Lsl
+            | Ldmxcsr
+            | Vldmxcsr
+            | Maskmovq
+            | Maskmovdqu
+            | Vmaskmovdqu
+            | Leave
+            | Enter
+            | Popf
+            | Popfd
+            | Popfq
+            | Pusha
+            | Pushad
+    ) || is_image(i)
+        || i.memory_base().full_register() == Register::RBP
+    {
+        return None;
+    }
+    // Segment registers and their bases are bundles.rs's to change; reading them is harmless.
+    let to_segment = i.op0_register().is_segment_register() && i.mnemonic() != Push;
+    if to_segment || matches!(i.mnemonic(), Wrfsbase | Wrgsbase | Lds | Les | Lfs | Lgs | Lss) {
+        return None;
+    }
+    // AMD's processors read 32 bits of memory.
+    if i.code() == Code::Movsxd_r16_rm16 {
+        return None;
+    }
+    let bit_string = matches!(i.mnemonic(), Bt | Bts | Btr | Btc) && i.op1_register() != Register::None;
+    if bit_string && i.memory_size().size() != 0 {
+        return None;
+    }
+    let kept = kept(bits);
+    let writes_kept = info.info(i).used_registers().iter().any(|u| {
+        let writes =
+            !matches!(u.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess);
+        writes && kept.contains(&u.register().full_register())
+    });
+    if writes_kept && !matches!(i.mnemonic(), Push | Pop) || i.op0_register().full_register() == Register::RSP {
+        return None;
+    }
+    if kept.contains(&i.op0_register().full_register()) && i.mnemonic() == Pop {
+        return None;
+    }
+    let (reads, undefines, defines) = flags_of(i)?;
     let stack = i.is_stack_instruction();
-    let rsi = match Register::RSI {
-        r if i.memory_base() == r => Some(Rsi::Base),
-        r if i.memory_index() == r => Some(Rsi::Index),
+    let is_rsi = |r: Register| r.full_register() == Register::RSI;
+    let rsi = match i.memory_base() {
+        base if is_rsi(base) => Some(Rsi::Base),
+        _ if is_rsi(i.memory_index()) => Some(Rsi::Index),
         _ => None,
     };
-    Some(Part { code: code.to_vec(), reads, undefines, defines, stack, rsi })
+    let rip = i.is_ip_rel_memory_operand().then(|| {
+        let mut decoder = Decoder::with_ip(bits, code, INSN, DecoderOptions::NONE);
+        let i = decoder.decode();
+        decoder.get_constant_offsets(&i).displacement_offset()
+    });
+    Some(Part { bits, code: code.to_vec(), reads, undefines, defines, stack, rsi, rip })
 }
 
-/// All parts: the integer instructions of the table, and the vector instructions.
-pub(crate) fn parts(r: &mut Random) -> [Vec<Part>; 2] {
+/// All parts of programs of 32 or of 64 bits, by kind: integer instructions, vector instructions, those of x87 and MMX,
+/// and bundles.rs's.
+pub(crate) struct Parts {
+    bits: u32,
+    pools: [Pool; 4],
+}
+
+/// Parts of one kind.
+#[derive(Default)]
+struct Pool {
+    parts: Vec<Part>,
+    /// Which of them begin with the same code.
+    codes: Vec<Vec<usize>>,
+}
+
+impl Pool {
+    fn new(parts: Vec<Part>) -> Pool {
+        let mut codes = BTreeMap::<Code, Vec<usize>>::new();
+        for (n, p) in parts.iter().enumerate() {
+            let code = Decoder::new(p.bits, &p.code, DecoderOptions::NONE).decode().code();
+            codes.entry(code).or_default().push(n);
+        }
+        Pool { parts, codes: codes.into_values().collect() }
+    }
+
+    /// Any part, or, as many codes have few forms, one of any code.
+    fn pick(&self, r: &mut Random) -> &Part {
+        if r.below(2) == 0 {
+            return &self.parts[r.below(self.parts.len() as u64) as usize];
+        }
+        let forms = &self.codes[r.below(self.codes.len() as u64) as usize];
+        &self.parts[forms[r.below(forms.len() as u64) as usize]]
+    }
+}
+
+pub(crate) fn parts(r: &mut Random, bits: u32) -> Parts {
     let mut info = InstructionInfoFactory::new();
-    let (mut integers, mut vectors) = (Vec::new(), Vec::new());
-    integer::each(r, |_, _, _, code, i| {
-        if i.cpuid_features().iter().all(|&f| host_has(f)) {
-            integers.extend(part(code, i, &mut info));
+    let mut pools = [const { Vec::new() }; 4];
+    let here = |i: &Instruction| i.cpuid_features().iter().all(|&f| host_has(f));
+    if bits == 64 {
+        integer::each(r, |r, _, _, code, i| {
+            if here(i) && !(is_division(i) && r.below(8) != 0) {
+                pools[0].extend(part(code, i, &mut info, bits));
+            }
+        });
+    }
+    let bundles = bundles::all(r, bits);
+    every::each(r, bits, |r, code, i| {
+        // every.rs says why not: MMX state, alignment.
+        let sha = i.cpuid_features().contains(&CpuidFeature::SHA);
+        let narrow = i.mnemonic() == Mnemonic::Cvtpi2ps || sha;
+        // FS and GS are null in 32-bit code.
+        let useless = bits == 32 && matches!(i.segment_prefix(), Register::FS | Register::GS)
+            || is_division(i) && r.below(8) != 0;
+        if !here(i) || useless || narrow && i.memory_size().size() != 0 {
+            return;
+        }
+        let of = |f: fn(Register) -> bool| (0..i.op_count()).any(|n| f(i.op_register(n)));
+        let features = i.cpuid_features();
+        let unit =
+            features.iter().any(|f| matches!(f, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387));
+        if i.is_vsib() {
+            let index = if format!("{:?}", i.code()).contains("vm32") { 4 } else { 8 };
+            // With a 32-bit address the base is the same.
+            if matches!(i.memory_base(), Register::RSI | Register::ESI) {
+                pools[3].push(bundles::gather(r, bits, code, index));
+            }
+        } else if unit || of(Register::is_mm) || i.mnemonic() == Mnemonic::Emms {
+            pools[2].extend(part(code, i, &mut info, bits));
+        } else if of(Register::is_xmm) || of(Register::is_ymm) {
+            pools[1].extend(part(code, i, &mut info, bits));
+        } else {
+            pools[0].extend(part(code, i, &mut info, bits));
+            if bits == 32 {
+                for base in [Register::EBX, Register::ESP] {
+                    pools[0].extend(elsewhere(i, base).and_then(|(code, i)| part(&code, &i, &mut info, bits)));
+                }
+            }
         }
     });
-    every::each(r, 64, |_, code, i| {
-        // every.rs says why not: MMX state at faults, SHA's alignment.
-        let vector = (0..i.op_count()).any(|n| i.op_register(n).is_xmm() || i.op_register(n).is_ymm());
-        let mmx = i.mnemonic() == Mnemonic::Cvtpi2ps || (0..i.op_count()).any(|n| i.op_register(n).is_mm());
-        let sha = i.cpuid_features().contains(&CpuidFeature::SHA) && i.memory_size().size() != 0;
-        if vector && !mmx && !sha && !i.is_vsib() && i.cpuid_features().iter().all(|&f| host_has(f)) {
-            vectors.extend(part(code, i, &mut info));
-        }
-    });
-    [integers, vectors]
+    pools[3].extend(bundles);
+    Parts { bits, pools: pools.map(Pool::new) }
 }
 
-fn pick(r: &mut Random, parts: &[Vec<Part>; 2], rsi: Rsi, stack: &mut usize) -> Part {
+/// Divisions mostly fail, and bundles.rs has some that do not.
+fn is_division(i: &Instruction) -> bool {
+    matches!(i.mnemonic(), Mnemonic::Div | Mnemonic::Idiv)
+}
+
+/// `i` of 32-bit code with its memory operand at another register.
+fn elsewhere(i: &Instruction, base: Register) -> Option<(Vec<u8>, Instruction)> {
+    if i.memory_base() != Register::ESI || i.has_lock_prefix() {
+        return None;
+    }
+    let mut i = *i;
+    i.set_memory_base(base);
+    i.set_memory_displacement64(0x10);
+    i.set_memory_displ_size(1);
+    let mut encoder = Encoder::new(32);
+    encoder.encode(&i, INSN).ok()?;
+    let code = encoder.take_buffer();
+    let i = Decoder::with_ip(32, &code, INSN, DecoderOptions::NONE).decode();
+    Some((code, i))
+}
+
+fn pick(r: &mut Random, parts: &Parts, rsi: Rsi, stack: &mut usize) -> Part {
     loop {
-        let pool = &parts[usize::from(r.below(3) == 0)];
-        let part = &pool[r.below(pool.len() as u64) as usize];
+        let pool = &parts.pools[[0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 3, 3][r.below(12) as usize]];
+        let part = pool.pick(r);
         if part.stack && *stack == STACK || part.rsi.is_some_and(|r| r != rsi) {
             continue;
         }
@@ -127,41 +258,57 @@ fn pick(r: &mut Random, parts: &[Vec<Part>; 2], rsi: Rsi, stack: &mut usize) -> 
 }
 
 /// A program of 2 to [`LONGEST`] parts with branches over some of them, perhaps in a loop.
-pub(crate) fn program(r: &mut Random, parts: &[Vec<Part>; 2]) -> Program {
+pub(crate) fn program(r: &mut Random, parts: &Parts) -> Program {
     let mut left = 2 + r.below(LONGEST - 1);
     let rounds = (r.below(2) == 0).then(|| 1 + r.below(4) as u8);
-    let rsi = if r.below(2) == 0 { Rsi::Base } else { Rsi::Index };
+    let rsi = if parts.bits == 32 || r.below(2) == 0 { Rsi::Base } else { Rsi::Index };
     let mut stack = 0;
     let mut steps = Vec::new();
     while left > 0 {
-        if r.below(4) == 0 {
-            let condition = r.below(16) as u8;
-            let over: Vec<_> = (0..left.min(1 + r.below(3))).map(|_| pick(r, parts, rsi, &mut stack)).collect();
-            left -= over.len() as u64;
-            steps.push(Step::Branch(condition, over));
-        } else {
-            steps.push(Step::Part(pick(r, parts, rsi, &mut stack)));
-            left -= 1;
+        let some = left.min(1 + r.below(3));
+        let kind = r.below(16);
+        // The return finds its address where the call has put it.
+        let mut none = STACK;
+        let left_to_move = if kind < 5 { &mut stack } else { &mut none };
+        let mut several = |r: &mut Random| (0..some).map(|_| pick(r, parts, rsi, left_to_move)).collect();
+        match kind {
+            0..4 => steps.push(Step::Branch(r.below(16) as u8, several(r))),
+            4 => steps.push(Step::Branch(16 + r.below(BRANCHES.len() as u64) as u8, several(r))),
+            5 => steps.push(Step::Call(r.below(2) == 0, several(r))),
+            _ => {
+                steps.push(Step::Part(pick(r, parts, rsi, &mut stack)));
+                left -= 1;
+                continue;
+            }
         }
+        left -= some;
     }
-    Program { rounds, rsi, steps }
+    Program { bits: parts.bits, rounds, rsi, steps }
 }
 
-/// A state that programs can run from in which RSI is what it says.
-pub(crate) fn state(r: &mut Random, rsi: Rsi) -> Machine {
-    let mut m = every::state(r, &Instruction::default());
+/// A state that a program can run from.
+pub(crate) fn state(r: &mut Random, program: &Program) -> Machine {
+    let mut m = every::state(r, &Instruction::default(), program.bits);
+    m.segments.fs_base = 64 * r.below(2);
     let middle = DATA + 0xf8 + r.below(16);
-    m.gpr[4] = middle & !7;
+    // Where no other operand is, as returns have to find their address.
+    m.gpr[4] = DATA + 0x340 + 8 * r.below(8);
     m.gpr[3] = middle - 0x10;
-    if rsi == Rsi::Index {
+    if program.rsi == Rsi::Index {
         m.gpr[6] = r.below(8);
         m.gpr[9] = middle + 0x20 - 4 * m.gpr[6];
     } else {
         // Some operands are not aligned.
         m.gpr[6] = DATA + 0x80 + if r.below(4) == 0 { r.below(64) } else { 0 };
     }
+    if r.below(4) != 0 {
+        // Mostly nothing is in the way of programs.
+        m.mxcsr |= 0x1f80;
+        m.fpu.control |= 0x3f;
+        m.flags &= !flag::AC;
+    }
     // Some accesses fault.
-    match r.below(16) {
+    match r.below(20) {
         0 => m.gpr[3] = ABSENT - r.below(24),
         1 => m.gpr[6] = ABSENT - r.below(40),
         _ => {}
@@ -171,6 +318,9 @@ pub(crate) fn state(r: &mut Random, rsi: Rsi) -> Machine {
 
 #[test]
 fn there_are_many_parts() {
-    let parts = parts(&mut Random::new(7));
-    assert!(parts[0].len() > 2000 && parts[1].len() > 1500, "{} {}", parts[0].len(), parts[1].len());
+    for (bits, least) in [(64, [5000, 1500, 700, 600]), (32, [1500, 1500, 600, 600])] {
+        let parts = parts(&mut Random::new(7), bits);
+        let counts = parts.pools.each_ref().map(|p| p.parts.len());
+        assert!(counts.iter().zip(least).all(|(n, least)| *n > least), "{bits}: {counts:?}");
+    }
 }

@@ -3,7 +3,7 @@
 use iced_x86::{Encoder, InstructionInfoFactory, OpKind, Register};
 
 use super::program::{Assembled, Part, Program, Step};
-use super::{Fpu, Machine, sequences};
+use super::{Fpu, Machine, Segments, sequences};
 
 /// A program that fails, and the states that it is run from.
 #[derive(Clone)]
@@ -74,12 +74,12 @@ fn shorter(p: &Program) -> Vec<Program> {
         all.extend(starts.map(|at| with(at..len.min(at + size), Vec::new())));
     }
     for (n, step) in p.steps.iter().enumerate() {
-        let Step::Branch(condition, over) = step else { continue };
+        let (Step::Branch(_, over) | Step::Call(_, over)) = step else { continue };
         all.push(with(n..n + 1, over.iter().cloned().map(Step::Part).collect()));
         all.extend((0..over.len()).map(|k| {
             let mut over = over.clone();
             over.remove(k);
-            with(n..n + 1, vec![Step::Branch(*condition, over)])
+            with(n..n + 1, vec![step.with(over)])
         }));
     }
     all
@@ -94,7 +94,7 @@ fn plainer(p: &Program) -> Vec<Program> {
                 let mut p = p.clone();
                 match &mut p.steps[n] {
                     Step::Part(part) => *part = plain,
-                    Step::Branch(_, over) => over[k] = plain,
+                    Step::Branch(_, over) | Step::Call(_, over) => over[k] = plain,
                 }
                 p
             }));
@@ -104,8 +104,9 @@ fn plainer(p: &Program) -> Vec<Program> {
 }
 
 fn plainer_part(part: &Part) -> Vec<Part> {
-    let whole = Assembled { code: part.code.clone(), ..Assembled::default() };
-    let Some((i, _)) = whole.instructions().next() else { return Vec::new() };
+    let whole = Assembled::new(part.bits, part.code.clone());
+    let mut instructions = whole.instructions();
+    let (Some((i, _)), None) = (instructions.next(), instructions.next()) else { return Vec::new() };
     let mut all = Vec::new();
     for n in 0..i.op_count() {
         if i.op_kind(n) == OpKind::Register {
@@ -136,13 +137,13 @@ fn plainer_part(part: &Part) -> Vec<Part> {
     let mut info = InstructionInfoFactory::new();
     all.iter()
         .filter_map(|i| {
-            let mut encoder = Encoder::new(64);
+            let mut encoder = Encoder::new(part.bits);
             encoder.encode(i, 0).ok()?;
             let code = encoder.take_buffer();
-            let plain = Assembled { code, ..Assembled::default() };
+            let plain = Assembled::new(part.bits, code);
             // Its meaning is that of the bytes, which may have another form; it has to be allowed in a program.
             let (i, bytes) = plain.instructions().next()?;
-            sequences::part(bytes, &i, &mut info)
+            sequences::part(bytes, &i, &mut info, part.bits)
         })
         .collect()
 }
@@ -160,6 +161,7 @@ fn tamer(state: &Machine) -> Vec<Machine> {
     push(&|m| m.data.fill(0));
     push(&|m| m.ymm = [[0; 4]; 16]);
     push(&|m| m.fpu = Fpu { control: 0x37f, status: 0, tags: 0, st: [[0; 10]; 8] });
+    push(&|m| m.segments = Segments::default());
     push(&|m| m.mxcsr = 0x1f80);
     push(&|m| m.flags = 0x202);
     for n in 0..16 {
@@ -181,7 +183,7 @@ mod tests {
     /// A mismatch is made up: it takes an ADD and behind it an ADC of registers, RDX odd, at whatever distance.
     #[test]
     fn what_a_failure_does_not_need_is_taken_away() {
-        let parts = sequences::parts(&mut Random::new(1));
+        let parts = sequences::parts(&mut Random::new(1), 64);
         let mut shrunk = 0;
         let fails = |f: &Failure| {
             let a = f.program.assemble();
@@ -193,7 +195,7 @@ mod tests {
         for n in 0..4000 {
             let mut r = Random::new(n);
             let program = sequences::program(&mut r, &parts);
-            let states = (0..8).map(|_| sequences::state(&mut r, program.rsi)).collect();
+            let states = (0..8).map(|_| sequences::state(&mut r, &program)).collect();
             let failure = Failure { program, states };
             if !fails(&failure) {
                 continue;

@@ -1,9 +1,13 @@
 //! Random programs on both engines against the host's processor, as many as wanted. Every program follows from the
 //! seed and its number.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
+use iced_x86::Code;
+
 use super::bench::{Bench, Case};
+use super::program::Program;
 use super::sequences::{parts, program, state};
 use super::shrink::{Failure, shrink};
 use super::{Machine, Random};
@@ -53,18 +57,59 @@ impl fmt::Display for Mismatch {
     }
 }
 
+/// How often programs have reached an instruction, and how often it then faulted.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Reached {
+    /// Cases that came to it, or behind it in a step of its own.
+    pub cases: u64,
+    /// Those that ended there.
+    pub faults: u64,
+}
+
+/// By code size and code, how often cases reach it.
+pub type Census = BTreeMap<(u32, Code), Reached>;
+
 /// Runs programs until one makes a difference. `None`, with the reason printed, where the host cannot serve.
-pub fn run(options: Options, mut report: impl FnMut(Progress)) -> Option<Result<Progress, Mismatch>> {
-    let mut bench = Bench::new(64)?;
-    let parts = parts(&mut Random::new(options.seed));
+pub fn run(options: Options, report: impl FnMut(Progress)) -> Option<Result<Progress, Mismatch>> {
+    each(options, report, |_, _| ())
+}
+
+/// As [`run`], and counts into a census what the programs execute. What a branch may have passed over is not counted.
+pub fn census(options: Options, census: &mut Census) -> Option<Result<Progress, Mismatch>> {
+    each(options, |_| (), |program, faults| count(program, faults, census))
+}
+
+fn count(program: &Program, faults: &[Option<u64>], census: &mut Census) {
+    let a = program.assemble();
+    for (i, _) in a.instructions().filter(|(i, _)| a.sure.iter().any(|range| range.contains(&i.ip()))) {
+        let entry = census.entry((program.bits, i.code())).or_default();
+        for fault in faults {
+            entry.cases += u64::from(fault.is_none_or(|at| at >= i.ip()));
+            entry.faults += u64::from(*fault == Some(i.ip()));
+        }
+    }
+}
+
+fn each(
+    options: Options,
+    mut report: impl FnMut(Progress),
+    mut visit: impl FnMut(&Program, &[Option<u64>]),
+) -> Option<Result<Progress, Mismatch>> {
+    let mut bench = Bench::new()?;
+    let mut r = Random::new(options.seed);
+    let parts = [64, 64, 32].map(|bits| parts(&mut r, bits));
     let mut progress = Progress::default();
     for n in options.first..options.first.saturating_add(options.programs) {
         let mut r = Random::new(options.seed << 32 ^ n);
-        let program = program(&mut r, &parts);
-        let states: Vec<_> = (0..STATES).map(|_| state(&mut r, program.rsi)).collect();
+        let of_bits = &parts[r.below(3) as usize];
+        let program = program(&mut r, of_bits);
+        let states: Vec<_> = (0..STATES).map(|_| state(&mut r, &program)).collect();
         let failure = Failure { program, states };
         match check(&mut bench, &failure) {
-            Ok(completed) => progress.completed += completed as u64,
+            Ok(faults) => {
+                progress.completed += faults.iter().filter(|at| at.is_none()).count() as u64;
+                visit(&failure.program, &faults);
+            }
             Err(why) => {
                 let found = failure.program.assemble().listing() + &why;
                 let shrunk = shrink(failure, |f| check(&mut bench, f).is_err());
@@ -80,14 +125,15 @@ pub fn run(options: Options, mut report: impl FnMut(Progress)) -> Option<Result<
     Some(Ok(progress))
 }
 
-fn check(bench: &mut Bench, f: &Failure) -> Result<usize, String> {
+fn check(bench: &mut Bench, f: &Failure) -> Result<Vec<Option<u64>>, String> {
     let a = f.program.assemble();
     let case = |before: &Machine| Case {
         before: before.clone(),
         undefined: a.undefined,
         undefined_at_fault: a.ever_undefined,
+        ignored: 0..0,
     };
-    bench.check(&a.code, &f.states.iter().map(case).collect::<Vec<_>>())
+    bench.check(f.program.bits, &a.code, &f.states.iter().map(case).collect::<Vec<_>>())
 }
 
 #[test]

@@ -92,7 +92,7 @@ fn short_address(i: &Instruction) -> bool {
 
 #[test]
 fn as_the_processor_does() {
-    let Some(mut bench) = Bench::new(64) else { return };
+    let Some(mut bench) = Bench::new() else { return };
     let mut r = Random::new(1);
     let mut failures: Vec<String> = Vec::new();
     let mut skipped = std::collections::BTreeSet::new();
@@ -110,7 +110,7 @@ fn as_the_processor_does() {
             })
             .collect();
         compared += cases.len();
-        if let Err(e) = bench.check(code, &cases) {
+        if let Err(e) = bench.check(64, code, &cases) {
             failures.push(format!("{row}: {i} ({code:02x?})\n{e}"));
         }
     });

@@ -1,0 +1,110 @@
+//! Rules that the host's processor has settled, as single instructions on both engines: what holds on hosts without a
+//! judge, too.
+
+use super::engine::Engine;
+use super::{ABSENT, DATA, DATA_LEN, Fault, INSN, Machine, TAKEN};
+use crate::exception::vector;
+use crate::state::flag;
+
+/// The lowest address that is not canonical.
+const HOLE: u64 = 1 << 47;
+
+fn fault(vector: u8, error: u32, address: u64) -> Option<Fault> {
+    Some(Fault { vector, error, address })
+}
+
+/// Runs `code` on both engines from a state that `set` makes of one of zeros, and looks at how it faults.
+fn check(bits: u32, code: &[u8], set: impl Fn(&mut Machine), expected: Option<Fault>) {
+    let mut before = Machine::new([0; 16], 0x202, vec![0; DATA_LEN]);
+    before.gpr[4] = DATA + 0x100;
+    set(&mut before);
+    for compile in [false, true] {
+        let mut engine = Engine::new(compile, bits);
+        engine.load(code, std::slice::from_ref(&before)).unwrap();
+        let after = engine.run(&before).unwrap();
+        assert_eq!(after.fault, expected, "{code:02x?}, compiled: {compile}");
+        if expected.is_some() {
+            assert_eq!((after.rip, &after.gpr, &after.ymm), (INSN, &before.gpr, &before.ymm), "{code:02x?}");
+        }
+    }
+}
+
+/// An operand any byte of which has no canonical address is not looked at further: not for its pages, nor for its
+/// alignment (SDM vol. 1 §3.3.7.1).
+#[test]
+fn operands_that_leave_the_canonical_addresses() {
+    let (gp, ss) = (fault(vector::GP, 0, 0), fault(vector::SS, 0, 0));
+    for flags in [0x202, 0x202 | flag::AC] {
+        // mov rax, [rsi]; mov [rsi], rax; add [rsi], rax; movups xmm0, [rsi]
+        for code in [&[0x48, 0x8b, 0x06][..], &[0x48, 0x89, 0x06], &[0x48, 0x01, 0x06], &[0x0f, 0x10, 0x06]] {
+            check(64, code, |m| (m.gpr[6], m.flags) = (HOLE - 3, flags), gp);
+        }
+        // mov rax, [rbp]
+        check(64, &[0x48, 0x8b, 0x45, 0], |m| (m.gpr[5], m.flags) = (HOLE - 3, flags), ss);
+        // vmovups ymm0, [rsi], and vaddps ymm0, ymm0, [rsi]
+        for at in [HOLE - 31, HOLE - 16, HOLE - 1] {
+            check(64, &[0xc5, 0xfc, 0x10, 0x06], |m| (m.gpr[6], m.flags) = (at, flags), gp);
+            check(64, &[0xc5, 0xfc, 0x58, 0x06], |m| (m.gpr[6], m.flags) = (at, flags), gp);
+        }
+        // vmovups [rsi], ymm0
+        check(64, &[0xc5, 0xfc, 0x11, 0x06], |m| (m.gpr[6], m.flags) = (HOLE - 17, flags), gp);
+    }
+    // fxrstor [rbp], misaligned as well
+    check(64, &[0x0f, 0xae, 0x4d, 0], |m| m.gpr[5] = HOLE + 3, fault(vector::SS, 0, 0));
+    // rep movsq
+    let set = |m: &mut Machine| (m.gpr[1], m.gpr[6], m.gpr[7]) = (2, HOLE - 6, DATA);
+    check(64, &[0xf3, 0x48, 0xa5], set, fault(vector::GP, 0, 0));
+    check(64, &[0x48, 0x8b, 0x06], |m| m.gpr[6] = HOLE - 8, fault(vector::PF, 4, HOLE - 8));
+}
+
+/// 64-bit mode ignores overrides by ES, CS, SS and DS: they do not make a fault one of the stack, nor stop it from being.
+#[test]
+fn ignored_overrides() {
+    for prefix in [0x26, 0x2e, 0x36, 0x3e] {
+        check(64, &[prefix, 0x48, 0x8b, 0x06], |m| m.gpr[6] = HOLE, fault(vector::GP, 0, 0));
+        check(64, &[prefix, 0x48, 0x8b, 0x45, 0], |m| m.gpr[5] = HOLE, fault(vector::SS, 0, 0));
+    }
+}
+
+/// An operand at a 32-bit address goes on beyond 4 GiB: VMASKMOVPS of element 1 alone.
+#[test]
+fn an_operand_across_four_gigabytes() {
+    let set = |m: &mut Machine| {
+        m.gpr[6] = 0xffff_fffc;
+        m.ymm[2] = [1 << 63, 0, 0, 0];
+    };
+    check(64, &[0x67, 0xc4, 0xe2, 0x6d, 0x2c, 0x0e], set, fault(vector::PF, 4, 1 << 32));
+}
+
+/// Elements at a page's end: backwards they are not inside it, and the source comes first.
+#[test]
+fn string_elements_across_pages() {
+    let set = |m: &mut Machine| {
+        (m.gpr[1], m.gpr[6], m.gpr[7]) = (2, ABSENT - 2, ABSENT - 2);
+        m.flags |= flag::DF;
+    };
+    check(64, &[0xf3, 0x48, 0xab], set, fault(vector::PF, 6, ABSENT)); // rep stosq
+    check(64, &[0xf3, 0x48, 0xa5], set, fault(vector::PF, 4, ABSENT)); // rep movsq
+    let set = |m: &mut Machine| (m.gpr[1], m.gpr[6], m.gpr[7]) = (2, ABSENT - 2, ABSENT + 5);
+    check(64, &[0xf3, 0x48, 0xa5], set, fault(vector::PF, 4, ABSENT));
+}
+
+/// A far call's frame is checked for alignment like any other operand.
+#[test]
+fn a_far_call_onto_a_misaligned_stack() {
+    let code = [&[0x9a][..], &(TAKEN as u32).to_le_bytes(), &[0x23, 0]].concat();
+    check(32, &code, |m| m.gpr[4] += 1, None);
+    let set = |m: &mut Machine| {
+        m.gpr[4] += 1;
+        m.flags |= flag::AC;
+    };
+    check(32, &code, set, fault(vector::AC, 0, 0));
+}
+
+/// The right to use a port is looked at even where nothing is transferred.
+#[test]
+fn string_input_of_nothing() {
+    for code in [[0xf3, 0x6c], [0xf3, 0x6e]] {
+        check(64, &code, |m| (m.gpr[6], m.gpr[7]) = (DATA, DATA), fault(vector::GP, 0, 0));
+    }
+}
