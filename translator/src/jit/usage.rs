@@ -231,15 +231,15 @@ impl Emit for Usage {
         self.need_flags();
         Ok(())
     }
-    fn check_relative(&mut self, _: &Insn) -> Result<(), Unsupported> {
-        Ok(())
+    fn check_relative(&mut self, i: &Insn) -> Result<(), Unsupported> {
+        uncut(i)
     }
     fn set_ip(&mut self, _: &Insn, _: ()) {}
-    fn jump_rel(&mut self, _: &Insn) -> Result<(), Unsupported> {
-        Ok(())
+    fn jump_rel(&mut self, i: &Insn) -> Result<(), Unsupported> {
+        uncut(i)
     }
-    fn branch_rel(&mut self, _: &Insn, _: ()) -> Result<(), Unsupported> {
-        Ok(())
+    fn branch_rel(&mut self, i: &Insn, _: ()) -> Result<(), Unsupported> {
+        uncut(i)
     }
     fn trap_if(&mut self, _: (), _: u8) -> Result<(), Unsupported> {
         self.need_flags();
@@ -248,4 +248,9 @@ impl Emit for Usage {
     fn unsupported(&mut self) -> Unsupported {
         Unsupported
     }
+}
+
+/// A relative branch of 16-bit operand size cuts EIP, which compiled branches, made for offsets in a page, do not.
+fn uncut(i: &Insn) -> Result<(), Unsupported> {
+    if i.osize == 2 { Err(Unsupported) } else { Ok(()) }
 }

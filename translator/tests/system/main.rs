@@ -1,5 +1,6 @@
 //! System behaviour, by the manual: each case is a small guest that runs on every engine.
 
+mod branches;
 mod control;
 mod debug;
 mod exceptions;
