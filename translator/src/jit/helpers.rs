@@ -35,9 +35,9 @@ impl Cpu {
             return self.resolve(linear, bytes, false).map_or(0, |p| p as u64);
         };
         let next = self.wrap_linear(linear.wrapping_add(first));
-        let (Some(a), Some(b)) = (self.resolve(linear, first, false), self.resolve(next, bytes - first, false)) else {
-            return 0;
-        };
+        // The second page is not looked at, and so not marked as accessed, where the first one faults.
+        let Some(a) = self.resolve(linear, first, false) else { return 0 };
+        let Some(b) = self.resolve(next, bytes - first, false) else { return 0 };
         let out = self.jit.bounce.as_mut_ptr().cast::<u8>();
         // SAFETY: `a` and `b` are host addresses of `first` and `bytes - first` bytes of guest RAM, each inside its
         // page; together they are at most 16 bytes, the size of the bounce buffer.

@@ -1141,3 +1141,18 @@ fn rights_with_a_warm_tlb() {
         );
     }
 }
+
+#[test]
+fn a_fault_in_the_first_of_two_pages_leaves_the_second_not_accessed() {
+    for what in [Do::Read, Do::Write] {
+        let build = || {
+            let mut m = access(true, what, UDATA + 0xffe);
+            m.pte(UDATA, 0);
+            m
+        };
+        check(build, |o| {
+            assert!(o.exception(PF).error.is_some(), "{}", o.engine);
+            assert_eq!(o.pte(UDATA + 0x1000) & (A | D), 0, "{} {what:?}", o.engine);
+        });
+    }
+}
