@@ -266,6 +266,9 @@ impl Cpu {
         self.irq_maybe = true;
         self.nmi_maybe = true;
         self.stop_block = true;
+        if let Some(journal) = &mut self.journal {
+            journal.device_accessed();
+        }
     }
 
     /// The guest's time-stamp counter now.

@@ -9,9 +9,21 @@ use crate::exception::Trap;
 use crate::state::CpuState;
 use crate::vcpu::Vcpu;
 
-/// The bytes that stores replaced, oldest first: host address, length, old bytes.
+/// What a run of compiled code did beside changing the CPU's state.
 #[derive(Default)]
-pub struct Journal(Vec<(usize, usize, [u8; 16])>);
+pub struct Journal {
+    /// The bytes that stores replaced, oldest first: host address, length, old bytes.
+    stores: Vec<(usize, usize, [u8; 16])>,
+    /// Whether it went to a device.
+    device: bool,
+}
+
+impl Journal {
+    /// Notes that a device was read or written.
+    pub(crate) fn device_accessed(&mut self) {
+        self.device = true;
+    }
+}
 
 impl Cpu {
     /// Notes what a store of `len` (at most 16) bytes to guest RAM at `host` is about to replace.
@@ -21,13 +33,13 @@ impl Cpu {
             let mut old = [0; 16];
             // SAFETY: the caller is about to store there; reading the same bytes of guest RAM is as valid.
             unsafe { std::ptr::copy_nonoverlapping(host, old.as_mut_ptr(), len.min(16)) };
-            journal.0.push((host as usize, len.min(16), old));
+            journal.stores.push((host as usize, len.min(16), old));
         }
     }
 
     /// The bytes that journaled stores changed, as they are now.
     fn journaled(&self) -> BTreeMap<usize, u8> {
-        let entries = self.journal.iter().flat_map(|j| &j.0);
+        let entries = self.journal.iter().flat_map(|j| &j.stores);
         entries
             .flat_map(|&(host, len, _)| host..host + len)
             // SAFETY: every journaled address is a byte of guest RAM.
@@ -37,7 +49,7 @@ impl Cpu {
 
     /// Takes journaled stores back, youngest first.
     fn undo(&mut self) {
-        let entries = self.journal.as_mut().map(|j| std::mem::take(&mut j.0)).unwrap_or_default();
+        let entries = self.journal.as_mut().map(|j| std::mem::take(&mut j.stores)).unwrap_or_default();
         for (host, len, old) in entries.into_iter().rev() {
             // SAFETY: the address is `len` bytes of guest RAM that a store was allowed to change.
             unsafe { std::ptr::copy_nonoverlapping(old.as_ptr(), host as *mut u8, len) };
@@ -69,10 +81,16 @@ impl Vcpu {
         let before = self.cpu.s.clone();
         let count = self.cpu.jit.count;
         if let Some(j) = &mut self.cpu.journal {
-            j.0.clear();
+            j.stores.clear();
+            j.device = false;
         }
         jit.enter(&mut self.cpu, code);
         self.cpu.fold_flags();
+        if self.cpu.journal.as_ref().is_some_and(|j| j.device) {
+            // An instruction that a helper evaluated went to a device, which must not happen twice. The compiled
+            // result stands, unchecked.
+            return Ok(());
+        }
         let done = self.cpu.jit.count - count;
         let compiled = normal(&self.cpu.s);
         let stored = self.cpu.journaled();
@@ -147,4 +165,57 @@ fn differences(a: &CpuState, b: &CpuState) -> Vec<(String, u64, u64)> {
     check("cpl".into(), a.cpl.into(), b.cpl.into());
     check("mxcsr".into(), a.mxcsr.into(), b.mxcsr.into());
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+    use super::*;
+    use crate::cpuid::{CpuModel, Level};
+    use crate::jit::Jit;
+    use crate::mem::GuestRam;
+    use crate::platform::Platform;
+    use crate::state::{Segment, cr, gpr};
+    use crate::vcpu::Exit;
+
+    /// A device that gives another value each time.
+    struct Counter(u64);
+
+    impl Platform for Counter {
+        fn mmio_read(&mut self, _gpa: u64, _size: u8) -> u64 {
+            self.0 += 1;
+            self.0
+        }
+    }
+
+    #[test]
+    fn a_helper_s_access_to_a_device_happens_once() {
+        let memory = Arc::new(GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap());
+        // add eax, fs:[20000h], which only helpers evaluate; loop to it; hlt.
+        memory.write_slice(&[0x64, 0x03, 0x05, 0, 0, 2, 0, 0xe2, 0xf7, 0xf4], GuestAddress(0x1000)).unwrap();
+        let mut cpu = Cpu::new(Arc::new(GuestRam::new(memory)), Box::new(Counter(0)), CpuModel::new(Level::Max, 1, 0));
+        let mut s = CpuState::reset();
+        s.cr0 |= cr::CR0_PE;
+        s.seg = [Segment { base: 0, limit: u32::MAX, attr: 0xc093, selector: 0x10 }; 6];
+        s.seg[1].attr = 0xc09b;
+        s.rip = 0x1000;
+        s.gpr[usize::from(gpr::RCX)] = 10;
+        cpu.set_state(s);
+        let mut vcpu = Vcpu::new(cpu, Some(Jit::new(1 << 20, 1).unwrap()));
+        vcpu.set_threshold(1);
+        vcpu.enable_lockstep();
+        let exit = loop {
+            let exit = vcpu.turn();
+            vcpu.jit.as_ref().unwrap().drain();
+            if let Some(exit) = exit {
+                break exit;
+            }
+        };
+        assert_eq!((exit, vcpu.difference.as_deref()), (Exit::Halt, None));
+        assert_eq!(vcpu.cpu.s.gpr[0], (1..=10).sum::<u64>());
+        assert!(vcpu.counts.entries > 0);
+    }
 }

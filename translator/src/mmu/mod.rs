@@ -376,6 +376,7 @@ impl Cpu {
                     let k = (at - t.gpa) as usize;
                     bytes[k..k + usize::from(n)].copy_from_slice(&v.to_le_bytes()[..usize::from(n)]);
                 }
+                self.device_accessed();
             }
         }
         u64::from_le_bytes(bytes)
