@@ -287,6 +287,17 @@ impl<K> Cache<K> {
         self.arena.free(region.slot);
     }
 
+    /// Drops every region, when none is expected. No vCPU may be in compiled code, nor go on with what it knows.
+    pub fn clear(&mut self) {
+        while let Some(oldest) = self.order.front().copied() {
+            self.remove(oldest);
+        }
+        self.changes.clear();
+        self.rewrites.clear();
+        debug_assert!(self.regions.is_empty() && self.entries.is_empty() && self.by_page.is_empty());
+        debug_assert!(self.incoming.is_empty() && self.expected.is_empty());
+    }
+
     /// How often compiled code in the page of `gpa` was overwritten.
     pub fn rewrites(&self, gpa: u64) -> u32 {
         self.rewrites.get(&(gpa & !PAGE_MASK)).copied().unwrap_or(0)

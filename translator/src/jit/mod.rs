@@ -208,6 +208,16 @@ impl Jit {
         self.cache.cancel_expected();
     }
 
+    /// Drops every region, compiled, queued or being compiled, and what is known of the guest: another one begins. No
+    /// vCPU may be in compiled code.
+    pub fn clear(&mut self) {
+        self.cancel_pending();
+        self.drain();
+        self.install();
+        self.cache.clear();
+        self.counts = JitCounts::default();
+    }
+
     /// Completes a region's code and puts it into the cache.
     fn place(&mut self, id: RegionId, plan: &Plan, compiled: Compiled) -> Option<()> {
         let Compiled { mut code, branches, insns, addresses, nanos } = compiled;
