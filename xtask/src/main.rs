@@ -2,6 +2,7 @@
 
 mod check;
 mod coverage;
+mod fuzz;
 mod silicon;
 
 use std::process::ExitCode;
@@ -31,6 +32,8 @@ enum Command {
     },
     /// Compares random programs on both engines with this host's processor, until one differs.
     Silicon(silicon::Options),
+    /// Looks for inputs that make a part of Diglot panic, hang or differ from itself (docs/fuzzing.md).
+    Fuzz(fuzz::Options),
 }
 
 fn main() -> ExitCode {
@@ -38,5 +41,6 @@ fn main() -> ExitCode {
         Command::Check { tool } => check::run(tool),
         Command::Coverage { check } => coverage::run(check),
         Command::Silicon(options) => silicon::run(&options),
+        Command::Fuzz(options) => fuzz::run(&options),
     }
 }
