@@ -5,7 +5,7 @@
 //! state in the end, written as JSON and read again, makes an equal chipset which goes on equally.
 
 use diglot_devices::acpi_pm::{GPE0, PM1A_EVENT};
-use diglot_devices::chipset::{Chipset, ChipsetConfig, ChipsetState, HPET_BASE, IOAPIC_BASE};
+use diglot_devices::chipset::{Chipset, ChipsetConfig, ChipsetState, HPET_BASE, IOAPIC_BASE, PowerEvent};
 use diglot_devices::lapic::DEFAULT_BASE;
 use diglot_devices::pci::ECAM_BASE;
 use diglot_devices::serial::COM1;
@@ -14,7 +14,7 @@ use crate::input::Input;
 
 const SIZES: [u8; 4] = [1, 2, 4, 8];
 /// Where devices answer: first port, and how many there are.
-const PORTS: [(u16, u16); 12] = [
+const PORTS: [(u16, u16); 14] = [
     (0x20, 2),
     (0x40, 4),
     (0x60, 5),
@@ -27,10 +27,17 @@ const PORTS: [(u16, u16); 12] = [
     (PM1A_EVENT, 16),
     (GPE0, 4),
     (0xcf8, 8),
+    (0xe0, 4),
+    (0x2000, 24),
 ];
 /// Where they answer in memory: base, and how much is looked at.
-const WINDOWS: [(u64, u64); 4] =
-    [(DEFAULT_BASE, 0x400), (IOAPIC_BASE, 0x50), (HPET_BASE, 0x160), (ECAM_BASE, 256 << 20)];
+const WINDOWS: [(u64, u64); 5] = [
+    (DEFAULT_BASE, 0x400),
+    (IOAPIC_BASE, 0x50),
+    (HPET_BASE, 0x160),
+    (ECAM_BASE, 256 << 20),
+    (0xff00_0000, 0x1_0008),
+];
 /// Accesses of one input.
 const MOST: usize = 4096;
 /// Beyond this the accesses are more of the same: the longest uptime, in nanoseconds, some 36 years.
@@ -91,23 +98,34 @@ impl Op {
 struct Machine {
     chipset: Chipset,
     now: u64,
-    cpus: u8,
+    /// How many CPUs it has, and whether there is the device of hypervisor tests.
+    kind: (u8, bool),
 }
 
 impl Machine {
-    fn new(cpus: u8) -> Machine {
+    fn new(kind: (u8, bool)) -> Machine {
+        let (cpus, test_device) = kind;
         let config = ChipsetConfig {
             cpus,
             memory_bytes: 6 << 30,
             low_memory_bytes: 64 << 20,
             rtc_epoch_seconds: 1 << 30,
             debug_exit: Some(0xf4),
+            test_device,
         };
-        Machine { chipset: Chipset::new(&config, Box::new(std::io::sink())), now: 0, cpus }
+        Machine { chipset: Chipset::new(&config, Box::new(std::io::sink())), now: 0, kind }
     }
 
-    /// Does it, and gives what came of it.
+    /// Does it, and gives what came of it. A machine that asks to be suspended is, and wakes when time passes.
     fn apply(&mut self, op: Op) -> u64 {
+        let came = self.access(op);
+        if self.chipset.take_power_event() == Some(PowerEvent::Suspend) {
+            self.chipset.suspend(self.now);
+        }
+        came
+    }
+
+    fn access(&mut self, op: Op) -> u64 {
         let (c, now) = (&mut self.chipset, self.now);
         match op {
             Op::In(port, size) => u64::from(c.port_read(port, size, now)),
@@ -131,9 +149,9 @@ impl Machine {
                 c.advance(self.now);
                 let deadline = c.next_deadline();
                 assert!(deadline.is_none_or(|at| at > self.now), "{deadline:?} is due at {} and stays so", self.now);
-                deadline.unwrap_or(0)
+                deadline.unwrap_or(0) << 1 | u64::from(c.wake())
             }
-            Op::Acknowledge => (0..usize::from(self.cpus)).fold(0, |all, cpu| {
+            Op::Acknowledge => (0..usize::from(self.kind.0)).fold(0, |all, cpu| {
                 let nmi = c.take_nmi(cpu);
                 let pending = c.interrupt_pending(cpu);
                 let vector = c.acknowledge(cpu);
@@ -151,10 +169,10 @@ impl Machine {
 /// Any accesses.
 pub fn run(data: &[u8]) {
     let mut input = Input::new(data);
-    let cpus = 1 + input.u8() % 3;
+    let kind = input.u8();
     // Where the state is taken and given to a second machine.
     let halfway = usize::from(input.u8());
-    let mut machine = Machine::new(cpus);
+    let mut machine = Machine::new((1 + kind % 3, kind & 0x80 != 0));
     let mut second = None;
     for n in 0..MOST {
         if n == halfway {
@@ -168,7 +186,6 @@ pub fn run(data: &[u8]) {
         if let Some(second) = &mut second {
             assert_eq!(came, second.apply(op), "{op:x?} on a restored chipset");
         }
-        machine.chipset.take_power_event();
     }
     let state = machine.chipset.save();
     let second = second.unwrap_or_else(|| restored(&machine));
@@ -179,7 +196,7 @@ pub fn run(data: &[u8]) {
 fn restored(machine: &Machine) -> Machine {
     let text = serde_json::to_string(&machine.chipset.save()).expect("a state is plain data");
     let state: ChipsetState = serde_json::from_str(&text).expect("what was written can be read");
-    let mut second = Machine::new(machine.cpus);
+    let mut second = Machine::new(machine.kind);
     second.now = machine.now;
     assert_eq!(second.chipset.restore(&state), Ok(()));
     second

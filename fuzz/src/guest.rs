@@ -168,10 +168,10 @@ static IMAGE: LazyLock<Vec<u8>> = LazyLock::new(|| {
         at => match at - ODD_PAGES >> 12 {
             0 => at | P | U,
             1 => at | P | W,
-            2 => at | P | W | U | NX,
+            2 => at | P | W | U | NX | 3 << 59,
             3 => 0,
-            // An alias of the code, MMIO next to RAM and far from it, and a reserved bit.
-            4 => CODE | P | W | U,
+            // With protection keys 3 and 1: no code, and an alias of the code; MMIO next to RAM and far from it, and a reserved bit.
+            4 => CODE | P | W | U | 1 << 59,
             5 => 0x2_0000 | P | W | U,
             6 => 0xfee0_0000 | P | W | U,
             7 => at | 1 << 51 | P | W | U,
@@ -332,7 +332,7 @@ fn control(s: &mut CpuState, kind: Kind, level: Level, bits: [u8; 5]) {
             cr::CR4_PCE,
             cr::CR4_MCE,
         ],
-    ) | some(high, &[cr::CR4_TSD, cr::CR4_DE, cr::CR4_UMIP, cr::CR4_SMEP, cr::CR4_SMAP, cr::CR4_PCIDE]);
+    ) | some(high, &[cr::CR4_TSD, cr::CR4_DE, cr::CR4_UMIP, cr::CR4_SMEP, cr::CR4_SMAP, cr::CR4_PCIDE, cr::CR4_PKE, cr::CR4_PKS]);
     if kind != Kind::Real {
         s.cr0 |= cr::CR0_PE;
     }
@@ -358,10 +358,10 @@ fn control(s: &mut CpuState, kind: Kind, level: Level, bits: [u8; 5]) {
             s.cr4 &= !(1 << n);
         }
     }
-    // The x87 state, then SSE's, then AVX's, which is not without the former.
+    // The x87 state, then SSE's, then the others, which are not without the former.
     s.xcr0 = match xcr0 % 3 {
         _ if s.cr4 & cr::CR4_OSXSAVE == 0 => 1,
-        0 => 7 & model.xcr0_mask(),
+        0 => model.xcr0_mask(),
         1 => 3,
         _ => 1,
     };
@@ -430,6 +430,7 @@ fn registers(s: &mut CpuState, kind: Kind, seed: u16, picks: [u8; 16]) {
     s.x87.fcw = [0x37f, 0x27f, 0x40, 0xf7f][random.u64() as usize & 3];
     s.x87.ftw = random.u64() as u8;
     s.x87.fsw = (random.u64() as u16) & 0x3800;
+    s.pkru = random.u64() as u32 & 0xcc;
     s.mxcsr = [0x1f80, 0x9fc0, 0x0000, 0x7f80][random.u64() as usize & 3];
 }
 
@@ -542,6 +543,10 @@ impl Platform for Board {
     fn apic_msr_write(&mut self, msr: u32, value: u64, _tsc: u64) -> Option<()> {
         self.state(|b| b.note(Event::Msr(msr, Some(value))));
         (msr & 1 == 0).then_some(())
+    }
+    fn apic_enabled(&mut self) -> bool {
+        // Not noted: CPUID may ask any number of times.
+        true
     }
     fn cr8(&mut self) -> u64 {
         self.state(|b| b.cr8)

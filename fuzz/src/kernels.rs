@@ -68,10 +68,9 @@ fn check(state: &BootState, ram: &GuestRam) {
 /// A file without a name.
 fn memory_file() -> File {
     // SAFETY: the name is a string that ends with NUL; the descriptor is nobody else's.
-    let file = unsafe {
+    unsafe {
         let fd = libc::memfd_create(c"kernel".as_ptr(), libc::MFD_CLOEXEC);
         assert!(fd >= 0, "no file in memory: {}", std::io::Error::last_os_error());
         File::from_raw_fd(fd)
-    };
-    file
+    }
 }
