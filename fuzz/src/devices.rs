@@ -31,13 +31,8 @@ const PORTS: [(u16, u16); 14] = [
     (0x2000, 24),
 ];
 /// Where they answer in memory: base, and how much is looked at.
-const WINDOWS: [(u64, u64); 5] = [
-    (DEFAULT_BASE, 0x400),
-    (IOAPIC_BASE, 0x50),
-    (HPET_BASE, 0x160),
-    (ECAM_BASE, 256 << 20),
-    (0xff00_0000, 0x1_0008),
-];
+const WINDOWS: [(u64, u64); 5] =
+    [(DEFAULT_BASE, 0x400), (IOAPIC_BASE, 0x50), (HPET_BASE, 0x160), (ECAM_BASE, 256 << 20), (0xff00_0000, 0x1_0008)];
 /// Accesses of one input.
 const MOST: usize = 4096;
 /// Beyond this the accesses are more of the same: the longest uptime, in nanoseconds, some 36 years.

@@ -332,7 +332,10 @@ fn control(s: &mut CpuState, kind: Kind, level: Level, bits: [u8; 5]) {
             cr::CR4_PCE,
             cr::CR4_MCE,
         ],
-    ) | some(high, &[cr::CR4_TSD, cr::CR4_DE, cr::CR4_UMIP, cr::CR4_SMEP, cr::CR4_SMAP, cr::CR4_PCIDE, cr::CR4_PKE, cr::CR4_PKS]);
+    ) | some(
+        high,
+        &[cr::CR4_TSD, cr::CR4_DE, cr::CR4_UMIP, cr::CR4_SMEP, cr::CR4_SMAP, cr::CR4_PCIDE, cr::CR4_PKE, cr::CR4_PKS],
+    );
     if kind != Kind::Real {
         s.cr0 |= cr::CR0_PE;
     }
@@ -543,10 +546,6 @@ impl Platform for Board {
     fn apic_msr_write(&mut self, msr: u32, value: u64, _tsc: u64) -> Option<()> {
         self.state(|b| b.note(Event::Msr(msr, Some(value))));
         (msr & 1 == 0).then_some(())
-    }
-    fn apic_enabled(&mut self) -> bool {
-        // Not noted: CPUID may ask any number of times.
-        true
     }
     fn cr8(&mut self) -> u64 {
         self.state(|b| b.cr8)
