@@ -164,7 +164,10 @@ impl Vcpu {
     fn deliver(&mut self, event: Event) -> Result<(), TripleFault> {
         self.cpu.s.halted = false;
         self.cpu.s.shadow = 0;
-        self.cpu.deliver(event)?;
+        let delivered = self.cpu.deliver(event);
+        // The frame on the stack may have overwritten code, the handler's even.
+        self.drop_overwritten_code();
+        delivered?;
         // A task gate may have led to another address space.
         if self.cpu.flush_jump_cache {
             self.flush_jump_cache();

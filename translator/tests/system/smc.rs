@@ -353,3 +353,31 @@ fn two_modes() {
         },
     );
 }
+
+#[test]
+fn an_exception_frame_overwrites_its_handler() {
+    check(
+        || {
+            let mut m = Machine::long();
+            m.asm(64, CODE, |a| {
+                a.ud2()?;
+                a.mov(rsp, UDATA + 0x30)?;
+                a.jmp(CODE + 0xf4)
+            });
+            // What is pushed as RIP here ends in F4h, a HLT.
+            m.asm(64, CODE + 0xf4, |a| a.ud2());
+            m.asm(64, UDATA, |a| {
+                a.inc(ebx)?;
+                a.jmp(UDATA + 8)
+            });
+            m.asm(64, UDATA + 8, |a| {
+                a.add(qword_ptr(rsp), 2)?;
+                a.iretq()
+            });
+            m.gate64(6, UDATA, 14, 0, 0);
+            // The handler is overwritten by the time that it is compiled.
+            m.interpreted()
+        },
+        |o| assert_eq!((o.s.rip, o.gpr(gpr::RBX)), (UDATA + 9, 2), "{}", o.engine),
+    );
+}
