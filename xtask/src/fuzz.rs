@@ -76,7 +76,7 @@ fn start(fuzz: &Path, program: &Path, target: &str, options: &Options) -> std::i
     std::fs::create_dir_all(&artifacts)?;
     let mut command = Command::new(program);
     command.arg(format!("-artifact_prefix={}/", artifacts.display()));
-    command.args(["-timeout=10", "-rss_limit_mb=1024", "-print_final_stats=1"]);
+    command.args(["-timeout=25", "-rss_limit_mb=1024", "-print_final_stats=1"]);
     if options.inputs.is_empty() {
         command.arg(format!("-max_total_time={}", options.seconds)).args(["-max_len=4096", "-reload=0"]);
         let dictionary = fuzz.join("dictionaries").join(format!("{target}.dict"));
