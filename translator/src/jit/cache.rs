@@ -17,10 +17,13 @@
 //! vCPU and workers.
 
 use std::collections::VecDeque;
+use std::hash::BuildHasherDefault;
 use std::ops::Range;
 
+use dashmap::DashMap;
+
 use crate::addr::PAGE_MASK;
-use crate::address_map::AddressMap;
+use crate::address_map::{AddressHasher, AddressMap};
 use crate::code::{CodeArena, Slot};
 
 /// Where guest code is: physical address and mode.
@@ -111,7 +114,8 @@ pub struct Cache<K> {
     arena: CodeArena,
     /// Offset in the arena to which direct branches lead that have no region to lead to.
     lookup: usize,
-    entries: AddressMap<Key, Entry>,
+    /// What runs at a key: the one thing here that a vCPU looks up by itself.
+    entries: DashMap<Key, Entry, BuildHasherDefault<AddressHasher>>,
     regions: AddressMap<RegionId, Region<K>>,
     by_page: AddressMap<u64, Vec<RegionId>>,
     /// Sites of direct branches to a key, whether it has code now or not.
@@ -132,7 +136,7 @@ impl<K> Cache<K> {
         Cache {
             arena,
             lookup,
-            entries: AddressMap::default(),
+            entries: DashMap::default(),
             regions: AddressMap::default(),
             by_page: AddressMap::default(),
             incoming: AddressMap::default(),
@@ -197,7 +201,7 @@ impl<K> Cache<K> {
             let site = start + site;
             let mut target = self.lookup;
             if let Some(key) = to {
-                target = self.branch_target(self.entries.get(&key));
+                target = self.branch_target(self.entries.get(&key).as_deref());
                 self.incoming.entry(key).or_default().push(site);
                 branches.push((key, site));
             }
@@ -232,7 +236,7 @@ impl<K> Cache<K> {
     fn link(&mut self, key: Key, entry: Option<Entry>) {
         let old = match entry {
             Some(entry) => self.entries.insert(key, entry),
-            None => self.entries.remove(&key),
+            None => self.entries.remove(&key).map(|(_, entry)| entry),
         };
         self.changes.push(Change::Code(key, entry.map_or(0, |e| e.code)));
         let target = self.branch_target(entry.as_ref());
