@@ -1,5 +1,6 @@
 //! The project's own chores, `cargo xtask`.
 
+mod benchmarks;
 mod check;
 mod coverage;
 mod fuzz;
@@ -24,6 +25,12 @@ enum Command {
         /// The tool.
         tool: check::Tool,
     },
+    /// Compares speed with QEMU's and writes BENCHMARKS.md; takes minutes, and the machine should have nothing else to do.
+    Benchmarks {
+        /// Measure for so many rounds; without it the page is written from the last measurement.
+        #[arg(long)]
+        rounds: Option<u32>,
+    },
     /// Writes docs/isa-coverage.md: which instructions are compiled, done by helper, and undefined.
     Coverage {
         /// Write nothing; exit with 1 if the page is not what would be written.
@@ -39,6 +46,7 @@ enum Command {
 fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Check { tool } => check::run(tool),
+        Command::Benchmarks { rounds } => benchmarks::run(rounds),
         Command::Coverage { check } => coverage::run(check),
         Command::Silicon(options) => silicon::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),

@@ -1,0 +1,104 @@
+//! Code that changes: a program that writes code and runs it, and one that runs much code few times.
+
+use crate::{Numbers, Program, fold};
+
+/// The group's programs.
+pub const PROGRAMS: &[Program] = &[
+    Program { name: "jit-patch", run: patch, result: 0xfb29_87eb_f0ad_4333 },
+    Program { name: "jit-compile", run: || compiled(400, 20), result: 0xa465_1fee_e284_c3bb },
+    Program { name: "cold-code", run: || compiled(12_000, 1), result: 0xffed_c03e_6882_c1b8 },
+];
+
+/// Memory that may be written and executed.
+struct Writable {
+    at: *mut u8,
+    size: usize,
+}
+
+impl Writable {
+    fn new(size: usize) -> Option<Writable> {
+        let protection = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
+        // SAFETY: a new mapping.
+        let p = unsafe {
+            libc::mmap(std::ptr::null_mut(), size, protection, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)
+        };
+        (p != libc::MAP_FAILED).then_some(Writable { at: p.cast(), size })
+    }
+
+    /// Puts a function at an offset.
+    fn put(&self, offset: usize, code: &[u8]) {
+        assert!(offset + code.len() <= self.size);
+        // SAFETY: inside the mapping, which nothing borrows.
+        unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.at.add(offset), code.len()) }
+    }
+
+    /// Calls the function at an offset.
+    fn call(&self, offset: usize, argument: u64) -> u64 {
+        // SAFETY: every caller has put a whole function with this signature there, which touches no memory.
+        unsafe {
+            let f: extern "sysv64" fn(u64) -> u64 = std::mem::transmute(self.at.add(offset));
+            f(argument)
+        }
+    }
+}
+
+impl Drop for Writable {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this value's own.
+        unsafe { libc::munmap(self.at.cast(), self.size) };
+    }
+}
+
+/// One function, whose constant is written anew before each call.
+fn patch() -> Option<u64> {
+    let memory = Writable::new(4096)?;
+    let mut sum = 0;
+    for n in 0..10_000u32 {
+        // MOV EAX, n; RET.
+        let [a, b, c, d] = n.wrapping_mul(0x9e37_79b1).to_le_bytes();
+        memory.put(0, &[0xb8, a, b, c, d, 0xc3]);
+        sum = fold(sum, memory.call(0, 0));
+    }
+    Some(sum)
+}
+
+/// `functions` functions of straight-line arithmetic are written and each called 8 times, all of it `rounds` times in the
+/// same memory.
+fn compiled(functions: usize, rounds: u64) -> Option<u64> {
+    const ROOM: usize = 128;
+    let memory = Writable::new(functions * ROOM)?;
+    let mut numbers = Numbers(functions as u64);
+    let mut sum = 0;
+    for _ in 0..rounds {
+        for f in 0..functions {
+            memory.put(f * ROOM, &function(&mut numbers));
+        }
+        for f in 0..functions {
+            sum = (0..8).fold(sum, |sum, _| memory.call(f * ROOM, sum));
+        }
+    }
+    Some(sum)
+}
+
+/// A function of its argument, with a branch in the middle.
+fn function(numbers: &mut Numbers) -> Vec<u8> {
+    let mut code = vec![0x48, 0x89, 0xf8]; // MOV RAX, RDI
+    for half in 0..2 {
+        for _ in 0..6 {
+            let n = numbers.next();
+            let [a, b, c, d, ..] = n.to_le_bytes();
+            match n >> 62 {
+                0 => code.extend([0x48, 0x05, a, b, c, d]),       // ADD RAX, imm32
+                1 => code.extend([0x48, 0x35, a, b, c, d]),       // XOR RAX, imm32
+                2 => code.extend([0x48, 0xc1, 0xc0, a & 63]),     // ROL RAX, imm8
+                _ => code.extend([0x48, 0x69, 0xc0, a, b, c, d]), // IMUL RAX, RAX, imm32
+            }
+        }
+        if half == 0 {
+            // TEST AL, 1; JZ over INC RAX.
+            code.extend([0xa8, 1, 0x74, 3, 0x48, 0xff, 0xc0]);
+        }
+    }
+    code.push(0xc3);
+    code
+}

@@ -1,0 +1,241 @@
+//! Those who run the programs, and how each is started.
+
+use std::collections::BTreeMap;
+use std::fs::OpenOptions;
+use std::io::{BufRead, BufReader, ErrorKind, Read};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use crate::initrd;
+
+const DIGLOT: &str = env!("CARGO_BIN_EXE_diglot");
+/// A run that takes longer is ended, and its contender is out.
+const LIMIT: Duration = Duration::from_secs(600);
+/// A program's name in the results for the time from power-on to init.
+pub const BOOT: &str = "boot";
+
+/// Where a contender runs the programs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Native,
+    Diglot(&'static str),
+    Qemu(&'static str),
+}
+
+/// One who runs the programs.
+pub struct Contender {
+    /// What the table calls it.
+    pub name: &'static str,
+    kind: Kind,
+    /// How often each program runs in a round; the slow ones take their time.
+    repetitions: u32,
+}
+
+/// Names of contenders that ratios are made of.
+pub const NATIVE: &str = "native";
+#[allow(missing_docs)]
+pub const JIT: &str = "jit";
+#[allow(missing_docs)]
+pub const QEMU: &str = "QEMU TCG";
+
+/// All of them, in the order in which a round runs them.
+pub const CONTENDERS: [Contender; 6] = [
+    Contender { name: NATIVE, kind: Kind::Native, repetitions: 3 },
+    Contender { name: "kvm", kind: Kind::Diglot("kvm"), repetitions: 3 },
+    Contender { name: JIT, kind: Kind::Diglot("jit"), repetitions: 3 },
+    Contender { name: QEMU, kind: Kind::Qemu("tcg,thread=single"), repetitions: 3 },
+    Contender { name: "interp", kind: Kind::Diglot("interp"), repetitions: 1 },
+    Contender { name: "QEMU KVM", kind: Kind::Qemu("kvm"), repetitions: 3 },
+];
+
+/// What came of a run.
+pub enum Outcome {
+    /// Times.
+    Measured(Run),
+    /// The contender is not to be had here: why.
+    Unavailable(String),
+    /// A program's result was not what it must be.
+    Wrong(String),
+}
+
+/// The times of one run: seconds by program, one for each repetition.
+#[derive(Default)]
+pub struct Run {
+    /// By program.
+    pub seconds: BTreeMap<String, Vec<f64>>,
+}
+
+/// What the guests boot.
+pub struct Files {
+    program: PathBuf,
+    kernel: PathBuf,
+    initrd: PathBuf,
+}
+
+impl Files {
+    /// Makes the initial RAM disk and fetches the kernel, both into `directory`.
+    pub fn prepare(directory: &Path, program: PathBuf) -> Result<Files, String> {
+        let exported = Command::new(DIGLOT)
+            .args(["run", "debian", "--export"])
+            .arg(directory)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .status()
+            .is_ok_and(|status| status.success());
+        if !exported {
+            return Err("there is no kernel for the guests, for the reason above".into());
+        }
+        let initrd = directory.join("programs.cpio");
+        let init = std::fs::read(&program).map_err(|e| format!("{}: {e}", program.display()))?;
+        std::fs::write(&initrd, initrd::archive(&init)).map_err(|e| format!("{}: {e}", initrd.display()))?;
+        Ok(Files { program, kernel: directory.join("vmlinuz"), initrd })
+    }
+}
+
+/// Ends with its run, whatever becomes of that.
+struct Guard(Child);
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Contender {
+    /// Runs the programs once round.
+    pub fn run(&self, files: &Files, programs: &[String]) -> Outcome {
+        if self.kind == Kind::Qemu("kvm")
+            && let Err(e) = OpenOptions::new().read(true).write(true).open("/dev/kvm")
+        {
+            return Outcome::Unavailable(format!("/dev/kvm: {e}"));
+        }
+        let mut command = self.command(files, programs);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        // SAFETY: prctl may be called between fork and exec.
+        unsafe {
+            command.pre_exec(|| {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                Ok(())
+            });
+        }
+        let start = Instant::now();
+        let child = match command.spawn() {
+            Ok(child) => child,
+            Err(e) if e.kind() == ErrorKind::NotFound => {
+                return Outcome::Unavailable(format!("{} is not installed", command.get_program().display()));
+            }
+            Err(e) => return Outcome::Unavailable(format!("{}: {e}", command.get_program().display())),
+        };
+        self.follow(child, start)
+    }
+
+    fn command(&self, files: &Files, programs: &[String]) -> Command {
+        let repetitions = self.repetitions.to_string();
+        // What is behind the dashes goes to init.
+        let cmdline = format!("console=ttyS0 quiet panic=-1 -- {repetitions} {}", programs.join(" "));
+        let mut command = match self.kind {
+            Kind::Native => {
+                let mut command = Command::new(&files.program);
+                command.arg(repetitions).args(programs);
+                return command;
+            }
+            Kind::Diglot(backend) => {
+                let mut command = Command::new(DIGLOT);
+                command.args(["run", "--memory", "512M", "--backend", backend, "--no-reboot", "--kernel"]);
+                command.arg(&files.kernel).arg("--initrd").arg(&files.initrd).arg("--append");
+                command
+            }
+            Kind::Qemu(accelerator) => {
+                let mut command = Command::new("qemu-system-x86_64");
+                command.args([
+                    "-accel",
+                    accelerator,
+                    "-cpu",
+                    "max",
+                    "-smp",
+                    "1",
+                    "-m",
+                    "512",
+                    "-nographic",
+                    "-no-reboot",
+                ]);
+                command.arg("-kernel").arg(&files.kernel).arg("-initrd").arg(&files.initrd).arg("-append");
+                command
+            }
+        };
+        command.arg(cmdline);
+        command
+    }
+
+    fn follow(&self, mut child: Child, start: Instant) -> Outcome {
+        let (Some(output), Some(mut errors)) = (child.stdout.take(), child.stderr.take()) else {
+            return Outcome::Unavailable("it has no output".into());
+        };
+        let _guard = Guard(child);
+        let (lines, received) = mpsc::channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(output).split(b'\n').map_while(Result::ok) {
+                let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+                if lines.send((line, Instant::now())).is_err() {
+                    break;
+                }
+            }
+        });
+        let mut run = Run::default();
+        loop {
+            let left = LIMIT.saturating_sub(start.elapsed());
+            let (line, at) = match received.recv_timeout(left) {
+                Ok(received) => received,
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    return Outcome::Unavailable(format!("not done after {} s", LIMIT.as_secs()));
+                }
+                Err(mpsc::RecvTimeoutError::Disconnected) => {
+                    let mut said = String::new();
+                    let _ = errors.read_to_string(&mut said);
+                    let last = said.lines().last().unwrap_or("it ended before its programs did");
+                    return Outcome::Unavailable(last.trim_start_matches("diglot: ").to_owned());
+                }
+            };
+            let words: Vec<&str> = line.split_whitespace().collect();
+            match words.as_slice() {
+                // QEMU's firmware leaves the line begun.
+                [.., last] if last.ends_with("begin") && self.kind != Kind::Native => {
+                    run.seconds.insert(BOOT.into(), vec![(at - start).as_secs_f64()]);
+                }
+                ["end"] => return Outcome::Measured(run),
+                ["program", name, nanoseconds] => {
+                    if let Ok(n) = nanoseconds.parse::<f64>() {
+                        run.seconds.entry((*name).into()).or_default().push(n / 1e9);
+                    }
+                }
+                ["wrong", name, result] => return Outcome::Wrong(format!("{name} comes to {result}, which is wrong")),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// On Ctrl-C and SIGTERM removes the temporary directory and ends, and with it the contender that runs.
+pub fn end_on_signals(directory: PathBuf) {
+    // SAFETY: the set is initialised before use; blocking signals in this thread, before it starts others, leaves them
+    // to the one that waits.
+    let set = unsafe {
+        let mut set = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, libc::SIGINT);
+        libc::sigaddset(&raw mut set, libc::SIGTERM);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
+        set
+    };
+    std::thread::spawn(move || {
+        let mut signal = 0;
+        // SAFETY: both are valid for the call.
+        unsafe { libc::sigwait(&raw const set, &raw mut signal) };
+        let _ = std::fs::remove_dir_all(&directory);
+        std::process::exit(128 + signal);
+    });
+}
