@@ -4,9 +4,9 @@ use crate::{Numbers, Program, fold};
 
 /// The group's programs.
 pub const PROGRAMS: &[Program] = &[
-    Program { name: "jit-patch", run: patch, result: 0xfb29_87eb_f0ad_4333 },
-    Program { name: "jit-compile", run: || compiled(400, 20), result: 0xa465_1fee_e284_c3bb },
-    Program { name: "cold-code", run: || compiled(12_000, 1), result: 0xffed_c03e_6882_c1b8 },
+    Program { name: "jit-patch", run: patch, result: 0x7349_1d4f_96b2_b5fa },
+    Program { name: "jit-compile", run: || compiled(400, 60), result: 0x1e45_5067_3260_7fe9 },
+    Program { name: "cold-code", run: || compiled(24_000, 1), result: 0x3943_2574_c6d5_bff6 },
 ];
 
 /// Memory that may be written and executed.
@@ -53,7 +53,7 @@ impl Drop for Writable {
 fn patch() -> Option<u64> {
     let memory = Writable::new(4096)?;
     let mut sum = 0;
-    for n in 0..10_000u32 {
+    for n in 0..50_000u32 {
         // MOV EAX, n; RET.
         let [a, b, c, d] = n.wrapping_mul(0x9e37_79b1).to_le_bytes();
         memory.put(0, &[0xb8, a, b, c, d, 0xc3]);

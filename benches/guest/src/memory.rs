@@ -8,12 +8,12 @@ use crate::{Numbers, Program, fold};
 
 /// The group's programs.
 pub const PROGRAMS: &[Program] = &[
-    Program { name: "memcpy-4k", run: || copies(4 << 10, 20_000), result: 0x1398_455a_3f63_6823 },
+    Program { name: "memcpy-4k", run: || copies(4 << 10, 200_000), result: 0x932d_956e_05b7_d276 },
     Program { name: "memcpy-16m", run: || copies(16 << 20, 6), result: 0x6651_20b5_fcb2_de85 },
-    Program { name: "rep-movsb", run: rep_movsb, result: 0x4c3b_10e3_c978_31ab },
-    Program { name: "rep-stosb", run: rep_stosb, result: 0x4979_f557_9bac_743a },
+    Program { name: "rep-movsb", run: rep_movsb, result: 0xd51b_efa8_0489_888c },
+    Program { name: "rep-stosb", run: rep_stosb, result: 0x91ff_ece0_d184_78ae },
     Program { name: "chase", run: chase, result: 0x679a_0fc4_1697_7f83 },
-    Program { name: "atomics", run: atomics, result: 0x8fa2_eee1_4a01_dc33 },
+    Program { name: "atomics", run: atomics, result: 0x73d8_2123_f8a2_35f7 },
 ];
 
 fn pattern(len: usize) -> Vec<u8> {
@@ -35,12 +35,12 @@ fn copies(len: usize, times: u64) -> Option<u64> {
 fn rep_movsb() -> Option<u64> {
     let (from, mut to) = (pattern(1 << 20), vec![0u8; 1 << 20]);
     let mut sum = 0;
-    for n in 0..100usize {
+    for n in 0..1000usize {
         // SAFETY: both buffers are as long as is copied.
         unsafe {
             asm!("rep movsb", inout("rcx") to.len() - n => _, inout("rsi") from.as_ptr() => _, inout("rdi") to.as_mut_ptr() => _, options(nostack));
         }
-        sum = fold(sum, to[n * 10_007].into());
+        sum = fold(sum, to[n * 10_007 % (1 << 20)].into());
     }
     Some(sum)
 }
@@ -49,12 +49,12 @@ fn rep_movsb() -> Option<u64> {
 fn rep_stosb() -> Option<u64> {
     let mut to = vec![0u8; 1 << 20];
     let mut sum = 0;
-    for n in 0..100usize {
+    for n in 0..1000usize {
         // SAFETY: the buffer is as long as is filled.
         unsafe {
             asm!("rep stosb", inout("rcx") to.len() => _, in("al") n as u8, inout("rdi") to.as_mut_ptr() => _, options(nostack));
         }
-        sum = fold(sum, to[n * 10_007].into());
+        sum = fold(sum, to[n * 10_007 % (1 << 20)].into());
     }
     Some(sum)
 }
@@ -81,7 +81,7 @@ fn atomics() -> Option<u64> {
     let cells: [AtomicU64; 4] = Default::default();
     let mut numbers = Numbers(3);
     let mut sum = 0;
-    for n in 0..400_000u64 {
+    for n in 0..1_600_000u64 {
         let v = numbers.next();
         sum = fold(sum, cells[0].fetch_add(v, Ordering::SeqCst));
         sum ^= cells[1].swap(sum, Ordering::SeqCst);
