@@ -853,6 +853,29 @@ fn breakpoint_held_back_until_int1() {
     }
 }
 
+/// A read of device memory may raise an interrupt, which is taken behind it.
+#[test]
+fn interrupt_behind_a_device_read() {
+    check(
+        || {
+            let mut m = Machine::long().flags(flag::IF).code64(|a| {
+                a.mov(ebx, DATA as u32)?;
+                a.mov(eax, dword_ptr(rbx))?;
+                a.nop()?;
+                a.nop()?;
+                a.hlt()
+            });
+            m.pte(DATA, DEVICE | P | W | A | D);
+            m
+        },
+        |o| {
+            // MOV RBX, imm32 and MOV EAX, [RBX].
+            assert_eq!(o.exception(DEVICE_IRQ).ip, CODE + 5 + 2, "{}", o.engine);
+            assert_eq!(o.gpr(0), 0xffff_ffff);
+        },
+    );
+}
+
 /// HLT with IF=0 is woken by an NMI, and not by an interrupt that waits.
 #[test]
 fn halt_without_interrupts() {

@@ -70,6 +70,9 @@ pub const NX: u64 = 1 << 63;
 pub const PORT_IRQ: u32 = 0x10;
 /// Port whose output raises an NMI.
 pub const PORT_NMI: u32 = 0x11;
+/// A guest physical address outside RAM whose reads raise interrupt [`DEVICE_IRQ`].
+pub const DEVICE: u64 = 0xfd00_0000;
+pub const DEVICE_IRQ: u8 = 0x51;
 /// A write to this port disables the local APIC.
 pub const PORT_APIC_OFF: u32 = 0x12;
 
@@ -100,6 +103,12 @@ impl Platform for Board {
             PORT_APIC_OFF => b.apic_off = true,
             _ => b.ports.push((port, size, Some(value))),
         }
+    }
+    fn mmio_read(&mut self, gpa: u64, _size: u8) -> u64 {
+        if gpa == DEVICE {
+            self.0.lock().unwrap().irqs.push_back(DEVICE_IRQ);
+        }
+        u64::MAX
     }
     fn tsc(&mut self) -> u64 {
         let mut b = self.0.lock().unwrap();
