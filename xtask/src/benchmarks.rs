@@ -50,8 +50,8 @@ fn page(value: &Value) -> String {
         CONTENDERS.into_iter().filter(|name| programs().any(|row| seconds(row, name).is_some())).collect();
     let mut out = format!(
         "# Benchmarks\n\nWritten by `cargo xtask benchmarks` from what `cargo bench --bench versus` measured; what the \
-         programs do is in `benches/guest`.\nTimes are medians in milliseconds. The column \"QEMU / jit\" is the median \
-         over rounds of QEMU's time to that of Diglot's compiler\nin the same round: above 1, Diglot is faster.\n\n\
+         programs do is in\n`benches/guest`. Times are medians in milliseconds. The column \"QEMU / jit\" is the median \
+         over rounds of QEMU's time\nto that of Diglot's compiler in the same round: above 1, Diglot is faster.\n\n\
          - Machine: {}\n- Diglot: {}\n- QEMU: {}\n- Rounds: {}\n\n![QEMU's time to the compiler's]({CHART})\n\n",
         text("machine"),
         text("diglot"),
