@@ -9,10 +9,14 @@
 //! what else the host does falls on all of them; the ratio is the median over rounds of the time to QEMU's in the same
 //! round. Memory is what is resident when the line appears, beyond the guest RAM that is.
 
+mod support;
+
 use std::io::{self, Read};
 use std::path::Path;
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
+
+use support::{DIGLOT, Guard, export_debian, median};
 
 /// What init prints first.
 const FIRST_LINE: &[u8] = b"Debian kernel ";
@@ -26,7 +30,6 @@ struct Contender {
     options: &'static [&'static str],
 }
 
-const DIGLOT: &str = env!("CARGO_BIN_EXE_diglot");
 const CONTENDERS: [Contender; 3] = [
     Contender {
         name: "QEMU TCG, one thread",
@@ -49,16 +52,6 @@ const CONTENDERS: [Contender; 3] = [
 struct Run {
     seconds: f64,
     beyond: Option<f64>,
-}
-
-/// Ends with its run, whatever becomes of that.
-struct Guard(Child);
-
-impl Drop for Guard {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 /// Boots once.
@@ -112,17 +105,6 @@ fn field<'a>(smaps: &'a str, name: &'a str) -> impl Iterator<Item = u64> + 'a {
     smaps.lines().filter_map(value)
 }
 
-fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() {
-        0 => None,
-        n if n % 2 == 0 => Some((values[middle - 1] + values[middle]) / 2.0),
-        _ => Some(values[middle]),
-    }
-}
-
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     // Cargo runs benches in test mode too, where nothing is measured.
@@ -131,13 +113,7 @@ fn main() -> ExitCode {
     }
     let rounds = arguments.iter().find_map(|a| a.parse().ok()).filter(|&n| n > 0).unwrap_or(ROUNDS);
     let directory = std::env::temp_dir().join(format!("diglot-bench-{}", std::process::id()));
-    let exported = Command::new(DIGLOT)
-        .args(["run", "debian", "--export"])
-        .arg(&directory)
-        .stdin(Stdio::null())
-        .status()
-        .is_ok_and(|status| status.success());
-    if !exported {
+    if !export_debian(&directory) {
         println!("not available: Debian's kernel, for the reason above");
         return ExitCode::SUCCESS;
     }

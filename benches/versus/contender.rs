@@ -10,8 +10,8 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use crate::initrd;
+use crate::support::{DIGLOT, Guard, export_debian};
 
-const DIGLOT: &str = env!("CARGO_BIN_EXE_diglot");
 /// A run that takes longer is ended, and its contender is out.
 const LIMIT: Duration = Duration::from_secs(600);
 /// A program's name in the results for the time from power-on to init.
@@ -78,30 +78,13 @@ pub struct Files {
 impl Files {
     /// Makes the initial RAM disk and fetches the kernel, both into `directory`.
     pub fn prepare(directory: &Path, program: PathBuf) -> Result<Files, String> {
-        let exported = Command::new(DIGLOT)
-            .args(["run", "debian", "--export"])
-            .arg(directory)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .status()
-            .is_ok_and(|status| status.success());
-        if !exported {
+        if !export_debian(directory) {
             return Err("there is no kernel for the guests, for the reason above".into());
         }
         let initrd = directory.join("programs.cpio");
         let init = std::fs::read(&program).map_err(|e| format!("{}: {e}", program.display()))?;
         std::fs::write(&initrd, initrd::archive(&init)).map_err(|e| format!("{}: {e}", initrd.display()))?;
         Ok(Files { program, kernel: directory.join("vmlinuz"), initrd })
-    }
-}
-
-/// Ends with its run, whatever becomes of that.
-struct Guard(Child);
-
-impl Drop for Guard {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
     }
 }
 

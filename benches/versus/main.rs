@@ -17,6 +17,8 @@ mod chart;
 mod contender;
 mod initrd;
 mod report;
+#[path = "../support/mod.rs"]
+mod support;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

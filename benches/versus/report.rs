@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use crate::Results;
 use crate::contender::{BOOT, CONTENDERS, JIT, NATIVE, QEMU, Run};
+use crate::support::median;
 
 /// Programs that are judged together, by the geometric mean of their ratios to QEMU.
 const GROUPS: [(&str, &[&str]); 10] = [
@@ -49,17 +50,6 @@ pub struct Report {
     pub rows: Vec<Row>,
     unavailable: Vec<(&'static str, String)>,
     rounds: usize,
-}
-
-fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() {
-        0 => None,
-        n if n % 2 == 0 => Some((values[middle - 1] + values[middle]) / 2.0),
-        _ => Some(values[middle]),
-    }
 }
 
 fn times(runs: &[Run], program: &str) -> Option<Times> {
