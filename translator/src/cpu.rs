@@ -202,14 +202,22 @@ impl Cpu {
     /// Recomputes what is derived from CPL, CR4.SMAP and RFLAGS.AC for data accesses.
     pub fn access_class_changed(&mut self) {
         self.class = self.access_class();
-        self.jit.tlb = self.mmu.tlb.table(self.class).entries.as_ptr() as u64;
+        self.jit.tlb = self.mmu.tlb.table(self.class).address();
     }
 
-    /// Whether instructions must run one by one: single-stepping, breakpoints, or an interrupt shadow.
+    /// Whether instructions must run one by one: single-stepping, breakpoints, or an interrupt shadow. (RF matters only
+    /// beside breakpoints.)
     #[inline(always)]
     pub fn must_step(&self) -> bool {
         let s = &self.s;
-        s.rflags & (flag::TF | flag::RF) != 0 || s.shadow != 0 || s.dr[7] & 0xff != 0 || self.pending_debug != 0
+        s.rflags & flag::TF != 0 || s.shadow != 0 || s.dr[7] & 0xff != 0 || self.pending_debug != 0
+    }
+
+    /// Clears RF, as the start of an instruction does: IRET and task switches load it for the next one, and repeated
+    /// string instructions set it until their last iteration (SDM vol. 3 §17.3.1.1).
+    #[inline(always)]
+    pub fn begin_instruction(&mut self) {
+        self.s.rflags &= !flag::RF;
     }
 
     /// Whether an interrupt may wait that the dispatch loop has not been told to be absent.

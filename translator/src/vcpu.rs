@@ -217,6 +217,7 @@ impl Vcpu {
     fn run_compiled(&mut self, code: u64) -> Result<(), TripleFault> {
         let Some(jit) = &self.jit else { return Ok(()) };
         self.counts.entries += 1;
+        self.cpu.begin_instruction();
         self.cpu.jit.exit_reason = reason::NEXT;
         if self.cpu.journal.is_some() {
             if let Err(difference) = self.run_compared(code) {
@@ -324,6 +325,7 @@ impl Vcpu {
         }
         let block = self.blocks.get(id);
         let cpu = &mut self.cpu;
+        cpu.begin_instruction();
         cpu.ip_base = cpu.s.rip;
         cpu.stop_block = false;
         cpu.again = false;
@@ -445,9 +447,7 @@ impl Vcpu {
         cpu.stop_block = false;
         cpu.again = false;
         cpu.s.shadow = 0;
-        // RF is cleared at the start of the instruction; IRET and task switches load it for the next one, and repeated
-        // string instructions set it until their last iteration (SDM vol. 3 §17.3.1.1).
-        cpu.s.rflags &= !flag::RF;
+        cpu.begin_instruction();
         let next = cpu.next_ip_value(&insn);
         cpu.s.rip = next;
         self.counts.interpreted += 1;

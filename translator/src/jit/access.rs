@@ -6,15 +6,23 @@ use std::mem::offset_of;
 
 use cranelift_codegen::ir::condcodes::IntCC;
 use cranelift_codegen::ir::types::I64;
-use cranelift_codegen::ir::{BlockArg, InstBuilder, Value};
+use cranelift_codegen::ir::{BlockArg, InstBuilder, Type, Value};
 
 use crate::addr::PAGE_MASK;
 use crate::emit::Emit;
 use crate::insn::{Insn, Mode};
 use crate::jit::Unsupported;
 use crate::jit::emit::{Helper, JitEmit, aligned, at, plain};
-use crate::mmu::tlb::{TLB_ENTRIES, TlbEntry};
+use crate::mmu::tlb::{SITE_LIMIT, SITES, Sites, TlbEntry, Translations};
 use crate::state::seg;
+
+const ENTRIES_AT: i32 = offset_of!(Translations, entries) as i32;
+const SITES_AT: i32 = offset_of!(Translations, sites) as i32;
+
+/// Where in the table a site's word is, of those at `field`.
+fn site_at(field: usize, site: usize) -> i32 {
+    SITES_AT + (field + 8 * site) as i32
+}
 
 impl JitEmit<'_> {
     pub(super) fn linear(&mut self, i: &Insn, s: u8, ea: Value) -> Result<Value, Unsupported> {
@@ -30,37 +38,87 @@ impl JitEmit<'_> {
         if plain { Ok(ea) } else { Err(Unsupported) }
     }
 
-    /// The host address of `bytes` bytes at `linear`, by the TLB's `tag`; `slow` gives it on a miss.
-    pub(super) fn host(
+    /// Accesses `bytes` bytes at `linear` by the TLB's `tag`: `at` is the access, given its host address, and may be
+    /// emitted several times; `slow` gives the address on a miss, unless it has done the access. What `at` gives, if it
+    /// is of some type, is the result.
+    fn access(
         &mut self,
         linear: Value,
         bytes: u64,
         tag: usize,
+        result: Option<Type>,
+        at: impl Fn(&mut Self, Value) -> Option<Value>,
         slow: impl FnOnce(&mut Self) -> Option<Value>,
-    ) -> Value {
+    ) -> Option<Value> {
+        let done = self.b.create_block();
+        let result = result.map(|t| self.b.append_block_param(done, t));
+        let finish = |e: &mut Self, host| {
+            let value = at(e, host).map(BlockArg::Value);
+            e.b.ins().jump(done, value.as_slice());
+        };
+        let site =
+            self.in_loops[self.current].then(|| self.by_site(linear, tag == offset_of!(TlbEntry, write), finish));
+        let table = self.b.use_var(self.tlb);
         let shift = size_of::<TlbEntry>().trailing_zeros();
         let index = self.b.ins().ushr_imm_u(linear, i64::from(12 - shift));
-        let index = self.b.ins().band_imm_u(index, ((TLB_ENTRIES - 1) << shift) as i64);
-        let table = self.b.use_var(self.tlb);
+        let mask = self.b.ins().load(I64, aligned(), table, offset_of!(Translations, mask) as i32);
+        let index = self.b.ins().band(index, mask);
         let entry = self.b.ins().iadd(table, index);
         let last = if bytes == 1 { linear } else { self.b.ins().iadd_imm_u(linear, bytes as i64 - 1) };
         let page = self.b.ins().band_imm_s(last, !(PAGE_MASK as i64));
-        let found = self.b.ins().load(I64, aligned(), entry, tag as i32);
+        let found = self.b.ins().load(I64, aligned(), entry, ENTRIES_AT + tag as i32);
         let hit = self.b.ins().icmp(IntCC::Equal, found, page);
-        let (fast, miss, go_on) = (self.b.create_block(), self.b.create_block(), self.b.create_block());
+        let (known, miss) = (self.b.create_block(), self.b.create_block());
         self.b.set_cold_block(miss);
-        let host = self.b.append_block_param(go_on, I64);
-        self.b.ins().brif(hit, fast, &[], miss, &[]);
+        self.b.ins().brif(hit, known, &[], miss, &[]);
         self.b.switch_to_block(miss);
-        if let Some(host) = slow(self) {
-            self.b.ins().jump(go_on, &[BlockArg::Value(host)]);
+        match slow(self) {
+            Some(host) => finish(self, host),
+            None => _ = self.b.ins().jump(done, &[]),
         }
-        self.b.switch_to_block(fast);
-        let addend = self.b.ins().load(I64, aligned(), entry, offset_of!(TlbEntry, addend) as i32);
-        let address = self.b.ins().iadd(addend, linear);
-        self.b.ins().jump(go_on, &[BlockArg::Value(address)]);
-        self.b.switch_to_block(go_on);
-        host
+        self.b.switch_to_block(known);
+        let addend = self.b.ins().load(I64, aligned(), entry, ENTRIES_AT + offset_of!(TlbEntry, addend) as i32);
+        if let Some(site) = site {
+            self.b.set_cold_block(known);
+            self.remember(site, page, addend);
+        }
+        let host = self.b.ins().iadd(addend, linear);
+        finish(self, host);
+        self.b.switch_to_block(done);
+        result
+    }
+
+    /// Begins an access by where it was last, which `finish` does and ends; the current block is where it is somewhere
+    /// else. The site's number.
+    fn by_site(&mut self, linear: Value, store: bool, finish: impl Fn(&mut Self, Value)) -> usize {
+        let site = self.next_site + if store { SITES } else { 0 };
+        self.next_site = (self.next_site + 1) % SITES;
+        let table = self.b.use_var(self.tlb);
+        let base = self.b.ins().load(I64, aligned(), table, site_at(offset_of!(Sites, base), site));
+        let offset = self.b.ins().isub(linear, base);
+        let limit = self.b.ins().load(I64, aligned(), table, site_at(offset_of!(Sites, limit), site));
+        let hit = self.b.ins().icmp(IntCC::UnsignedLessThan, offset, limit);
+        let (here, elsewhere) = (self.b.create_block(), self.b.create_block());
+        self.b.set_cold_block(elsewhere);
+        self.b.ins().brif(hit, here, &[], elsewhere, &[]);
+        self.b.switch_to_block(here);
+        let host = self.b.ins().load(I64, aligned(), table, site_at(offset_of!(Sites, host), site));
+        let host = self.b.ins().iadd(host, offset);
+        finish(self, host);
+        self.b.switch_to_block(elsewhere);
+        site
+    }
+
+    /// Fills a site with a page that the table knows.
+    fn remember(&mut self, site: usize, page: Value, addend: Value) {
+        let table = self.b.use_var(self.tlb);
+        let host = self.b.ins().iadd(page, addend);
+        let limit = self.b.ins().iconst(I64, SITE_LIMIT as i64);
+        let used = self.b.ins().iconst(I64, 1);
+        self.b.ins().store(aligned(), page, table, site_at(offset_of!(Sites, base), site));
+        self.b.ins().store(aligned(), limit, table, site_at(offset_of!(Sites, limit), site));
+        self.b.ins().store(aligned(), host, table, site_at(offset_of!(Sites, host), site));
+        self.b.ins().store(aligned(), used, table, SITES_AT + offset_of!(Sites, used) as i32);
     }
 
     /// Calls a slow path and leaves to the interpreter if it says so; gives the address it found.
@@ -73,15 +131,30 @@ impl JitEmit<'_> {
         found
     }
 
-    pub(super) fn load_host(&mut self, linear: Value, bytes: u64) -> Value {
+    /// A load of a value of type `t`.
+    pub(super) fn load_value(&mut self, linear: Value, bytes: u64, t: Type) -> Value {
         self.write_through();
-        self.host(linear, bytes, offset_of!(TlbEntry, read), |e| Some(e.slow(Helper::Load, linear, bytes, None)))
+        let load = |e: &mut Self, host| Some(e.b.ins().load(t, plain(), host, 0));
+        let slow = |e: &mut Self| Some(e.slow(Helper::Load, linear, bytes, None));
+        // An access with a result has one.
+        self.access(linear, bytes, offset_of!(TlbEntry, read), Some(t), load, slow).unwrap_or(linear)
+    }
+
+    /// The host address of bytes that are read and then written.
+    pub(super) fn host_to_modify(&mut self, linear: Value, bytes: u64) -> Value {
+        self.write_through();
+        let slow = |e: &mut Self| Some(e.slow(Helper::Modify, linear, bytes, None));
+        let found = self.access(linear, bytes, offset_of!(TlbEntry, write), Some(I64), |_, host| Some(host), slow);
+        found.unwrap_or(linear)
     }
 
     pub(super) fn store_value(&mut self, linear: Value, bytes: u64, v: Value) {
         self.write_through();
-        let done = self.b.create_block();
-        let host = self.host(linear, bytes, offset_of!(TlbEntry, write), |e| {
+        let store = |e: &mut Self, host| {
+            e.b.ins().store(plain(), v, host, 0);
+            None
+        };
+        self.access(linear, bytes, offset_of!(TlbEntry, write), None, store, |e| {
             let wide = if bytes == 16 {
                 e.b.ins().store(plain(), v, e.cpu, at!(jit.bounce));
                 e.b.ins().iconst(I64, 0)
@@ -89,12 +162,8 @@ impl JitEmit<'_> {
                 e.extend(v, bytes)
             };
             e.slow(Helper::Store, linear, bytes, Some(wide));
-            e.b.ins().jump(done, &[]);
             None
         });
-        self.b.ins().store(plain(), v, host, 0);
-        self.b.ins().jump(done, &[]);
-        self.b.switch_to_block(done);
     }
 
     pub(super) fn check_alignment(&mut self, linear: Value) {

@@ -24,6 +24,7 @@ use crate::jit::frame::{lazy, reason};
 use crate::jit::liveness::{dirty_on_entry, flags_live_on_entry, flags_read_on_entry, live_on_entry};
 use crate::jit::region::Plan;
 use crate::jit::usage::{Regs, Usage};
+use crate::mmu::tlb::SITES;
 use crate::vcpu::{JUMP_ENTRIES, JumpEntry};
 use crate::width::{W8, W16, W32, W64, Width};
 
@@ -107,6 +108,10 @@ pub struct JitEmit<'a> {
     pub(super) done: i64,
     /// Index of the block being emitted.
     pub(super) current: usize,
+    /// Whether control may come back to each block.
+    pub(super) in_loops: Vec<bool>,
+    /// The next access of a loop's number ([`crate::mmu::tlb::Sites`]).
+    pub(super) next_site: usize,
     /// Registers that the CPU state may lack on entry to each block.
     pub(super) dirty_in: Vec<Regs>,
     /// What is known of the flags on entry to blocks that have one way in, which was emitted before them, and whether
@@ -212,6 +217,8 @@ impl<'a> JitEmit<'a> {
             off: plan.blocks[0].off,
             done: 0,
             current: 0,
+            in_loops: plan.in_loops(),
+            next_site: first_site(plan),
             dirty_in: dirty_on_entry(plan),
             handed_down: vec![None; plan.blocks.len()],
             flags_live_in: flags_live_on_entry(plan),
@@ -689,6 +696,11 @@ impl<'a> JitEmit<'a> {
         self.leave_to(rip);
         jump_by_cache(&mut self.b, self.cpu, rip, self.tail_sig);
     }
+}
+
+/// Where a region's sites begin: regions that run in turns should not have the same.
+fn first_site(plan: &Plan) -> usize {
+    ((plan.gpa >> 4).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as usize % SITES
 }
 
 /// Emits the way from `rip`, which the CPU state has, to the code that the jump cache knows for it; back to the

@@ -6,6 +6,7 @@ use crate::cpu::Cpu;
 use crate::insn::{Insn, Rep};
 use crate::jit::frame::{HELPERS, reason};
 use crate::simd::fp::FpEnv;
+use crate::state::flag;
 
 impl Cpu {
     /// Points compiled code to the helpers and to what does not move.
@@ -79,7 +80,7 @@ impl Cpu {
     fn may_go_on(&self) -> bool {
         let asked = self.interrupt_possible() || self.late_fault || self.s.halted;
         let stale = self.flush_jump_cache || !self.smc.is_empty();
-        !(self.must_step() || asked || stale)
+        !(self.must_step() || self.s.rflags & flag::RF != 0 || asked || stale)
     }
 }
 

@@ -8,6 +8,7 @@ use crate::mem::granule_mask;
 
 /// The most blocks in a region: compile time per block grows beyond this.
 pub const MAX_BLOCKS: usize = 40;
+const _: () = assert!(MAX_BLOCKS <= u64::BITS as usize, "sets of blocks are words");
 /// Instructions in a region after which no block is added.
 pub const MAX_INSNS: usize = 400;
 
@@ -122,6 +123,21 @@ impl Plan {
     fn loop_heads(&self) -> Vec<u64> {
         let back = |(k, b): (usize, &RegionBlock)| b.successors().filter_map(move |s| self.find(s)).find(|&s| s <= k);
         self.blocks.iter().enumerate().filter_map(back).map(|k| self.blocks[k].off).collect()
+    }
+
+    /// Which blocks control may come back to by the region's own edges.
+    pub fn in_loops(&self) -> Vec<bool> {
+        let direct = |b: &RegionBlock| b.successors().filter_map(|s| self.find(s)).fold(0u64, |set, k| set | 1 << k);
+        let mut reached: Vec<u64> = self.blocks.iter().map(direct).collect();
+        // Warshall's closure.
+        for via in 0..reached.len() {
+            for from in 0..reached.len() {
+                if reached[from] >> via & 1 != 0 {
+                    reached[from] |= reached[via];
+                }
+            }
+        }
+        reached.iter().enumerate().map(|(k, set)| set >> k & 1 != 0).collect()
     }
 
     /// The page into which its one instruction crosses.

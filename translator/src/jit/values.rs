@@ -11,8 +11,7 @@ use cranelift_frontend::Variable;
 use crate::emit::{Bin, Cmp, Cond, Emit, Flags, FpArgs, FpCall, LaneOp, Un};
 use crate::insn::{Insn, Mode};
 use crate::jit::Unsupported;
-use crate::jit::emit::{FlagVal, Helper, JitEmit, aligned, at, int_type, plain, ty};
-use crate::mmu::tlb::TlbEntry;
+use crate::jit::emit::{FlagVal, JitEmit, aligned, at, int_type, plain, ty};
 use crate::simd::fp::FpFmt;
 use crate::width::{W8, W16, W32, W64, Width};
 use crate::{eval, flags};
@@ -456,8 +455,7 @@ impl Emit for JitEmit<'_> {
 
     fn load<W: Width>(&mut self, i: &Insn, s: u8, ea: Value) -> Result<Value, Unsupported> {
         let linear = self.linear(i, s, ea)?;
-        let host = self.load_host(linear, W::BYTES);
-        Ok(self.b.ins().load(ty::<W>(), plain(), host, 0))
+        Ok(self.load_value(linear, W::BYTES, ty::<W>()))
     }
 
     fn store<W: Width>(&mut self, i: &Insn, s: u8, ea: Value, v: Value) -> Result<(), Unsupported> {
@@ -473,9 +471,7 @@ impl Emit for JitEmit<'_> {
     fn load_rmw<W: Width>(&mut self, i: &Insn, s: u8, ea: Value) -> Result<Value, Unsupported> {
         let linear = self.linear(i, s, ea)?;
         self.write_through();
-        let host = self.host(linear, W::BYTES, offset_of!(TlbEntry, write), |e| {
-            Some(e.slow(Helper::Modify, linear, W::BYTES, None))
-        });
+        let host = self.host_to_modify(linear, W::BYTES);
         self.rmw_host = Some(host);
         Ok(self.b.ins().load(ty::<W>(), plain(), host, 0))
     }
@@ -483,16 +479,13 @@ impl Emit for JitEmit<'_> {
     fn check_store<W: Width>(&mut self, i: &Insn, ea: Value) -> Result<(), Unsupported> {
         let linear = self.linear(i, i.seg, ea)?;
         self.write_through();
-        self.host(linear, W::BYTES, offset_of!(TlbEntry, write), |e| {
-            Some(e.slow(Helper::Modify, linear, W::BYTES, None))
-        });
+        self.host_to_modify(linear, W::BYTES);
         Ok(())
     }
 
     fn load_x_low<W: Width>(&mut self, i: &Insn, ea: Value) -> Result<Value, Unsupported> {
         let linear = self.linear(i, i.seg, ea)?;
-        let host = self.load_host(linear, W::BYTES);
-        let v = self.b.ins().load(Self::element_type(W::BYTES), plain(), host, 0);
+        let v = self.load_value(linear, W::BYTES, Self::element_type(W::BYTES));
         Ok(self.low_element(v, W::BYTES))
     }
 
@@ -501,8 +494,7 @@ impl Emit for JitEmit<'_> {
         if aligned {
             self.check_alignment(linear);
         }
-        let host = self.load_host(linear, 16);
-        Ok(self.b.ins().load(I8X16, plain(), host, 0))
+        Ok(self.load_value(linear, 16, I8X16))
     }
 
     fn store_x(&mut self, i: &Insn, ea: Value, v: Value, aligned: bool) -> Result<(), Unsupported> {

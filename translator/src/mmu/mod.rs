@@ -14,7 +14,7 @@ use crate::mem::granule_mask;
 use crate::state::{cr, flag, seg};
 use crate::width::Width;
 use fetched::Fetched;
-use tlb::{CHECKED, Class, EMPTY, GLOBAL, JumpFlush, KEY_SHIFT, LARGE, SLOW, Table, TlbEntry, WATCHED};
+use tlb::{CHECKED, Class, EMPTY, GLOBAL, JumpFlush, KEY_SHIFT, SLOW, TlbEntry, WATCHED};
 use walk::{Access, Paging, Walk, walk};
 
 /// Entries of the code TLB.
@@ -325,7 +325,7 @@ impl Cpu {
 
     #[inline(always)]
     fn tlb_entry(&mut self, linear: u64) -> TlbEntry {
-        self.mmu.tlb.table(self.class).entries[Table::index(linear)]
+        *self.mmu.tlb.table(self.class).entry(linear)
     }
 
     #[cold]
@@ -413,13 +413,13 @@ impl Cpu {
     /// Translates one linear address, through the TLB, raising the fault if there is one.
     fn translate(&mut self, linear: u64, access: Access, class: Class) -> Result<Translated, Trap> {
         let page = linear & !PAGE_MASK;
-        let e = self.mmu.tlb.table(class).entries[Table::index(linear)];
+        let e = *self.mmu.tlb.table(class).entry(linear);
         let tag = if access == Access::Write { e.write } else { e.read };
         if tag & !PAGE_MASK == page && tag & PAGE_MASK <= SLOW | WATCHED | CHECKED {
             let gpa = e.phys & !PAGE_MASK | linear & PAGE_MASK;
             if tag & SLOW != 0 && e.read & SLOW == 0 && self.journal.is_none() && self.ram.code_granules(gpa) == 0 {
                 // The code that made stores slow has gone.
-                self.mmu.tlb.table(class).entries[Table::index(linear)].write = page | e.read & (WATCHED | CHECKED);
+                self.mmu.tlb.table(class).entry(linear).write = page | e.read & (WATCHED | CHECKED);
             }
             // Every present page has a read tag, and only MMIO has it slow.
             let host = (e.read & SLOW == 0).then(|| e.addend.wrapping_add(linear) as *mut u8);
@@ -427,8 +427,11 @@ impl Cpu {
         }
         self.mmu.counts.tlb_misses += 1;
         self.check_canonical(linear, 1)?;
-        let w = walk(&self.ram, &self.paging(), linear, access, class.is_user(), class == Class::SupervisorSmap)
-            .map_err(|e| self.raise(e))?;
+        let found = walk(&self.ram, &self.paging(), linear, access, class.is_user(), class == Class::SupervisorSmap);
+        let w = found.map_err(|e| {
+            self.mmu.tlb.page_fault();
+            self.raise(e)
+        })?;
         Ok(self.fill(linear, w, class))
     }
 
@@ -443,12 +446,9 @@ impl Cpu {
             read: page | mmio | watched,
             write: if w.writable { page | mmio | code | watched } else { EMPTY },
             addend: host_page.map_or(0, |h| (h as u64).wrapping_sub(page)),
-            phys: w.gpa & !PAGE_MASK
-                | if w.global { GLOBAL } else { 0 }
-                | if w.page_bits > 12 { LARGE } else { 0 }
-                | u64::from(w.key) << KEY_SHIFT,
+            phys: w.gpa & !PAGE_MASK | if w.global { GLOBAL } else { 0 } | u64::from(w.key) << KEY_SHIFT,
         };
-        self.mmu.tlb.table(class).insert(linear, entry);
+        self.mmu.tlb.table(class).insert(linear, entry, w.page_bits);
         Translated { gpa: w.gpa, host: host_page.map(|h| h.wrapping_add((linear & PAGE_MASK) as usize)) }
     }
 

@@ -5,8 +5,10 @@
 
 use crate::addr::PAGE_MASK;
 
-/// Entries in one table.
-pub const TLB_ENTRIES: usize = 1024;
+/// Entries in a table at first.
+const FEWEST: usize = 1024;
+/// Entries in a table that its address space has found too small.
+const MOST: usize = 16384;
 /// Address-space slots, each for one PCID.
 pub const SLOTS: usize = 8;
 
@@ -42,8 +44,65 @@ pub struct TlbEntry {
     pub write: u64,
     /// Host address minus linear address.
     pub addend: u64,
-    /// Guest physical page; bit 0: global, bit 1: part of a large page, bits 5:2: protection key.
+    /// Guest physical page; bit 0: global, bits 5:2: protection key.
     pub phys: u64,
+}
+
+/// Accesses of compiled loops that remember where they were last ([`Sites`]): so many loads, and behind them as many
+/// stores. Regions share them.
+pub const SITES: usize = 512;
+/// Offsets in a page below which an access of any width stays inside it.
+pub const SITE_LIMIT: u64 = PAGE_MASK - 14;
+
+/// Where accesses in loops were last: an offset from `base` below `limit` is at that offset from `host`. What these hold
+/// was in the table's entries once, and goes with them.
+#[repr(C)]
+pub struct Sites {
+    /// Whether there may be a `limit` that is not 0; compiled code says 1.
+    pub used: u64,
+    /// Linear addresses of pages.
+    pub base: [u64; 2 * SITES],
+    /// [`SITE_LIMIT`]; 0 for an empty site.
+    pub limit: [u64; 2 * SITES],
+    /// Host addresses of the pages.
+    pub host: [u64; 2 * SITES],
+}
+
+/// What of a table compiled code sees.
+#[repr(C)]
+pub struct Translations {
+    /// What accesses in loops look at first.
+    pub sites: Sites,
+    /// The bits of an offset into the entries in use that the linear address decides, from bit 12 on.
+    pub mask: u64,
+    /// Entries; those in use are valid, of the others nothing is.
+    pub entries: [TlbEntry; MOST],
+}
+
+impl Translations {
+    fn new() -> Box<Translations> {
+        // SAFETY: these are integers, for which zero is a value. The host gives memory to what is written first.
+        let mut new = unsafe { Box::<Translations>::new_zeroed().assume_init() };
+        new.resize(FEWEST);
+        new
+    }
+
+    /// Entries in use.
+    fn len(&self) -> usize {
+        self.mask as usize / size_of::<TlbEntry>() + 1
+    }
+
+    /// The entries in use.
+    fn used(&mut self) -> &mut [TlbEntry] {
+        let len = self.len();
+        &mut self.entries[..len]
+    }
+
+    /// Takes `len` entries into use, all empty.
+    fn resize(&mut self, len: usize) {
+        self.mask = ((len - 1) * size_of::<TlbEntry>()) as u64;
+        self.used().fill(EMPTY_ENTRY);
+    }
 }
 
 /// Tag of an empty entry; no page address equals it.
@@ -56,12 +115,13 @@ pub const WATCHED: u64 = 2;
 pub const CHECKED: u64 = 4;
 /// `phys` bit: the translation is global.
 pub const GLOBAL: u64 = 1;
-/// `phys` bit: the translation comes from a large page.
-pub const LARGE: u64 = 2;
 /// Where the protection key is in `phys`.
 pub const KEY_SHIFT: u32 = 2;
 
 const EMPTY_ENTRY: TlbEntry = TlbEntry { read: EMPTY, write: EMPTY, addend: 0, phys: 0 };
+
+/// The extent of nothing.
+const NO_EXTENT: (u64, u64) = (u64::MAX, 0);
 
 fn key(e: &TlbEntry) -> u32 {
     (e.phys >> KEY_SHIFT & 15) as u32
@@ -69,55 +129,110 @@ fn key(e: &TlbEntry) -> u32 {
 
 /// One table.
 pub struct Table {
-    /// Entries, indexed by bits 21:12 of the linear address.
-    pub entries: Box<[TlbEntry; TLB_ENTRIES]>,
+    known: Box<Translations>,
     used: bool,
-    has_large: bool,
+    /// The extent of the large pages that entries are parts of, first and last address, in either half of the linear
+    /// addresses.
+    large: [(u64, u64); 2],
+    /// Translations that came since the table was empty.
+    inserted: usize,
+    /// Those of them that displaced another.
+    displaced: usize,
     /// The protection keys that entries have had, a bit each.
     keys: u16,
 }
 
 impl Table {
     fn new() -> Table {
-        Table { entries: Box::new([EMPTY_ENTRY; TLB_ENTRIES]), used: false, has_large: false, keys: 0 }
+        Table { known: Translations::new(), used: false, large: [NO_EXTENT; 2], inserted: 0, displaced: 0, keys: 0 }
     }
 
-    /// The index of a linear address.
+    /// The entry in which a linear address would be.
     #[inline(always)]
-    pub fn index(linear: u64) -> usize {
-        (linear >> 12) as usize & (TLB_ENTRIES - 1)
+    pub fn entry(&mut self, linear: u64) -> &mut TlbEntry {
+        let index = (linear >> 12) as usize & (self.known.len() - 1);
+        &mut self.known.entries[index]
     }
 
-    /// Inserts a translation.
-    pub fn insert(&mut self, linear: u64, entry: TlbEntry) {
+    /// Where compiled code finds the table.
+    pub fn address(&self) -> u64 {
+        std::ptr::from_ref(&*self.known) as u64
+    }
+
+    /// Inserts a translation that comes from a page of 2^`page_bits` bytes.
+    pub fn insert(&mut self, linear: u64, entry: TlbEntry, page_bits: u32) {
         self.used = true;
-        self.has_large |= entry.phys & LARGE != 0;
         self.keys |= 1 << key(&entry);
-        self.entries[Self::index(linear)] = entry;
+        if page_bits > 12 {
+            let offsets = (1 << page_bits) - 1;
+            let (first, last) = &mut self.large[(linear >> 63) as usize];
+            (*first, *last) = ((*first).min(linear & !offsets), (*last).max(linear | offsets));
+        }
+        self.inserted += 1;
+        let old = *self.entry(linear);
+        if old.read != EMPTY {
+            if (old.read ^ linear) & !PAGE_MASK != 0 {
+                self.displaced += 1;
+            } else if old.addend != entry.addend {
+                self.clear_sites();
+            }
+        }
+        let len = self.known.len();
+        if self.displaced > len && len < MOST {
+            self.resize(2 * len);
+        }
+        *self.entry(linear) = entry;
+    }
+
+    /// Empties the table, which has `len` entries then.
+    fn resize(&mut self, len: usize) {
+        self.known.resize(len);
+        self.clear_sites();
+        (self.inserted, self.displaced) = (0, 0);
+    }
+
+    /// Empties the sites: to be called when a translation goes or permits less.
+    fn clear_sites(&mut self) {
+        let sites = &mut self.known.sites;
+        if sites.used != 0 {
+            sites.limit.fill(0);
+            sites.used = 0;
+        }
     }
 
     fn flush(&mut self) {
         if self.used {
-            self.entries.fill(EMPTY_ENTRY);
-            self.used = false;
-            self.has_large = false;
-            self.keys = 0;
+            self.resize(self.wanted());
+            (self.used, self.large, self.keys) = (false, [NO_EXTENT; 2], 0);
         }
+    }
+
+    /// How many entries there should be from the next flush on: emptying many for few is dear.
+    fn wanted(&self) -> usize {
+        let len = self.known.len();
+        if self.inserted < len / 8 { (len / 2).max(FEWEST) } else { len }
     }
 
     fn flush_non_global(&mut self) {
         if self.used {
-            for e in self.entries.iter_mut().filter(|e| e.phys & GLOBAL == 0) {
+            let wanted = self.wanted();
+            if wanted < self.known.len() {
+                return self.resize(wanted);
+            }
+            for e in self.known.used().iter_mut().filter(|e| e.phys & GLOBAL == 0) {
                 *e = EMPTY_ENTRY;
             }
+            self.clear_sites();
+            (self.inserted, self.displaced) = (0, 0);
         }
     }
 
     fn flush_keys(&mut self, keys: u16) {
         if self.keys & keys != 0 {
-            for e in self.entries.iter_mut().filter(|e| keys >> key(e) & 1 != 0) {
+            for e in self.known.used().iter_mut().filter(|e| keys >> key(e) & 1 != 0) {
                 *e = EMPTY_ENTRY;
             }
+            self.clear_sites();
             self.keys &= !keys;
         }
     }
@@ -127,10 +242,12 @@ impl Table {
             return;
         }
         // One INVLPG removes a whole large page (SDM vol. 3 §4.10.4.1); its 4 KiB parts are not linked to each other.
-        if self.has_large {
+        let (first, last) = self.large[(linear >> 63) as usize];
+        if (first..=last).contains(&linear) {
             return self.flush();
         }
-        let e = &mut self.entries[Self::index(linear)];
+        self.clear_sites();
+        let e = self.entry(linear);
         let page = linear & !PAGE_MASK;
         if e.read & !PAGE_MASK == page || e.write & !PAGE_MASK == page {
             *e = EMPTY_ENTRY;
@@ -140,11 +257,12 @@ impl Table {
     /// Makes stores to the physical page take the slow path from now on.
     fn protect(&mut self, gpa_page: u64) {
         if self.used {
-            for e in self.entries.iter_mut() {
+            for e in self.known.used() {
                 if e.phys & !PAGE_MASK == gpa_page && e.write != EMPTY {
                     e.write |= SLOW;
                 }
             }
+            self.clear_sites();
         }
     }
 }
@@ -262,6 +380,12 @@ impl Tlb {
         for s in &mut self.slots {
             s.tables.iter_mut().for_each(|t| t.flush_page(linear));
         }
+    }
+
+    /// A page fault in the current address space: what accesses in loops remember of the page is not used any more,
+    /// since the guest may repair its tables and invalidate nothing (SDM vol. 3 §4.10.4.1).
+    pub fn page_fault(&mut self) {
+        self.slots[self.current].tables.iter_mut().for_each(Table::clear_sites);
     }
 
     /// Removes the translations of pages with one of the protection keys in a mask.

@@ -145,6 +145,8 @@ pub struct Machine {
     memory: Arc<GuestMemoryMmap>,
     /// Whether compiled code can run in this case: the compiler's engine must have used it then.
     pub compiles: bool,
+    /// Runs of a block before it is compiled; regions that shall have loops need several.
+    pub patience: u32,
     /// Where the next handler's code goes.
     next_code: u64,
 }
@@ -188,7 +190,13 @@ pub fn gate(selector: u16, offset: u64, kind: u64, dpl: u64) -> u64 {
 impl Machine {
     fn bare() -> Machine {
         let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap();
-        let mut m = Machine { s: CpuState::reset(), memory: Arc::new(memory), compiles: false, next_code: 0x6_0000 };
+        let mut m = Machine {
+            s: CpuState::reset(),
+            memory: Arc::new(memory),
+            compiles: false,
+            patience: 1,
+            next_code: 0x6_0000,
+        };
         for (selector, raw) in [
             (CODE64, descriptor(0, 0xfffff, 0xa09b)),
             (DATA0, descriptor(0, 0xfffff, 0xc093)),
@@ -453,7 +461,7 @@ impl Machine {
         cpu.set_state(self.s.clone());
         let jit = compiler.then(|| Jit::new(4 << 20, 1).unwrap());
         let mut vcpu = Vcpu::new(cpu, jit);
-        vcpu.set_threshold(1);
+        vcpu.set_threshold(self.patience);
         let outcome = |engine, exit, vcpu: &Vcpu| Outcome {
             engine,
             exit,

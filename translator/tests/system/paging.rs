@@ -1156,3 +1156,182 @@ fn a_fault_in_the_first_of_two_pages_leaves_the_second_not_accessed() {
         });
     }
 }
+
+/// What a loop's own accesses remember of a page goes when the page's translation does, however it went.
+#[test]
+fn loops_see_changed_translations() {
+    const X: u64 = DATA;
+    const Y: u64 = DATA + 0x1000;
+    const ENTRY: i64 = (PT + (X >> 12) * 8) as i64;
+    type Body = fn(&mut CodeAssembler) -> Result<(), IcedError>;
+    let flushes: [Body; 3] = [
+        |a| a.invlpg(byte_ptr(X + 0x123)),
+        |a| {
+            a.mov(rax, cr3)?;
+            a.mov(cr3, rax)
+        },
+        |a| {
+            a.mov(eax, 2)?;
+            a.invpcid(rax, xmmword_ptr(DATA + 0x3000))
+        },
+    ];
+    for flush in flushes {
+        check(
+            || {
+                let mut m = Machine::long().code64(|a| {
+                    let (mut again, mut access) = (a.create_label(), a.create_label());
+                    a.mov(rbx, X)?;
+                    a.mov(r8, X | P | W)?;
+                    a.mov(r9, Y | P | W)?;
+                    a.mov(ecx, 1000)?;
+                    a.set_label(&mut again)?;
+                    a.mov(edx, 3)?;
+                    a.set_label(&mut access)?;
+                    a.add(rsi, qword_ptr(rbx))?;
+                    a.mov(qword_ptr(rbx + 8), rcx)?;
+                    a.add(qword_ptr(rbx + 16), 1)?;
+                    a.dec(edx)?;
+                    a.jne(access)?;
+                    a.xchg(r8, r9)?;
+                    a.mov(qword_ptr(ENTRY as u64), r8)?;
+                    flush(a)?;
+                    a.dec(ecx)?;
+                    a.jne(again)?;
+                    a.hlt()
+                });
+                m.w64(X, 1);
+                m.w64(Y, 1 << 16);
+                m.patience = 20;
+                m
+            },
+            |o| {
+                o.halted();
+                assert_eq!(o.gpr(gpr::RSI), 1500 + (1500 << 16), "{}", o.engine);
+                assert_eq!((o.r64(X + 8), o.r64(Y + 8)), (2, 1), "{}", o.engine);
+                assert_eq!((o.r64(X + 16), o.r64(Y + 16)), (1500, 1500), "{}", o.engine);
+            },
+        );
+    }
+}
+
+/// A page fault invalidates what is cached of its address (SDM vol. 3 §4.10.4.1): a handler that maps another page there
+/// need not.
+#[test]
+fn loops_see_repairs_by_fault_handlers() {
+    const X: u64 = DATA;
+    const Y: u64 = DATA + 0x1000;
+    const ENTRY: u64 = PT + (X >> 12) * 8;
+    check(
+        || {
+            let mut m = Machine::long().code64(|a| {
+                let (mut again, mut quiet) = (a.create_label(), a.create_label());
+                a.mov(rbx, X)?;
+                a.mov(r9, Y | P | W)?;
+                a.mov(ecx, 1000)?;
+                a.set_label(&mut again)?;
+                a.add(rsi, qword_ptr(rbx))?;
+                a.cmp(ecx, 300)?;
+                a.jne(quiet)?;
+                // Read-only so far.
+                a.mov(qword_ptr(rbx + 8), rcx)?;
+                a.set_label(&mut quiet)?;
+                a.dec(ecx)?;
+                a.jne(again)?;
+                a.hlt()
+            });
+            m.handler(PF, |a| {
+                a.mov(qword_ptr(ENTRY), r9)?;
+                a.add(rsp, 8)?;
+                a.iretq()
+            });
+            m.pte(X, X | P);
+            m.w64(X, 1);
+            m.w64(Y, 1 << 16);
+            m.patience = 20;
+            m
+        },
+        |o| {
+            o.halted();
+            assert_eq!(o.gpr(gpr::RSI), 701 + (299 << 16), "{}", o.engine);
+            assert_eq!(o.r64(Y + 8), 300);
+        },
+    );
+}
+
+/// Stores of a loop to a page in which code begins to run are seen by that code.
+#[test]
+fn loops_store_to_what_became_code() {
+    const F: u64 = DATA + 0x800;
+    check(
+        || {
+            let mut m = Machine::long().code64(|a| {
+                let (mut again, mut store, mut quiet) = (a.create_label(), a.create_label(), a.create_label());
+                a.mov(rbx, F)?;
+                a.mov(ecx, 500)?;
+                a.set_label(&mut again)?;
+                a.mov(edx, 3)?;
+                a.set_label(&mut store)?;
+                // MOV EAX, imm32, whose constant is the counter.
+                a.mov(dword_ptr(rbx + 1), ecx)?;
+                a.dec(edx)?;
+                a.jne(store)?;
+                a.cmp(ecx, 300)?;
+                a.ja(quiet)?;
+                a.call(F)?;
+                a.add(rsi, rax)?;
+                a.set_label(&mut quiet)?;
+                a.dec(ecx)?;
+                a.jne(again)?;
+                a.hlt()
+            });
+            m.bytes(F, &[0xb8, 0, 0, 0, 0, 0xc3]);
+            m.patience = 20;
+            m
+        },
+        |o| {
+            o.halted();
+            assert_eq!(o.gpr(gpr::RSI), 300 * 301 / 2, "{}", o.engine);
+        },
+    );
+}
+
+/// An address space that uses more pages than a table has entries at first gets a larger table; nothing is mixed up then.
+#[test]
+fn more_pages_than_the_first_table_has() {
+    check(
+        || {
+            let mut m = Machine::long().code64(|a| {
+                let (mut again, mut page) = (a.create_label(), a.create_label());
+                a.mov(edi, 2)?;
+                a.set_label(&mut again)?;
+                a.mov(rbx, 0x4000_0000u64)?;
+                a.mov(ecx, 4096)?;
+                a.set_label(&mut page)?;
+                a.add(qword_ptr(rbx + 0x10), rcx)?;
+                a.add(rbx, 0x1000)?;
+                a.dec(ecx)?;
+                a.jne(page)?;
+                a.dec(edi)?;
+                a.jne(again)?;
+                a.hlt()
+            });
+            m.patience = 20;
+            // 16 MiB of linear addresses over 32 pages.
+            m.w64(PDPT + 8, 0x5_0000 | P | W);
+            for table in 0..8u64 {
+                m.w64(0x5_0000 + 8 * table, (0x40_0000 + 0x1000 * table) | P | W);
+                for n in 0..512 {
+                    m.w64(0x40_0000 + 0x1000 * table + 8 * n, (0x50_0000 + 0x1000 * (n % 32)) | P | W);
+                }
+            }
+            m
+        },
+        |o| {
+            o.halted();
+            for page in 0..32u64 {
+                let sum: u64 = (0..4096).filter(|k| k % 32 == page).map(|k| 4096 - k).sum();
+                assert_eq!(o.r64(0x50_0010 + 0x1000 * page), 2 * sum, "{}: page {page}", o.engine);
+            }
+        },
+    );
+}
