@@ -5,7 +5,7 @@
 use std::mem::offset_of;
 
 use cranelift_codegen::ir::condcodes::IntCC;
-use cranelift_codegen::ir::types::I64;
+use cranelift_codegen::ir::types::{I8, I16, I32, I64};
 use cranelift_codegen::ir::{BlockArg, InstBuilder, Type, Value};
 
 use crate::addr::PAGE_MASK;
@@ -126,18 +126,41 @@ impl JitEmit<'_> {
         let bytes = self.b.ins().iconst(I64, bytes as i64);
         self.call(helper, linear, bytes, value);
         let found = self.b.ins().load(I64, aligned(), self.cpu, at!(jit.slow_result));
-        let none = self.b.ins().icmp_imm_u(IntCC::Equal, found, 0);
-        self.side_exit_if(none);
+        let go_on = self.b.create_block();
+        self.b.set_cold_block(go_on);
+        let out = self.b.create_block();
+        self.b.set_cold_block(out);
+        self.b.ins().brif(found, go_on, &[], out, &[]);
+        self.b.switch_to_block(out);
+        self.leave_to_interpreter();
+        self.b.switch_to_block(go_on);
         found
     }
 
     /// A load of a value of type `t`.
     pub(super) fn load_value(&mut self, linear: Value, bytes: u64, t: Type) -> Value {
         self.write_through();
-        let load = |e: &mut Self, host| Some(e.b.ins().load(t, plain(), host, 0));
+        let narrow = t.is_int() && t.bytes() < 8;
+        let load = |e: &mut Self, host| {
+            let b = e.b.ins();
+            Some(match t {
+                I8 => b.uload8(I64, plain(), host, 0),
+                I16 => b.uload16(I64, plain(), host, 0),
+                I32 => b.uload32(plain(), host, 0),
+                _ => b.load(t, plain(), host, 0),
+            })
+        };
         let slow = |e: &mut Self| Some(e.slow(Helper::Load, linear, bytes, None));
+        let result = if narrow { I64 } else { t };
+        let value = self.access(linear, bytes, offset_of!(TlbEntry, read), Some(result), load, slow);
         // An access with a result has one.
-        self.access(linear, bytes, offset_of!(TlbEntry, read), Some(t), load, slow).unwrap_or(linear)
+        let value = value.unwrap_or(linear);
+        if !narrow {
+            return value;
+        }
+        let part = self.b.ins().ireduce(t, value);
+        self.wide.insert(part, value);
+        part
     }
 
     /// The host address of bytes that are read and then written.

@@ -5,6 +5,7 @@
 //! and at exits. Flags are kept as the operation that made them and turned into words only where something reads
 //! them; at a possible fault that happens on the cold path.
 
+use std::collections::HashMap;
 use std::mem::offset_of;
 
 use cranelift_codegen::ir::condcodes::IntCC;
@@ -17,7 +18,7 @@ use cranelift_frontend::{FunctionBuilder, Variable};
 
 use crate::addr::PAGE_MASK;
 use crate::cpu::Cpu;
-use crate::emit::Flags;
+use crate::emit::{Bin, Cond, Emit, Flags};
 use crate::flags;
 use crate::insn::{Insn, Mode};
 use crate::jit::frame::{lazy, reason};
@@ -103,6 +104,10 @@ pub struct JitEmit<'a> {
     pub(super) dirty: Regs,
     pub(super) flags: FlagVal,
     pub(super) flags_dirty: bool,
+    /// 64-bit values that integers of the current block are zero-extended to already.
+    pub(super) wide: HashMap<Value, Value>,
+    /// What the low bytes, so many, of the current block's register values are, where they were put together of parts.
+    pub(super) low: HashMap<(Value, u64), Value>,
     /// Page offset of the instruction being emitted, and how many of the block precede it.
     pub(super) off: u64,
     pub(super) done: i64,
@@ -117,10 +122,10 @@ pub struct JitEmit<'a> {
     /// What is known of the flags on entry to blocks that have one way in, which was emitted before them, and whether
     /// the CPU state lacks them.
     pub(super) handed_down: Vec<Option<(FlagVal, bool)>>,
-    /// Whether the flags are needed on entry to each block.
-    pub(super) flags_live_in: Vec<bool>,
-    /// Whether the region reads them behind that entry, faults aside.
-    pub(super) flags_read_in: Vec<bool>,
+    /// The flags that are needed on entry to each block ([`crate::jit::usage::flag_part`]).
+    pub(super) flags_live_in: Vec<u8>,
+    /// Those of them that the region reads behind that entry, faults aside.
+    pub(super) flags_read_in: Vec<u8>,
     /// Host address that the last `load_rmw` of this instruction resolved.
     pub(super) rmw_host: Option<Value>,
     /// Whether the block has its terminator.
@@ -214,6 +219,8 @@ impl<'a> JitEmit<'a> {
             dirty: Regs::default(),
             flags: FlagVal::Memory,
             flags_dirty: false,
+            wide: HashMap::new(),
+            low: HashMap::new(),
             off: plan.blocks[0].off,
             done: 0,
             current: 0,
@@ -284,6 +291,8 @@ impl<'a> JitEmit<'a> {
             self.dirty = self.dirty_in[k];
             (self.flags, self.flags_dirty) = self.handed_down[k].take().unwrap_or((FlagVal::Memory, false));
             self.ended = false;
+            self.wide.clear();
+            self.low.clear();
             self.fp_ready = false;
             self.fp_unused = (self.dirty.x, self.dirty.y);
             for (n, i) in block.insns.iter().enumerate() {
@@ -466,15 +475,42 @@ impl<'a> JitEmit<'a> {
 
     /// The stores of [`Self::store_flags`], without noting that they are done.
     pub(super) fn store_flags_copy(&mut self) {
-        let (kind, operands) = match self.flags.clone() {
+        let (op, n, operands) = match self.flags.clone() {
             FlagVal::Memory => return,
-            FlagVal::Op(Flags::Cmp { a, b, .. }, n) => (lazy::kind(lazy::CMP, n), [Some(a), Some(b), None]),
-            FlagVal::Op(Flags::Add { a, b, r }, n) => (lazy::kind(lazy::ADD, n), [Some(a), Some(b), Some(r)]),
-            FlagVal::Op(Flags::Sub { a, b, r }, n) => (lazy::kind(lazy::SUB, n), [Some(a), Some(b), Some(r)]),
-            FlagVal::Op(Flags::Logic { r }, n) => (lazy::kind(lazy::LOGIC, n), [None, None, Some(r)]),
+            FlagVal::Op(Flags::Cmp { a, b, .. }, n) => (lazy::CMP, n, [Some(a), Some(b), None]),
+            FlagVal::Op(Flags::Add { a, b, r }, n) => (lazy::ADD, n, [Some(a), Some(b), Some(r)]),
+            FlagVal::Op(Flags::Sub { a, b, r }, n) => (lazy::SUB, n, [Some(a), Some(b), Some(r)]),
+            FlagVal::Op(Flags::Logic { r }, n) => (lazy::LOGIC, n, [None, None, Some(r)]),
+            FlagVal::Op(Flags::Shift { op, a, n: count, r }, n) => {
+                let op = match op {
+                    Bin::Shl => lazy::SHL,
+                    Bin::Shr => lazy::SHR,
+                    _ => lazy::SAR,
+                };
+                let count = self.b.ins().iconst(I64, i64::from(count));
+                (op, n, [Some(a), Some(count), Some(r)])
+            }
+            FlagVal::Partial(f @ (Flags::Inc { a, r } | Flags::Dec { a, r }), n, before) => {
+                let down = matches!(f, Flags::Dec { .. });
+                match *before {
+                    FlagVal::Memory => {
+                        self.settle_carry();
+                        let op = if down { lazy::DEC_ONLY } else { lazy::INC_ONLY };
+                        (op, n, [Some(a), None, Some(r)])
+                    }
+                    before => {
+                        let now = std::mem::replace(&mut self.flags, before);
+                        let carry = self.cond(Cond::B);
+                        self.flags = now;
+                        let carry = self.b.ins().uextend(I64, carry);
+                        let op = if down { lazy::DEC } else { lazy::INC };
+                        (op, n, [Some(a), Some(carry), Some(r)])
+                    }
+                }
+            }
             _ => return self.store_words(),
         };
-        let kind = self.b.ins().iconst(I64, kind as i64);
+        let kind = self.b.ins().iconst(I64, lazy::kind(op, n) as i64);
         self.b.ins().store(aligned(), kind, self.cpu, at!(jit.lazy_kind));
         for (v, offset) in operands.into_iter().zip([at!(jit.lazy_a), at!(jit.lazy_b), at!(jit.lazy_r)]) {
             if let Some(v) = v {
@@ -482,6 +518,20 @@ impl<'a> JitEmit<'a> {
                 self.b.ins().store(plain(), v, self.cpu, offset);
             }
         }
+    }
+
+    /// Makes the words in the CPU state have the carry, if its flags are deferred in a form in which they have not.
+    fn settle_carry(&mut self) {
+        let kind = self.b.ins().load(I64, aligned(), self.cpu, at!(jit.lazy_kind));
+        let below = self.b.ins().iadd_imm_s(kind, -1);
+        let elsewhere = self.b.ins().icmp_imm_u(IntCC::UnsignedLessThan, below, lazy::CARRY_IN_WORDS as i64 - 1);
+        let (fold, go_on) = (self.b.create_block(), self.b.create_block());
+        self.b.set_cold_block(fold);
+        self.b.ins().brif(elsewhere, fold, &[], go_on, &[]);
+        self.b.switch_to_block(fold);
+        self.call(Helper::Fold, kind, kind, None);
+        self.b.ins().jump(go_on, &[]);
+        self.b.switch_to_block(go_on);
     }
 
     /// Stores the flags as their words.
@@ -638,10 +688,10 @@ impl<'a> JitEmit<'a> {
         let dirty = self.flags_dirty;
         if self.plan.only_from(k) == Some(self.current) && k > self.current {
             self.handed_down[k] = Some((self.flags.clone(), dirty));
-        } else if self.flags_read_in[k] {
+        } else if self.flags_read_in[k] != 0 {
             self.store_flag_words();
             self.flags_dirty = false;
-        } else if self.flags_live_in[k] {
+        } else if self.flags_live_in[k] != 0 {
             self.store_pending_flags();
             self.flags_dirty = false;
         }

@@ -1,7 +1,7 @@
 //! The part of a vCPU that only compiled code and its helpers use, at fixed offsets.
 
 use crate::cpu::Cpu;
-use crate::emit::Flags;
+use crate::emit::{Bin, Flags};
 use crate::flags;
 use crate::simd::fp::FpEnv;
 use crate::width::{W8, W16, W32, W64, Width};
@@ -32,6 +32,23 @@ pub mod lazy {
     pub const CMP: u64 = 3;
     /// `Flags::Logic`: r.
     pub const LOGIC: u64 = 4;
+
+    /// `Flags::Inc`: a, the carry from before as 0 or 1, r.
+    pub const INC: u64 = 5;
+    /// `Flags::Dec`: the same.
+    pub const DEC: u64 = 6;
+    /// `Flags::Shift` to the left: a, count, r.
+    pub const SHL: u64 = 7;
+    /// `Flags::Shift` to the right, with zeros.
+    pub const SHR: u64 = 8;
+    /// `Flags::Shift` to the right, with the sign.
+    pub const SAR: u64 = 9;
+    /// `Flags::Inc`, the carry of the `cc_co` word standing: a, -, r.
+    pub const INC_ONLY: u64 = 0x80;
+    /// `Flags::Dec`, the carry of the `cc_co` word standing: a, -, r.
+    pub const DEC_ONLY: u64 = 0x81;
+    /// Kind words from here on leave the carry in `cc_co`; so does 0.
+    pub const CARRY_IN_WORDS: u64 = INC_ONLY << 8;
 
     /// The kind word for an operation on `bytes`-wide operands.
     pub const fn kind(op: u64, bytes: u64) -> u64 {
@@ -113,12 +130,21 @@ impl Cpu {
     fn fold<W: Width>(&mut self) {
         let (a, b) = (W::zext(self.jit.lazy_a), W::zext(self.jit.lazy_b));
         let r = W::zext(self.jit.lazy_r);
+        let shift = |op| Flags::Shift { op, a, n: self.jit.lazy_b as u32, r };
         let f = match self.jit.lazy_kind >> 8 {
             lazy::ADD => Flags::Add { a, b, r },
             lazy::SUB => Flags::Sub { a, b, r },
             lazy::CMP => Flags::Cmp { a, b, r: W::zext(a.wrapping_sub(b)) },
+            lazy::SHL => shift(Bin::Shl),
+            lazy::SHR => shift(Bin::Shr),
+            lazy::SAR => shift(Bin::Sar),
+            lazy::INC | lazy::INC_ONLY => Flags::Inc { a, r },
+            lazy::DEC | lazy::DEC_ONLY => Flags::Dec { a, r },
             _ => Flags::Logic { r },
         };
+        if matches!(self.jit.lazy_kind >> 8, lazy::INC | lazy::DEC) {
+            self.s.cc_co = self.jit.lazy_b << 63;
+        }
         let (z, sp, co) = flags::materialise::<Cpu, W>(self, f);
         self.s.cc_z = z;
         self.s.cc_sp = sp;

@@ -1,7 +1,7 @@
 //! What a region's blocks need of registers and flags: dataflow over the usage of their instructions.
 
 use crate::jit::region::{End, Plan, RegionBlock};
-use crate::jit::usage::Regs;
+use crate::jit::usage::{Regs, flag_part};
 
 /// The registers that may be dirty on entry to each block: written on some path since the last write-through.
 pub(super) fn dirty_on_entry(plan: &Plan) -> Vec<Regs> {
@@ -41,20 +41,24 @@ pub(super) fn live_on_entry(plan: &Plan, dirty: &[Regs]) -> Vec<Regs> {
     }
 }
 
-/// Whether flags matter behind block `k`, given where they do on entry. A back edge polls for interrupts, which push
-/// the flags; an indirect branch may lead anywhere.
-pub(super) fn flags_live_behind(plan: &Plan, live: &[bool], k: usize, block: &RegionBlock) -> bool {
-    block.end == End::Exit || block.successors().any(|s| plan.find(s).is_none_or(|s| live[s] || s <= k))
+/// The flags that matter behind block `k`, given which do on entry. A back edge polls for interrupts, which push the
+/// flags; an indirect branch may lead anywhere.
+fn flags_live_behind(plan: &Plan, live: &[u8], k: usize, block: &RegionBlock) -> u8 {
+    if block.end == End::Exit {
+        return flag_part::ALL;
+    }
+    let behind = |s| plan.find(s).filter(|&s| s > k).map_or(flag_part::ALL, |s| live[s]);
+    block.successors().map(behind).fold(0, |all, parts| all | parts)
 }
 
-/// Whether the flags on entry to each block matter.
-pub(super) fn flags_live_on_entry(plan: &Plan) -> Vec<bool> {
-    let mut live = vec![false; plan.blocks.len()];
+/// The flags whose value on entry to each block matters ([`flag_part`]).
+pub(super) fn flags_live_on_entry(plan: &Plan) -> Vec<u8> {
+    let mut live = vec![0; plan.blocks.len()];
     loop {
         let mut changed = false;
         for (k, block) in plan.blocks.iter().enumerate().rev() {
             let out = flags_live_behind(plan, &live, k, block);
-            let now = block.usage.flags_needed || (!block.usage.flags_killed && out);
+            let now = block.usage.flags_needed | out & !block.usage.flags_killed;
             changed |= now != live[k];
             live[k] = now;
         }
@@ -64,14 +68,14 @@ pub(super) fn flags_live_on_entry(plan: &Plan) -> Vec<bool> {
     }
 }
 
-/// Whether some instruction of the region may read the flags that it finds on entry to each block.
-pub(super) fn flags_read_on_entry(plan: &Plan) -> Vec<bool> {
-    let mut read: Vec<bool> = plan.blocks.iter().map(|b| b.usage.flags_read).collect();
+/// The flags of those that some instruction of the region may read.
+pub(super) fn flags_read_on_entry(plan: &Plan) -> Vec<u8> {
+    let mut read: Vec<u8> = plan.blocks.iter().map(|b| b.usage.flags_read).collect();
     loop {
         let mut changed = false;
         for (k, block) in plan.blocks.iter().enumerate().rev() {
-            let behind = block.successors().filter_map(|s| plan.find(s)).any(|s| read[s]);
-            let now = read[k] || (!block.usage.flags_killed && behind);
+            let behind = block.successors().filter_map(|s| plan.find(s)).fold(0, |all, s| all | read[s]);
+            let now = read[k] | behind & !block.usage.flags_killed;
             changed |= now != read[k];
             read[k] = now;
         }

@@ -46,6 +46,16 @@ impl Regs {
     }
 }
 
+/// Parts of the arithmetic flags, as instructions read and write them.
+#[allow(missing_docs)]
+pub mod flag_part {
+    pub const CF: u8 = 1;
+    pub const OF: u8 = 2;
+    /// ZF, SF, PF and AF.
+    pub const RESULT: u8 = 4;
+    pub const ALL: u8 = CF | OF | RESULT;
+}
+
 /// What a run of instructions does to registers and flags.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
@@ -59,24 +69,25 @@ pub struct Usage {
     pub dirty: Regs,
     /// Whether state is written through anywhere.
     pub flushes: bool,
-    /// Whether the flags on entry matter: read, or visible at a possible fault, before all are overwritten.
-    pub flags_needed: bool,
-    /// Whether an instruction reads the flags on entry: they matter even if nothing faults.
-    pub flags_read: bool,
-    /// Whether all arithmetic flags are overwritten.
-    pub flags_killed: bool,
+    /// The flags whose value on entry matters ([`flag_part`]): read, or visible at a possible fault, before they are
+    /// overwritten.
+    pub flags_needed: u8,
+    /// The flags whose value on entry an instruction reads: they matter even if nothing faults.
+    pub flags_read: u8,
+    /// The flags that are overwritten.
+    pub flags_killed: u8,
     /// The host that the instructions are compiled for.
     pub host: Host,
 }
 
 impl Usage {
     fn need_flags(&mut self) {
-        self.flags_needed |= !self.flags_killed;
+        self.flags_needed |= flag_part::ALL & !self.flags_killed;
     }
 
-    fn read_flags(&mut self) {
-        self.need_flags();
-        self.flags_read |= !self.flags_killed;
+    fn read_flags(&mut self, parts: u8) {
+        self.flags_needed |= parts & !self.flags_killed;
+        self.flags_read |= parts & !self.flags_killed;
     }
 
     /// State is written through here: a possible fault, or a helper that reads everything.
@@ -91,7 +102,7 @@ impl Usage {
     pub fn by_helper(&mut self) {
         self.flush();
         self.written = Regs::ALL;
-        self.flags_killed = true;
+        self.flags_killed = flag_part::ALL;
     }
 
     /// A point at which compiled code may leave the instruction to the interpreter, if it has a form of it at all.
@@ -174,7 +185,7 @@ impl Emit for Usage {
     }
     fn fp_comi(&mut self, _: FpFmt, _: bool, _: (), _: ()) -> Result<(), Unsupported> {
         self.may_leave(self.host.exact)?;
-        self.flags_killed = true;
+        self.flags_killed = flag_part::ALL;
         Ok(())
     }
     fn fp_from_int(&mut self, _: FpFmt, _: bool, _: (), _: ()) -> Result<(), Unsupported> {
@@ -184,18 +195,26 @@ impl Emit for Usage {
         self.may_leave(vector::has_to_int(truncate, self.host))
     }
     fn set_flags<W: Width>(&mut self, f: Flags<()>) {
-        match f {
-            Flags::Inc { .. } | Flags::Dec { .. } | Flags::CfOf { .. } | Flags::Cf { .. } | Flags::Zf { .. } => {
-                self.read_flags();
-            }
-            _ => self.flags_killed = true,
-        }
+        self.flags_killed |= match f {
+            Flags::Inc { .. } | Flags::Dec { .. } => flag_part::OF | flag_part::RESULT,
+            Flags::CfOf { .. } => flag_part::CF | flag_part::OF,
+            Flags::Cf { .. } => flag_part::CF,
+            // Of its part only one flag.
+            Flags::Zf { .. } => 0,
+            _ => flag_part::ALL,
+        };
     }
-    fn cond(&mut self, _: Cond) {
-        self.read_flags();
+    fn cond(&mut self, c: Cond) {
+        self.read_flags(match c {
+            Cond::O | Cond::No => flag_part::OF,
+            Cond::B | Cond::Ae => flag_part::CF,
+            Cond::E | Cond::Ne | Cond::S | Cond::Ns | Cond::P | Cond::Np => flag_part::RESULT,
+            Cond::Be | Cond::A => flag_part::CF | flag_part::RESULT,
+            Cond::L | Cond::Ge | Cond::Le | Cond::G => flag_part::OF | flag_part::RESULT,
+        });
     }
     fn flags_raw(&mut self) -> ((), (), ()) {
-        self.read_flags();
+        self.read_flags(flag_part::ALL);
         ((), (), ())
     }
     fn load<W: Width>(&mut self, _: &Insn, _: u8, _: ()) -> Result<(), Unsupported> {

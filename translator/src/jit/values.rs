@@ -62,6 +62,33 @@ impl JitEmit<'_> {
         vars[usize::from(r & 15)].unwrap_or_else(|| panic!("register {r} is used without notice"))
     }
 
+    /// What an operation that sets some of the flags has to remember of those before it.
+    fn before(&mut self, f: &Flags<Value>, before: FlagVal) -> FlagVal {
+        let carry_only = |f: &Flags<Value>| matches!(f, Flags::CfOf { .. } | Flags::Cf { .. });
+        match before {
+            // Of an earlier increment only the carry would be kept, which it kept itself.
+            FlagVal::Partial(Flags::Inc { .. } | Flags::Dec { .. }, _, older)
+                if matches!(f, Flags::Inc { .. } | Flags::Dec { .. }) =>
+            {
+                *older
+            }
+            FlagVal::Partial(older_f, _, older)
+                if matches!(f, Flags::CfOf { .. }) && carry_only(&older_f)
+                    || matches!((f, &older_f), (Flags::Cf { .. }, Flags::Cf { .. }) | (Flags::Zf { .. }, Flags::Zf { .. })) =>
+            {
+                *older
+            }
+            // Longer chains are not worth their length.
+            FlagVal::Partial(_, _, ref older) if matches!(**older, FlagVal::Partial(..)) => {
+                let now = std::mem::replace(&mut self.flags, before);
+                let (z, sp, co) = self.words();
+                self.flags = now;
+                FlagVal::Raw(z, sp, co)
+            }
+            other => other,
+        }
+    }
+
     /// Keeps the value of a variable that is about to be overwritten from being dropped as unused.
     pub(super) fn use_result(&mut self, var: Variable) {
         let v = self.b.use_var(var);
@@ -77,6 +104,21 @@ impl JitEmit<'_> {
     pub fn lanes(&mut self, v: Value, t: Type) -> Value {
         let flags = MemFlagsData::new().with_endianness(cranelift_codegen::ir::Endianness::Little);
         if self.b.func.dfg.value_type(v) == t { v } else { self.b.ins().bitcast(t, flags, v) }
+    }
+}
+
+/// Whether what sets some of the flags leaves those that a condition reads.
+fn leaves(f: &Flags<Value>, c: Cond) -> bool {
+    let base = c as u8 & !1;
+    let reads_carry = base == Cond::B as u8;
+    let reads_overflow = base == Cond::O as u8;
+    let reads_result = [Cond::E, Cond::S, Cond::P].iter().any(|&c| base == c as u8);
+    match f {
+        Flags::Inc { .. } | Flags::Dec { .. } => reads_carry,
+        Flags::CfOf { .. } => reads_result,
+        Flags::Cf { .. } => reads_result || reads_overflow,
+        Flags::Zf { .. } => (reads_result && base != Cond::E as u8) || reads_carry || reads_overflow,
+        _ => false,
     }
 }
 
@@ -201,7 +243,10 @@ impl Emit for JitEmit<'_> {
         if let Some(k) = self.constant(x) {
             return self.imm::<T>(k);
         }
-        self.resize(x, F::BYTES, T::BYTES)
+        match self.wide.get(&x) {
+            Some(&wide) if F::BITS < T::BITS => self.resize(wide, 8, T::BYTES),
+            _ => self.resize(x, F::BYTES, T::BYTES),
+        }
     }
 
     fn sext<F: Width, T: Width>(&mut self, x: Value) -> Value {
@@ -280,22 +325,38 @@ impl Emit for JitEmit<'_> {
     fn gpr<W: Width>(&mut self, r: u8) -> Value {
         let v = self.var(&self.gpr, r);
         let v = self.b.use_var(v);
-        self.resize(v, 8, W::BYTES)
+        if W::BITS == 64 {
+            return v;
+        }
+        match self.low.get(&(v, W::BYTES)) {
+            Some(&part) => part,
+            None => self.resize(v, 8, W::BYTES),
+        }
     }
 
     fn set_gpr<W: Width>(&mut self, r: u8, v: Value) {
         let var = self.var(&self.gpr, r);
-        let v = match W::BITS {
+        let whole = match W::BITS {
             64 => v,
-            32 => self.b.ins().uextend(I64, v),
+            32 => match self.wide.get(&v) {
+                Some(&wide) => wide,
+                None => {
+                    let wide = self.b.ins().uextend(I64, v);
+                    self.wide.insert(v, wide);
+                    wide
+                }
+            },
             _ => {
                 let old = self.b.use_var(var);
                 let kept = self.b.ins().band_imm_s(old, !(W::MASK as i64));
-                let v = self.b.ins().uextend(I64, v);
+                let v = self.zext::<W, W64>(v);
                 self.b.ins().bor(kept, v)
             }
         };
-        self.b.def_var(var, v);
+        if W::BITS != 64 {
+            self.low.insert((whole, W::BYTES), v);
+        }
+        self.b.def_var(var, whole);
         self.dirty.gpr |= 1 << (r & 15);
     }
 
@@ -410,17 +471,10 @@ impl Emit for JitEmit<'_> {
     fn set_flags<W: Width>(&mut self, f: Flags<Value>) {
         let n = W::BYTES;
         self.flags = match f {
-            Flags::Inc { .. } | Flags::Dec { .. } => {
-                let before = match std::mem::replace(&mut self.flags, FlagVal::Memory) {
-                    // Of an earlier increment only the carry would be kept, which it kept itself.
-                    FlagVal::Partial(Flags::Inc { .. } | Flags::Dec { .. }, _, before) => *before,
-                    other => other,
-                };
+            Flags::Inc { .. } | Flags::Dec { .. } | Flags::CfOf { .. } | Flags::Cf { .. } | Flags::Zf { .. } => {
+                let before = std::mem::replace(&mut self.flags, FlagVal::Memory);
+                let before = self.before(&f, before);
                 FlagVal::Partial(f, n, Box::new(before))
-            }
-            Flags::CfOf { .. } | Flags::Cf { .. } | Flags::Zf { .. } => {
-                let (z, sp, co) = self.words();
-                FlagVal::Partial(f, n, Box::new(FlagVal::Raw(z, sp, co)))
             }
             Flags::Raw { z, sp, co } => FlagVal::Raw(z, sp, co),
             _ => FlagVal::Op(f, n),
@@ -430,11 +484,11 @@ impl Emit for JitEmit<'_> {
 
     fn cond(&mut self, c: Cond) -> Value {
         let fused = match self.flags.clone() {
-            FlagVal::Partial(Flags::Inc { .. } | Flags::Dec { .. }, _, before) if matches!(c, Cond::B | Cond::Ae) => {
+            FlagVal::Partial(f, _, before) if leaves(&f, c) => {
                 let now = std::mem::replace(&mut self.flags, *before);
-                let carry = self.cond(c);
+                let answer = self.cond(c);
                 self.flags = now;
-                Some(carry)
+                Some(answer)
             }
             FlagVal::Op(f, n) | FlagVal::Partial(f, n, _) => match n {
                 1 => flags::fused::<Self, W8>(self, &f, c),
