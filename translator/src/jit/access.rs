@@ -139,7 +139,7 @@ impl JitEmit<'_> {
 
     /// A load of a value of type `t`.
     pub(super) fn load_value(&mut self, linear: Value, bytes: u64, t: Type) -> Value {
-        self.write_through();
+        self.before_access();
         let narrow = t.is_int() && t.bytes() < 8;
         let load = |e: &mut Self, host| {
             let b = e.b.ins();
@@ -165,14 +165,14 @@ impl JitEmit<'_> {
 
     /// The host address of bytes that are read and then written.
     pub(super) fn host_to_modify(&mut self, linear: Value, bytes: u64) -> Value {
-        self.write_through();
+        self.before_access();
         let slow = |e: &mut Self| Some(e.slow(Helper::Modify, linear, bytes, None));
         let found = self.access(linear, bytes, offset_of!(TlbEntry, write), Some(I64), |_, host| Some(host), slow);
         found.unwrap_or(linear)
     }
 
     pub(super) fn store_value(&mut self, linear: Value, bytes: u64, v: Value) {
-        self.write_through();
+        self.before_access();
         let store = |e: &mut Self, host| {
             e.b.ins().store(plain(), v, host, 0);
             None

@@ -202,6 +202,7 @@ impl<'a> JitEmit<'a> {
         if plan.counted {
             b.append_block_param(side_exit, I64);
         }
+        let in_loops = plan.in_loops();
         let mut e = JitEmit {
             b,
             plan,
@@ -224,9 +225,9 @@ impl<'a> JitEmit<'a> {
             off: plan.blocks[0].off,
             done: 0,
             current: 0,
-            in_loops: plan.in_loops(),
             next_site: first_site(plan),
-            dirty_in: dirty_on_entry(plan),
+            dirty_in: dirty_on_entry(plan, &in_loops),
+            in_loops,
             handed_down: vec![None; plan.blocks.len()],
             flags_live_in: flags_live_on_entry(plan),
             flags_read_in: flags_read_on_entry(plan),
@@ -456,6 +457,14 @@ impl<'a> JitEmit<'a> {
             put(self.gpr[r], d.gpr, gpr_at(r));
             put(self.x[r], d.x, x_at(r));
             put(self.y[r], d.y, x_at(r) + 16);
+        }
+    }
+
+    /// Before an access that may leave the region: stores every dirty register on the hot path, so that the many cold
+    /// ones need not; in a loop the cold ones do.
+    pub(super) fn before_access(&mut self) {
+        if !self.in_loops[self.current] {
+            self.write_through();
         }
     }
 

@@ -3,14 +3,16 @@
 use crate::jit::region::{End, Plan, RegionBlock};
 use crate::jit::usage::{Regs, flag_part};
 
-/// The registers that may be dirty on entry to each block: written on some path since the last write-through.
-pub(super) fn dirty_on_entry(plan: &Plan) -> Vec<Regs> {
+/// The registers that may be dirty on entry to each block: written on some path since the last write-through. In loops
+/// accesses write nothing through.
+pub(super) fn dirty_on_entry(plan: &Plan, in_loops: &[bool]) -> Vec<Regs> {
     let mut entry = vec![Regs::default(); plan.blocks.len()];
     loop {
         let mut changed = false;
         for (k, block) in plan.blocks.iter().enumerate() {
             let u = &block.usage;
-            let out = if u.flushes { u.dirty } else { u.dirty.or(entry[k]) };
+            let (flushes, dirty) = if in_loops[k] { (u.has_helper, u.dirty_in_loop) } else { (u.flushes, u.dirty) };
+            let out = if flushes { dirty } else { dirty.or(entry[k]) };
             for s in block.successors().filter_map(|s| plan.find(s)) {
                 let new = entry[s].or(out);
                 changed |= new != entry[s];

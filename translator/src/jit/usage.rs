@@ -69,6 +69,11 @@ pub struct Usage {
     pub dirty: Regs,
     /// Whether state is written through anywhere.
     pub flushes: bool,
+    /// Registers written since the last instruction that only a helper can evaluate: what is dirty where accesses write
+    /// nothing through.
+    pub dirty_in_loop: Regs,
+    /// Whether there is such an instruction.
+    pub has_helper: bool,
     /// The flags whose value on entry matters ([`flag_part`]): read, or visible at a possible fault, before they are
     /// overwritten.
     pub flags_needed: u8,
@@ -101,6 +106,8 @@ impl Usage {
     /// behind it and none is needed in a variable before.
     pub fn by_helper(&mut self) {
         self.flush();
+        self.has_helper = true;
+        self.dirty_in_loop = Regs::default();
         self.written = Regs::ALL;
         self.flags_killed = flag_part::ALL;
     }
@@ -120,6 +127,7 @@ impl Usage {
         self.used = self.used.or(r);
         self.written = self.written.or(r);
         self.dirty = self.dirty.or(r);
+        self.dirty_in_loop = self.dirty_in_loop.or(r);
     }
 }
 

@@ -74,7 +74,10 @@ impl JitEmit<'_> {
             }
             FlagVal::Partial(older_f, _, older)
                 if matches!(f, Flags::CfOf { .. }) && carry_only(&older_f)
-                    || matches!((f, &older_f), (Flags::Cf { .. }, Flags::Cf { .. }) | (Flags::Zf { .. }, Flags::Zf { .. })) =>
+                    || matches!(
+                        (f, &older_f),
+                        (Flags::Cf { .. }, Flags::Cf { .. }) | (Flags::Zf { .. }, Flags::Zf { .. })
+                    ) =>
             {
                 *older
             }
