@@ -34,11 +34,13 @@ pub struct Block {
     /// Whether it ends in a near indirect jump or call.
     pub indirect: bool,
     /// Page offsets in this page that the indirect branch has led to; [`NO_TARGET`] where there is none yet.
-    pub targets: [u16; 4],
+    pub targets: [u16; MAX_TARGETS],
     /// Where the jump cache has it, if it does.
     pub cached: Cached,
 }
 
+/// Targets of an indirect branch that are noted: an interpreter's dispatch has about so many that matter.
+pub const MAX_TARGETS: usize = 14;
 /// An entry of [`Block::targets`] that is free.
 pub const NO_TARGET: u16 = u16::MAX;
 

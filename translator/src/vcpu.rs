@@ -1,7 +1,7 @@
 //! The dispatch loop of one vCPU: find the block, run it, take what came of it.
 
 use crate::addr::{PAGE_MASK, PAGE_SIZE};
-use crate::block::{Block, BlockCache, BlockId, Cached, MAX_INSNS, NO_TARGET};
+use crate::block::{Block, BlockCache, BlockId, Cached, MAX_INSNS, MAX_TARGETS, NO_TARGET};
 use crate::cpu::{Cpu, Kick, mode_cut};
 use crate::decode::{self, MAX_LEN};
 use crate::exception::{Exception, Trap, vector};
@@ -632,7 +632,7 @@ impl Vcpu {
             code,
             postponed: 0,
             indirect,
-            targets: [NO_TARGET; 4],
+            targets: [NO_TARGET; MAX_TARGETS],
             cached: Cached::Nowhere,
         };
         let (id, fresh) = self.blocks.insert(block, &self.cpu.ram);

@@ -740,17 +740,38 @@ impl<'a> JitEmit<'a> {
         self.ended = true;
     }
 
+    /// Goes on at that of the blocks `targets`, which are sorted, whose offset is `off`, if there is one.
+    fn compare_targets(&mut self, off: Value, targets: &[usize], elsewhere: Block) {
+        let (low, high) = targets.split_at(targets.len() / 2);
+        let [first, ..] = *high else { return };
+        let at = self.plan.blocks[first].off as i64;
+        if low.is_empty() {
+            let here = self.b.create_block();
+            let hit = self.b.ins().icmp_imm_s(IntCC::Equal, off, at);
+            self.b.ins().brif(hit, here, &[], elsewhere, &[]);
+            self.b.switch_to_block(here);
+            return self.go_to_block(first);
+        }
+        let (below, from) = (self.b.create_block(), self.b.create_block());
+        let is_below = self.b.ins().icmp_imm_u(IntCC::UnsignedLessThan, off, at);
+        self.b.ins().brif(is_below, below, &[], from, &[]);
+        self.b.switch_to_block(below);
+        self.compare_targets(off, low, elsewhere);
+        self.b.switch_to_block(from);
+        self.compare_targets(off, high, elsewhere);
+    }
+
     /// Leaves the region for a computed `rip` by the jump cache, unless a call in the region returns there.
     pub(super) fn exit_to(&mut self, rip: Value) {
         let plan = self.plan;
-        for k in plan.blocks[self.current].guards.iter().filter_map(|&off| plan.find(off as i64)) {
-            let here = self.ip_at(plan.blocks[k].off as i64);
-            let hit = self.b.ins().icmp(IntCC::Equal, rip, here);
-            let (stay, go_on) = (self.b.create_block(), self.b.create_block());
-            self.b.ins().brif(hit, stay, &[], go_on, &[]);
-            self.b.switch_to_block(stay);
-            self.go_to_block(k);
-            self.b.switch_to_block(go_on);
+        let guards = plan.blocks[self.current].guards.iter().filter_map(|&off| plan.find(off as i64));
+        let mut guards: Vec<usize> = guards.collect();
+        guards.sort_by_key(|&k| plan.blocks[k].off);
+        if !guards.is_empty() {
+            let elsewhere = self.b.create_block();
+            let off = self.b.ins().isub(rip, self.page_ip);
+            self.compare_targets(off, &guards, elsewhere);
+            self.b.switch_to_block(elsewhere);
         }
         self.leave_to(rip);
         jump_by_cache(&mut self.b, self.cpu, rip, self.tail_sig);
