@@ -5,14 +5,16 @@
 use std::mem::offset_of;
 
 use cranelift_codegen::ir::condcodes::IntCC;
-use cranelift_codegen::ir::types::{I8, I16, I32, I64};
-use cranelift_codegen::ir::{BlockArg, InstBuilder, Type, Value};
+use cranelift_codegen::ir::types::{I8, I8X16, I16, I32, I64};
+use cranelift_codegen::ir::{BlockArg, InstBuilder, SigRef, Type, Value};
+use cranelift_frontend::FunctionBuilder;
 
 use crate::addr::PAGE_MASK;
 use crate::emit::Emit;
 use crate::insn::{Insn, Mode};
 use crate::jit::Unsupported;
 use crate::jit::emit::{Helper, JitEmit, aligned, at, plain};
+use crate::jit::frame::HELPERS;
 use crate::mmu::tlb::{SITE_LIMIT, SITES, Sites, TlbEntry, Translations};
 use crate::state::seg;
 
@@ -56,43 +58,33 @@ impl JitEmit<'_> {
             let value = at(e, host).map(BlockArg::Value);
             e.b.ins().jump(done, value.as_slice());
         };
-        let site =
-            self.in_loops[self.current].then(|| self.by_site(linear, tag == offset_of!(TlbEntry, write), finish));
-        let table = self.b.use_var(self.tlb);
-        let shift = size_of::<TlbEntry>().trailing_zeros();
-        let index = self.b.ins().ushr_imm_u(linear, i64::from(12 - shift));
-        let mask = self.b.ins().load(I64, aligned(), table, offset_of!(Translations, mask) as i32);
-        let index = self.b.ins().band(index, mask);
-        let entry = self.b.ins().iadd(table, index);
-        let last = if bytes == 1 { linear } else { self.b.ins().iadd_imm_u(linear, bytes as i64 - 1) };
-        let page = self.b.ins().band_imm_s(last, !(PAGE_MASK as i64));
-        let found = self.b.ins().load(I64, aligned(), entry, ENTRIES_AT + tag as i32);
-        let hit = self.b.ins().icmp(IntCC::Equal, found, page);
-        let (known, miss) = (self.b.create_block(), self.b.create_block());
-        self.b.set_cold_block(miss);
-        self.b.ins().brif(hit, known, &[], miss, &[]);
-        self.b.switch_to_block(miss);
+        if self.in_loops[self.current] {
+            self.by_site(linear, tag == offset_of!(TlbEntry, write), finish);
+        } else {
+            let table = self.b.use_var(self.tlb);
+            let Lookup { entry, hit, .. } = look_up(&mut self.b, table, linear, Width::Known(bytes), tag);
+            let (known, miss) = (self.b.create_block(), self.b.create_block());
+            self.b.set_cold_block(miss);
+            self.b.ins().brif(hit, known, &[], miss, &[]);
+            self.b.switch_to_block(known);
+            let addend = self.b.ins().load(I64, aligned(), entry, ENTRIES_AT + offset_of!(TlbEntry, addend) as i32);
+            let host = self.b.ins().iadd(addend, linear);
+            finish(self, host);
+            self.b.switch_to_block(miss);
+        }
         match slow(self) {
             Some(host) => finish(self, host),
             None => _ = self.b.ins().jump(done, &[]),
         }
-        self.b.switch_to_block(known);
-        let addend = self.b.ins().load(I64, aligned(), entry, ENTRIES_AT + offset_of!(TlbEntry, addend) as i32);
-        if let Some(site) = site {
-            self.b.set_cold_block(known);
-            self.remember(site, page, addend);
-        }
-        let host = self.b.ins().iadd(addend, linear);
-        finish(self, host);
         self.b.switch_to_block(done);
         result
     }
 
     /// Begins an access by where it was last, which `finish` does and ends; the current block is where it is somewhere
-    /// else. The site's number.
-    fn by_site(&mut self, linear: Value, store: bool, finish: impl Fn(&mut Self, Value)) -> usize {
-        let site = self.next_site + if store { SITES } else { 0 };
+    /// else.
+    fn by_site(&mut self, linear: Value, store: bool, finish: impl Fn(&mut Self, Value)) {
         self.next_site = (self.next_site + 1) % SITES;
+        let site = self.site(store);
         let table = self.b.use_var(self.tlb);
         let base = self.b.ins().load(I64, aligned(), table, site_at(offset_of!(Sites, base), site));
         let offset = self.b.ins().isub(linear, base);
@@ -106,25 +98,23 @@ impl JitEmit<'_> {
         let host = self.b.ins().iadd(host, offset);
         finish(self, host);
         self.b.switch_to_block(elsewhere);
-        site
     }
 
-    /// Fills a site with a page that the table knows.
-    fn remember(&mut self, site: usize, page: Value, addend: Value) {
-        let table = self.b.use_var(self.tlb);
-        let host = self.b.ins().iadd(page, addend);
-        let limit = self.b.ins().iconst(I64, SITE_LIMIT as i64);
-        let used = self.b.ins().iconst(I64, 1);
-        self.b.ins().store(aligned(), page, table, site_at(offset_of!(Sites, base), site));
-        self.b.ins().store(aligned(), limit, table, site_at(offset_of!(Sites, limit), site));
-        self.b.ins().store(aligned(), host, table, site_at(offset_of!(Sites, host), site));
-        self.b.ins().store(aligned(), used, table, SITES_AT + offset_of!(Sites, used) as i32);
+    /// The current access's site.
+    fn site(&self, store: bool) -> usize {
+        self.next_site + if store { SITES } else { 0 }
     }
 
     /// Calls a slow path and leaves to the interpreter if it says so; gives the address it found.
     pub(super) fn slow(&mut self, helper: Helper, linear: Value, bytes: u64, value: Option<Value>) -> Value {
-        let bytes = self.b.ins().iconst(I64, bytes as i64);
-        self.call(helper, linear, bytes, value);
+        if self.in_loops[self.current] {
+            let site = self.site(!matches!(helper, Helper::Load));
+            let which = self.b.ins().iconst(I64, (site << 8) as i64 | bytes as i64);
+            self.call_thunk(HELPERS + helper as usize, linear, which, value);
+        } else {
+            let bytes = self.b.ins().iconst(I64, bytes as i64);
+            self.call(helper, linear, bytes, value);
+        }
         let found = self.b.ins().load(I64, aligned(), self.cpu, at!(jit.slow_result));
         let go_on = self.b.create_block();
         self.b.set_cold_block(go_on);
@@ -197,4 +187,101 @@ impl JitEmit<'_> {
     pub(super) fn extend(&mut self, v: Value, bytes: u64) -> Value {
         if bytes == 8 { v } else { self.b.ins().uextend(I64, v) }
     }
+}
+
+/// How wide an access is.
+enum Width {
+    Known(u64),
+    /// The number of bytes.
+    Given(Value),
+}
+
+/// A lookup in a table.
+struct Lookup {
+    entry: Value,
+    /// The page of the access's last byte.
+    page: Value,
+    hit: Value,
+}
+
+fn look_up(b: &mut FunctionBuilder<'_>, table: Value, linear: Value, bytes: Width, tag: usize) -> Lookup {
+    let shift = size_of::<TlbEntry>().trailing_zeros();
+    let index = b.ins().ushr_imm_u(linear, i64::from(12 - shift));
+    let mask = b.ins().load(I64, aligned(), table, offset_of!(Translations, mask) as i32);
+    let index = b.ins().band(index, mask);
+    let entry = b.ins().iadd(table, index);
+    let last = match bytes {
+        Width::Known(1) => linear,
+        Width::Known(n) => b.ins().iadd_imm_u(linear, n as i64 - 1),
+        Width::Given(n) => {
+            let behind = b.ins().iadd(linear, n);
+            b.ins().iadd_imm_s(behind, -1)
+        }
+    };
+    let page = b.ins().band_imm_s(last, !(PAGE_MASK as i64));
+    let found = b.ins().load(I64, aligned(), entry, ENTRIES_AT + tag as i32);
+    let hit = b.ins().icmp(IntCC::Equal, found, page);
+    Lookup { entry, page, hit }
+}
+
+/// The body of a thunk that compiled loops call for an access that is not where its site was last: by the table, whose
+/// page the site remembers then, or else by the helper's own thunk. Parameters are those of helpers, with the site's
+/// number above the number of bytes.
+pub fn site_thunk(b: &mut FunctionBuilder<'_>, params: &[Value], helper: Helper, signature: SigRef) {
+    let [cpu, linear, which, value] = *params else { return };
+    let bytes = b.ins().band_imm_u(which, 0xff);
+    let site = b.ins().ushr_imm_u(which, 8);
+    let table = b.ins().load(I64, aligned(), cpu, at!(jit.tlb));
+    let load = matches!(helper, Helper::Load);
+    let tag = if load { offset_of!(TlbEntry, read) } else { offset_of!(TlbEntry, write) };
+    let Lookup { entry, page, hit } = look_up(b, table, linear, Width::Given(bytes), tag);
+    let (known, miss) = (b.create_block(), b.create_block());
+    b.ins().brif(hit, known, &[], miss, &[]);
+
+    b.switch_to_block(known);
+    let addend = b.ins().load(I64, aligned(), entry, ENTRIES_AT + offset_of!(TlbEntry, addend) as i32);
+    let words = b.ins().ishl_imm_u(site, 3);
+    let at = b.ins().iadd(table, words);
+    let host = b.ins().iadd(page, addend);
+    let limit = b.ins().iconst(I64, SITE_LIMIT as i64);
+    let used = b.ins().iconst(I64, 1);
+    b.ins().store(aligned(), page, at, site_at(offset_of!(Sites, base), 0));
+    b.ins().store(aligned(), limit, at, site_at(offset_of!(Sites, limit), 0));
+    b.ins().store(aligned(), host, at, site_at(offset_of!(Sites, host), 0));
+    b.ins().store(aligned(), used, table, SITES_AT + offset_of!(Sites, used) as i32);
+    let host = b.ins().iadd(addend, linear);
+    if matches!(helper, Helper::Store) {
+        store_some(b, cpu, host, bytes, value);
+        let done = b.ins().iconst(I64, 1);
+        b.ins().store(aligned(), done, cpu, at!(jit.slow_result));
+    } else {
+        b.ins().store(aligned(), host, cpu, at!(jit.slow_result));
+    }
+    b.ins().return_(&[]);
+
+    b.switch_to_block(miss);
+    let thunk = b.ins().load(I64, aligned(), cpu, at!(jit.thunks) + 8 * helper as i32);
+    b.ins().call_indirect(signature, thunk, &[cpu, linear, bytes, value]);
+    b.ins().return_(&[]);
+}
+
+/// Stores 1, 2, 4 or 8 bytes of `value`, or the 16 of the bounce buffer.
+fn store_some(b: &mut FunctionBuilder<'_>, cpu: Value, host: Value, bytes: Value, value: Value) {
+    let done = b.create_block();
+    for (n, t) in [(8, I64), (4, I32), (1, I8), (2, I16), (16, I8X16)] {
+        let (this, other) = (b.create_block(), b.create_block());
+        let is_this = b.ins().icmp_imm_u(IntCC::Equal, bytes, n);
+        b.ins().brif(is_this, this, &[], other, &[]);
+        b.switch_to_block(this);
+        let part = match t {
+            I64 => value,
+            I8X16 => b.ins().load(I8X16, plain(), cpu, at!(jit.bounce)),
+            _ => b.ins().ireduce(t, value),
+        };
+        b.ins().store(plain(), part, host, 0);
+        b.ins().jump(done, &[]);
+        b.switch_to_block(other);
+    }
+    b.ins().jump(done, &[]);
+    b.switch_to_block(done);
 }

@@ -18,7 +18,9 @@ use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
 
 use crate::cpu::Cpu;
 use crate::insn::Insn;
-use crate::jit::emit::{Emitted, JitEmit, jump_by_cache, name};
+use crate::jit::access::site_thunk;
+use crate::jit::emit::{Emitted, Helper, JitEmit, jump_by_cache, name};
+use crate::jit::frame::HELPERS;
 use crate::jit::host;
 use crate::jit::region::Plan;
 
@@ -178,8 +180,22 @@ impl Compiler {
         })
     }
 
-    /// Calls helper number `helper` and preserves every register but flags.
-    pub fn thunk(&mut self, helper: usize) -> Result<Vec<u8>, String> {
+    /// Thunk number `thunk` ([`THUNKS`](crate::jit::frame::THUNKS)), which preserves every register but flags.
+    pub fn thunk(&mut self, thunk: usize) -> Result<Vec<u8>, String> {
+        match thunk.checked_sub(HELPERS) {
+            None => self.helper_thunk(thunk),
+            Some(n) => {
+                let signature = self.helper_signature(CallConv::PreserveAll);
+                self.stub_function(signature.clone(), |b, params| {
+                    let signature = b.import_signature(signature);
+                    site_thunk(b, params, [Helper::Load, Helper::Store, Helper::Modify][n], signature);
+                })
+            }
+        }
+    }
+
+    /// Calls helper number `helper`.
+    fn helper_thunk(&mut self, helper: usize) -> Result<Vec<u8>, String> {
         let callee = self.helper_signature(CallConv::SystemV);
         self.stub_function(self.helper_signature(CallConv::PreserveAll), |b, params| {
             let callee = b.import_signature(callee);

@@ -419,7 +419,12 @@ impl<'a> JitEmit<'a> {
     }
 
     pub(super) fn call(&mut self, helper: Helper, a: Value, b: Value, c: Option<Value>) {
-        let at = at!(jit.thunks) + 8 * helper as i32;
+        self.call_thunk(helper as usize, a, b, c);
+    }
+
+    /// Calls thunk number `thunk` of [`crate::jit::frame::JitFrame::thunks`].
+    pub(super) fn call_thunk(&mut self, thunk: usize, a: Value, b: Value, c: Option<Value>) {
+        let at = at!(jit.thunks) + 8 * thunk as i32;
         let f = self.b.ins().load(I64, aligned(), self.cpu, at);
         let c = c.unwrap_or(b);
         let cpu = self.cpu;

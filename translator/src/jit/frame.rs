@@ -58,6 +58,9 @@ pub mod lazy {
 
 /// How many helpers there are ([`crate::jit::emit::Helper`]).
 pub const HELPERS: usize = 6;
+/// Thunks: one a helper, and one each for the loads, stores and modifications of sites ([`crate::mmu::tlb::Sites`]), in
+/// the order of the helpers that they fall back on.
+pub const THUNKS: usize = HELPERS + 3;
 
 /// State shared with compiled code.
 #[repr(C)]
@@ -90,7 +93,7 @@ pub struct JitFrame {
     /// Addresses of the helpers.
     pub helpers: [u64; HELPERS],
     /// Addresses of code that calls the helpers and preserves every register, which is what compiled code calls.
-    pub thunks: [u64; HELPERS],
+    pub thunks: [u64; THUNKS],
     /// Slow paths taken, for statistics.
     pub slow_paths: u64,
     /// Instructions evaluated by helper, for statistics.

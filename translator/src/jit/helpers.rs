@@ -4,13 +4,13 @@
 use crate::addr::{PAGE_MASK, PAGE_SIZE};
 use crate::cpu::Cpu;
 use crate::insn::{Insn, Rep};
-use crate::jit::frame::{HELPERS, reason};
+use crate::jit::frame::{THUNKS, reason};
 use crate::simd::fp::FpEnv;
 use crate::state::flag;
 
 impl Cpu {
     /// Points compiled code to the helpers and to what does not move.
-    pub fn connect_jit(&mut self, jump: u64, thunks: [u64; HELPERS]) {
+    pub fn connect_jit(&mut self, jump: u64, thunks: [u64; THUNKS]) {
         self.jit.jump = jump;
         self.jit.thunks = thunks;
         self.jit.kick = self.kick.as_ptr() as u64;

@@ -28,7 +28,7 @@ use crate::insn::{Insn, Mode};
 use crate::mem::GuestRam;
 use cache::{Cache, Change, Key, Placed, RegionId, Unit};
 use compile::{Branch, Compiled, Compiler};
-use frame::HELPERS;
+use frame::THUNKS;
 use handover::Handover;
 use region::Plan;
 
@@ -116,7 +116,7 @@ impl Jit {
         let enter = install(compiler.trampoline())?;
         let stub = install(compiler.stub())?;
         let lookup = install(compiler.lookup())?;
-        let thunks = (0..HELPERS).map(|n| install(compiler.thunk(n))).collect::<Result<_, _>>()?;
+        let thunks = (0..THUNKS).map(|n| install(compiler.thunk(n))).collect::<Result<_, _>>()?;
         Ok(Jit {
             cache: Cache::new(arena, lookup.tail),
             workers: Workers::start(workers)?,
@@ -136,7 +136,7 @@ impl Jit {
     }
 
     /// Addresses of the code through which regions call helpers.
-    pub fn thunks(&self) -> [u64; HELPERS] {
+    pub fn thunks(&self) -> [u64; THUNKS] {
         std::array::from_fn(|n| self.thunks[n].code)
     }
 
