@@ -1,38 +1,18 @@
 //! The parts that the speed of a guest is made of, each by itself: `cargo bench --bench parts`.
 
 use std::hint::black_box;
-use std::sync::Arc;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use diglot_translator::cpu::Cpu;
-use diglot_translator::cpuid::{CpuModel, Level};
 use diglot_translator::decode::{self, MAX_LEN};
-use diglot_translator::engine::Kick;
 use diglot_translator::insn::Mode;
 use diglot_translator::jit::compile::Compiler;
 use diglot_translator::jit::region::Plan;
-use diglot_translator::mem::GuestRam;
-use diglot_translator::platform::Platform;
-use diglot_translator::state::{CpuState, Segment, cr};
+use diglot_translator::testing::bare::{self, CODE, DATA};
 use diglot_translator::vcpu::Vcpu;
 use diglot_translator::width::W64;
 use iced_x86::code_asm::*;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-/// No devices; a write to any port stops the CPU.
-struct Bare(Kick);
-
-impl Platform for Bare {
-    fn port_out(&mut self, _: u16, _: u8, _: u32) {
-        self.0.request(Kick::STOP);
-    }
-}
-
-const CODE: u64 = 0x2000;
-const DATA: u64 = 0x20_0000;
-/// Page tables: one of each level, the last of which maps large pages one to one.
-const TABLES: u64 = 0x1_0000;
-const LARGE_PAGES: u64 = 64;
 const ROUNDS: u32 = 10_000;
 /// Instructions in a round of [`program`].
 const ROUND: u64 = 10;
@@ -62,29 +42,9 @@ fn program() -> Vec<u8> {
     a.assemble(CODE).expect("code that can be encoded")
 }
 
-/// A CPU in 64-bit mode, at the program.
+/// A CPU at the program.
 fn cpu() -> Cpu {
-    let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), (LARGE_PAGES as usize) << 21)]).expect("memory");
-    let put = |at: u64, value: u64| ram.write_obj(value, GuestAddress(at)).expect("inside");
-    put(TABLES, TABLES + 0x1000 | 3);
-    put(TABLES + 0x1000, TABLES + 0x2000 | 3);
-    (0..LARGE_PAGES).for_each(|n| put(TABLES + 0x2000 + 8 * n, n << 21 | 0x83));
-    ram.write_slice(&program(), GuestAddress(CODE)).expect("inside");
-    let kick = Kick::default();
-    let platform = Box::new(Bare(kick.clone()));
-    let mut cpu = Cpu::new(Arc::new(GuestRam::new(Arc::new(ram))), platform, CpuModel::new(Level::Max, 1, 0));
-    cpu.kick = kick;
-    let flat = |attr| Segment { base: 0, limit: u32::MAX, attr, selector: 8 };
-    let mut state = CpuState::reset();
-    state.rip = CODE;
-    state.cr0 |= cr::CR0_PE | cr::CR0_PG;
-    state.cr4 = cr::CR4_PAE | cr::CR4_OSFXSR | cr::CR4_PGE;
-    state.efer = cr::EFER_LME | cr::EFER_LMA | cr::EFER_NXE;
-    state.cr3 = TABLES;
-    state.seg = [flat(0xc093); 6];
-    state.seg[1] = flat(0xa09b);
-    cpu.set_state(state);
-    cpu
+    bare::cpu(&program())
 }
 
 fn decoding(c: &mut Criterion) {

@@ -31,7 +31,7 @@ pub struct Block {
     pub code: u64,
     /// How often the block has become hot without being compiled, because its page keeps being rewritten.
     pub postponed: u32,
-    /// Whether it ends in a near indirect jump or call.
+    /// Whether it ends in an indirect jump or call, or a return.
     pub indirect: bool,
     /// Page offsets in this page that the indirect branch has led to; [`NO_TARGET`] where there is none yet.
     pub targets: [u16; MAX_TARGETS],

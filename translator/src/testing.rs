@@ -8,6 +8,7 @@
     allow(dead_code, reason = "without a judge there is little but the encoder to use")
 )]
 
+pub mod bare;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod bench;
 #[cfg(target_arch = "x86_64")]

@@ -620,7 +620,8 @@ impl Vcpu {
         let code = self.jit.as_ref().and_then(|j| j.find((gpa, self.cpu.mode.0), next_page)).unwrap_or(0);
         let indirect = insns.last().is_some_and(|i| {
             use iced_x86::FlowControl;
-            matches!(i.iced_code().flow_control(), FlowControl::IndirectBranch | FlowControl::IndirectCall)
+            let flow = i.iced_code().flow_control();
+            matches!(flow, FlowControl::IndirectBranch | FlowControl::IndirectCall | FlowControl::Return)
         });
         let block = Block {
             gpa,

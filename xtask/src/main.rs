@@ -2,6 +2,7 @@
 
 mod benchmarks;
 mod check;
+mod counts;
 mod coverage;
 mod fuzz;
 mod silicon;
@@ -37,6 +38,12 @@ enum Command {
         #[arg(long)]
         check: bool,
     },
+    /// Writes benches/counts.txt: what compiled code costs in host instructions, bytes and helper calls, free of noise.
+    Counts {
+        /// Write nothing; exit with 1 if something costs more than the page says, or much less.
+        #[arg(long)]
+        check: bool,
+    },
     /// Compares random programs on both engines with this host's processor, until one differs.
     Silicon(silicon::Options),
     /// Looks for inputs that make a part of Diglot panic, hang or differ from itself (docs/fuzzing.md).
@@ -48,6 +55,7 @@ fn main() -> ExitCode {
         Command::Check { tool } => check::run(tool),
         Command::Benchmarks { rounds } => benchmarks::run(rounds),
         Command::Coverage { check } => coverage::run(check),
+        Command::Counts { check } => counts::run(check),
         Command::Silicon(options) => silicon::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
     }

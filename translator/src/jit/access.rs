@@ -9,13 +9,13 @@ use cranelift_codegen::ir::types::{I8, I8X16, I16, I32, I64};
 use cranelift_codegen::ir::{BlockArg, InstBuilder, SigRef, Type, Value};
 use cranelift_frontend::FunctionBuilder;
 
-use crate::addr::PAGE_MASK;
+use crate::addr::{PAGE_MASK, PAGE_SIZE};
 use crate::emit::Emit;
 use crate::insn::{Insn, Mode};
 use crate::jit::Unsupported;
 use crate::jit::emit::{Helper, JitEmit, aligned, at, plain};
 use crate::jit::frame::HELPERS;
-use crate::mmu::tlb::{SITE_LIMIT, SITES, Sites, TlbEntry, Translations};
+use crate::mmu::tlb::{Sites, TlbEntry, Translations, site};
 use crate::state::seg;
 
 const ENTRIES_AT: i32 = offset_of!(Translations, entries) as i32;
@@ -59,7 +59,7 @@ impl JitEmit<'_> {
             e.b.ins().jump(done, value.as_slice());
         };
         if self.in_loops[self.current] {
-            self.by_site(linear, tag == offset_of!(TlbEntry, write), finish);
+            self.by_site(linear, bytes, tag == offset_of!(TlbEntry, write), finish);
         } else {
             let table = self.b.use_var(self.tlb);
             let Lookup { entry, hit, .. } = look_up(&mut self.b, table, linear, Width::Known(bytes), tag);
@@ -82,9 +82,9 @@ impl JitEmit<'_> {
 
     /// Begins an access by where it was last, which `finish` does and ends; the current block is where it is somewhere
     /// else.
-    fn by_site(&mut self, linear: Value, store: bool, finish: impl Fn(&mut Self, Value)) {
-        self.next_site = (self.next_site + 1) % SITES;
-        let site = self.site(store);
+    fn by_site(&mut self, linear: Value, bytes: u64, store: bool, finish: impl Fn(&mut Self, Value)) {
+        self.next_site += 1;
+        let site = site(self.next_site, store, bytes);
         let table = self.b.use_var(self.tlb);
         let base = self.b.ins().load(I64, aligned(), table, site_at(offset_of!(Sites, base), site));
         let offset = self.b.ins().isub(linear, base);
@@ -100,15 +100,10 @@ impl JitEmit<'_> {
         self.b.switch_to_block(elsewhere);
     }
 
-    /// The current access's site.
-    fn site(&self, store: bool) -> usize {
-        self.next_site + if store { SITES } else { 0 }
-    }
-
     /// Calls a slow path and leaves to the interpreter if it says so; gives the address it found.
     pub(super) fn slow(&mut self, helper: Helper, linear: Value, bytes: u64, value: Option<Value>) -> Value {
         if self.in_loops[self.current] {
-            let site = self.site(!matches!(helper, Helper::Load));
+            let site = site(self.next_site, !matches!(helper, Helper::Load), bytes);
             let which = self.b.ins().iconst(I64, (site << 8) as i64 | bytes as i64);
             self.call_thunk(HELPERS + helper as usize, linear, which, value);
         } else {
@@ -243,7 +238,8 @@ pub fn site_thunk(b: &mut FunctionBuilder<'_>, params: &[Value], helper: Helper,
     let words = b.ins().ishl_imm_u(site, 3);
     let at = b.ins().iadd(table, words);
     let host = b.ins().iadd(page, addend);
-    let limit = b.ins().iconst(I64, SITE_LIMIT as i64);
+    let size = b.ins().iconst(I64, PAGE_SIZE as i64 + 1);
+    let limit = b.ins().isub(size, bytes);
     let used = b.ins().iconst(I64, 1);
     b.ins().store(aligned(), page, at, site_at(offset_of!(Sites, base), 0));
     b.ins().store(aligned(), limit, at, site_at(offset_of!(Sites, limit), 0));

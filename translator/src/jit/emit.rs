@@ -778,6 +778,7 @@ impl<'a> JitEmit<'a> {
             self.compare_targets(off, &guards, elsewhere);
             self.b.switch_to_block(elsewhere);
         }
+        self.store_pending_flags();
         self.leave_to(rip);
         jump_by_cache(&mut self.b, self.cpu, rip, self.tail_sig);
     }

@@ -40,8 +40,8 @@ pub struct RegionBlock {
     pub usage: Usage,
     /// Page offset that a call at the end returns to.
     pub returns_to: Option<u64>,
-    /// Page offsets that an indirect branch at the end is expected to lead to: of a return the calls in the region, of
-    /// others what was seen while the block was interpreted.
+    /// Page offsets that an indirect branch at the end is expected to lead to: what was seen while the block was
+    /// interpreted, and of a return the calls in the region.
     pub guards: Vec<u64>,
     /// Whether the region may be entered here.
     pub entry: bool,
@@ -200,7 +200,9 @@ impl Plan {
         for (k, block) in plan.blocks.iter_mut().enumerate() {
             block.entry = k == 0 || returns.contains(&block.off) || loops.contains(&block.off);
             if block.insns.last().is_some_and(is_return) {
-                block.guards.clone_from(&guards);
+                block.guards.extend(&guards);
+                block.guards.sort_unstable();
+                block.guards.dedup();
             }
         }
         (!plan.blocks.is_empty()).then_some(plan)
@@ -218,7 +220,11 @@ fn region_block(block: &Block) -> RegionBlock {
     // Far branches, which have no compiled form, are none that the region can follow.
     let follows = block.indirect && insns.last().is_some_and(|i| i.sem.jit.is_some());
     let targets = block.targets.iter().filter(|_| follows);
-    let guards = targets.filter(|&&t| t != NO_TARGET).map(|&t| u64::from(t)).collect();
+    let mut guards: Vec<u64> = targets.filter(|&&t| t != NO_TARGET).map(|&t| u64::from(t)).collect();
+    if insns.last().is_some_and(is_return) && guards.len() > MAX_GUARDS {
+        // A function that many call; the region of each caller is another.
+        guards.clear();
+    }
     let returns_to = insns.last().filter(|last| is_call(last)).map(Insn::next_off);
     RegionBlock { off: start, insns, end, usage, returns_to, guards, entry: false }
 }

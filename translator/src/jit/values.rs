@@ -586,7 +586,6 @@ impl Emit for JitEmit<'_> {
     }
 
     fn set_ip(&mut self, _: &Insn, target: Value) {
-        self.store_flags();
         self.count_block();
         self.exit_to(target);
         self.ended = true;

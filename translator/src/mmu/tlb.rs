@@ -48,11 +48,17 @@ pub struct TlbEntry {
     pub phys: u64,
 }
 
-/// Accesses of compiled loops that remember where they were last ([`Sites`]): so many loads, and behind them as many
-/// stores. Regions share them.
-pub const SITES: usize = 512;
-/// Offsets in a page below which an access of any width stays inside it.
-pub const SITE_LIMIT: u64 = PAGE_MASK - 14;
+/// Accesses of compiled loops that remember where they were last ([`Sites`]), of each kind. Regions share them.
+pub const SITES: usize = 128;
+/// Kinds of accesses: loads and stores, of 1, 2, 4, 8 and 16 bytes.
+const SITE_KINDS: usize = 2 * 5;
+const ALL_SITES: usize = SITES * SITE_KINDS;
+
+/// The site that is number `n` of its kind. What one kind may do at an address, another may not.
+pub fn site(n: usize, store: bool, bytes: u64) -> usize {
+    let kind = 2 * bytes.trailing_zeros() as usize + usize::from(store);
+    kind * SITES + n % SITES
+}
 
 /// Where accesses in loops were last: an offset from `base` below `limit` is at that offset from `host`. What these hold
 /// was in the table's entries once, and goes with them.
@@ -61,11 +67,11 @@ pub struct Sites {
     /// Whether there may be a `limit` that is not 0; compiled code says 1.
     pub used: u64,
     /// Linear addresses of pages.
-    pub base: [u64; 2 * SITES],
-    /// [`SITE_LIMIT`]; 0 for an empty site.
-    pub limit: [u64; 2 * SITES],
+    pub base: [u64; ALL_SITES],
+    /// One more than the highest offset at which such an access stays inside the page; 0 for an empty site.
+    pub limit: [u64; ALL_SITES],
     /// Host addresses of the pages.
-    pub host: [u64; 2 * SITES],
+    pub host: [u64; ALL_SITES],
 }
 
 /// What of a table compiled code sees.

@@ -1,0 +1,213 @@
+//! `cargo xtask counts`: benches/counts.txt, what compiled code costs where no clock is needed to tell.
+//!
+//! Each loop runs compiled, twice, for different numbers of rounds, while the host's trap flag counts its instructions;
+//! the difference belongs to the rounds alone. What the vCPU runs outside the code cache (helpers, the dispatch loop)
+//! is counted apart.
+
+mod loops;
+mod steps;
+
+use std::fmt::Write;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use diglot_translator::insn::Mode;
+use diglot_translator::jit::Jit;
+use diglot_translator::jit::compile::Compiler;
+use diglot_translator::jit::host;
+use diglot_translator::jit::region::Plan;
+use diglot_translator::testing::bare::{self, CODE};
+use diglot_translator::vcpu::Vcpu;
+
+const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../benches/counts.txt");
+/// Rounds until everything is compiled, and of the two runs that are counted.
+const WARM: u64 = 5_000;
+const SHORT: u64 = 100;
+const LONG: u64 = 300;
+/// How much worse or better than the page says a figure may be before the check fails.
+const TOLERANCE: f64 = 0.03;
+/// The same for compile times, which are measured by a clock after all, if against another compile at the same time.
+const TIME_TOLERANCE: f64 = 0.35;
+
+/// What one loop costs.
+struct Cost {
+    name: &'static str,
+    /// Guest instructions in a round.
+    guest: f64,
+    /// Host instructions for each of them in compiled code.
+    inside: f64,
+    /// And outside it.
+    outside: f64,
+    /// Host code bytes for each guest byte of the regions.
+    bytes: f64,
+    /// Helper calls and slow paths in a thousand guest instructions.
+    helpers: f64,
+}
+
+/// Writes the page, or compares what is measured with it.
+pub fn run(check: bool) -> ExitCode {
+    if !cfg!(target_arch = "x86_64") {
+        eprintln!("counts: skipped: only an x86-64 host's trap flag counts instructions here");
+        return ExitCode::from(2);
+    }
+    let costs: Vec<Cost> = loops::LOOPS.iter().map(|&(name, code)| cost(name, &code())).collect();
+    let page = page(&costs, compile_ratio());
+    let path = Path::new(PAGE);
+    if !check {
+        return match std::fs::write(path, page) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(e) => fail(&format!("{}: {e}", path.display())),
+        };
+    }
+    let kept = match std::fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(e) => return fail(&format!("{}: {e}; run cargo xtask counts", path.display())),
+    };
+    compare(&kept, &page)
+}
+
+fn fail(why: &str) -> ExitCode {
+    eprintln!("counts: {why}");
+    ExitCode::FAILURE
+}
+
+fn cost(name: &'static str, code: &[u8]) -> Cost {
+    let mut interpreter = Vcpu::new(bare::cpu(code), None);
+    let mut interpreted = |rounds| {
+        let before = interpreter.counts.interpreted;
+        start(&mut interpreter, rounds);
+        interpreter.run();
+        interpreter.counts.interpreted - before
+    };
+    let guest = (interpreted(LONG) - interpreted(SHORT)) as f64 / (LONG - SHORT) as f64;
+
+    let jit = Jit::new(4 << 20, 1).expect("a host that Cranelift compiles for");
+    let mut vcpu = Vcpu::new(bare::cpu(code), Some(jit));
+    vcpu.set_threshold(50);
+    // Waiting for the compiler at once, so that regions are always planned in the same moments.
+    for _ in 0..2 {
+        start(&mut vcpu, WARM);
+        while vcpu.turn().is_none() {
+            vcpu.jit.as_ref().expect("a compiler").drain();
+        }
+    }
+    let mut counted = |rounds| {
+        start(&mut vcpu, rounds);
+        let calls = vcpu.cpu.jit.helper_calls + vcpu.cpu.jit.slow_paths;
+        let steps = steps::count(|| _ = vcpu.run());
+        (steps, vcpu.cpu.jit.helper_calls + vcpu.cpu.jit.slow_paths - calls)
+    };
+    // The first run of either length takes host page faults and the like, which count nothing but disturb nothing.
+    let ((short, short_calls), (long, long_calls)) = (counted(SHORT), counted(LONG));
+    let each = |long: u64, short: u64| (long as f64 - short as f64) / (LONG - SHORT) as f64 / guest;
+    let counts = &vcpu.jit.as_ref().expect("a compiler").counts;
+    Cost {
+        name,
+        guest,
+        inside: each(long.inside, short.inside),
+        outside: each(long.outside, short.outside),
+        bytes: counts.code_bytes as f64 / counts.guest_bytes as f64,
+        helpers: 1000.0 * each(long_calls, short_calls),
+    }
+}
+
+/// Puts the CPU at the start of a loop of so many rounds.
+fn start(vcpu: &mut Vcpu, rounds: u64) {
+    vcpu.cpu.s.rip = CODE;
+    vcpu.cpu.s.gpr[1] = rounds;
+    vcpu.cpu.s.gpr[4] = bare::STACK;
+}
+
+/// The time to compile a block of a fixed region, to that of a fixed small function in the same moment.
+fn compile_ratio() -> f64 {
+    let mut vcpu = Vcpu::new(bare::cpu(&loops::branches()), None);
+    start(&mut vcpu, WARM);
+    vcpu.run();
+    let mode = Mode(vcpu.cpu.mode.0);
+    let seeds = (CODE..CODE + 64).filter(|&gpa| vcpu.blocks.find(gpa, mode).is_some());
+    let plans = seeds.filter_map(|gpa| Plan::grow(&vcpu.blocks, gpa, mode, false));
+    let plan = plans.max_by_key(|p| p.blocks.len()).expect("a region");
+    let mut compiler = Compiler::new().expect("a host that Cranelift compiles for");
+    let time = |f: &mut dyn FnMut()| {
+        let start = Instant::now();
+        f();
+        start.elapsed()
+    };
+    // The least of many is what the host does undisturbed.
+    let (mut region, mut small) = (Duration::MAX, Duration::MAX);
+    for _ in 0..300 {
+        region = region.min(time(&mut || _ = compiler.compile(&plan)));
+        small = small.min(time(&mut || _ = compiler.lookup()));
+    }
+    region.as_secs_f64() / plan.blocks.len() as f64 / small.as_secs_f64()
+}
+
+/// The line that says what the figures depend on.
+fn host_line() -> String {
+    format!("host: {} with {}", std::env::consts::ARCH, host::features().join(" "))
+}
+
+/// The line of the compile time begins so.
+const COMPILING: &str = "compiling a block, to compiling a small function:";
+
+fn page(costs: &[Cost], compile_ratio: f64) -> String {
+    let mut text = String::from(
+        "What compiled code costs: written and checked by `cargo xtask counts`.\n\
+         \n\
+         guest: guest instructions in a round of the loop. code, else: host instructions for each of them, in compiled\n\
+         code and outside it. bytes: host code bytes for a guest byte. calls: calls of helpers in 1000 guest instructions.\n\n",
+    );
+    let _ = writeln!(text, "{}\n", host_line());
+    let _ = writeln!(text, "{:<12} {:>7} {:>7} {:>8} {:>7} {:>8}", "loop", "guest", "code", "else", "bytes", "calls");
+    for c in costs {
+        let _ = writeln!(
+            text,
+            "{:<12} {:>7.1} {:>7.2} {:>8.2} {:>7.1} {:>8.1}",
+            c.name, c.guest, c.inside, c.outside, c.bytes, c.helpers
+        );
+    }
+    let _ = writeln!(text, "\n{COMPILING} {compile_ratio:.2}");
+    text
+}
+
+/// The figures of a page: each line's first word or words, and its numbers.
+fn figures(page: &str) -> Vec<(&str, Vec<f64>)> {
+    let rows = page.lines().filter_map(|line| {
+        let at = line.find(|c: char| c.is_ascii_whitespace())?;
+        let (name, rest) = match line.strip_prefix(COMPILING) {
+            Some(rest) => (COMPILING, rest),
+            None => line.split_at(at),
+        };
+        let numbers: Result<Vec<f64>, _> = rest.split_whitespace().map(str::parse).collect();
+        numbers.ok().filter(|n| !n.is_empty()).map(|n| (name, n))
+    });
+    rows.collect()
+}
+
+fn compare(kept: &str, now: &str) -> ExitCode {
+    print!("{now}");
+    if !kept.contains(&host_line()) {
+        eprintln!("counts: skipped: {PAGE} is of a host with other instructions");
+        return ExitCode::from(2);
+    }
+    let (kept, now) = (figures(kept), figures(now));
+    let mut wrong = kept.len().abs_diff(now.len());
+    if wrong != 0 {
+        eprintln!("counts: the page has {} rows, there should be {}", kept.len(), now.len());
+    }
+    for ((name, old), (_, new)) in kept.iter().zip(&now) {
+        for (old, new) in old.iter().zip(new) {
+            let tolerance = if *name == COMPILING { TIME_TOLERANCE } else { TOLERANCE };
+            // Small figures are rounded on the page.
+            if (new - old).abs() > tolerance * old + 0.06 {
+                eprintln!("counts: {name}: {new} instead of {old}");
+                wrong += 1;
+            }
+        }
+    }
+    if wrong != 0 {
+        return fail("if that is meant, run cargo xtask counts and keep the page");
+    }
+    ExitCode::SUCCESS
+}
