@@ -365,6 +365,26 @@ pub trait Emit: Sized {
     fn load_x(&mut self, i: &Insn, ea: Self::V, aligned: bool) -> Result<Self::X, Self::Trap>;
     /// Stores 16 bytes; `aligned` raises #GP for a misaligned address.
     fn store_x(&mut self, i: &Insn, ea: Self::V, v: Self::X, aligned: bool) -> Result<(), Self::Trap>;
+    /// Loads 32 bytes, low half first, whose alignment matters only to 16.
+    #[inline(always)]
+    fn load_pair(&mut self, i: &Insn, ea: Self::V, aligned: bool) -> Result<(Self::X, Self::X), Self::Trap> {
+        let low = self.load_x(i, ea, aligned)?;
+        let at = self.further(i, ea, 16);
+        Ok((low, self.load_x(i, at, aligned)?))
+    }
+    /// Stores 32 bytes, low half first.
+    #[inline(always)]
+    fn store_pair(
+        &mut self,
+        i: &Insn,
+        ea: Self::V,
+        (low, high): (Self::X, Self::X),
+        aligned: bool,
+    ) -> Result<(), Self::Trap> {
+        self.store_x(i, ea, low, aligned)?;
+        let at = self.further(i, ea, 16);
+        self.store_x(i, at, high, aligned)
+    }
 
     // ---- control ----
 

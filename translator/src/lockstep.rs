@@ -29,11 +29,13 @@ impl Cpu {
     /// Notes what a store of `len` (at most 16) bytes to guest RAM at `host` is about to replace.
     #[inline]
     pub(crate) fn journal_store(&mut self, host: *mut u8, len: usize) {
-        if let Some(journal) = &mut self.journal {
+        let Some(journal) = &mut self.journal else { return };
+        for at in (0..len).step_by(16) {
+            let (host, len) = (host.wrapping_add(at), (len - at).min(16));
             let mut old = [0; 16];
             // SAFETY: the caller is about to store there; reading the same bytes of guest RAM is as valid.
-            unsafe { std::ptr::copy_nonoverlapping(host, old.as_mut_ptr(), len.min(16)) };
-            journal.stores.push((host as usize, len.min(16), old));
+            unsafe { std::ptr::copy_nonoverlapping(host, old.as_mut_ptr(), len) };
+            journal.stores.push((host as usize, len, old));
         }
     }
 

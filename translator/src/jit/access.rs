@@ -41,22 +41,22 @@ impl JitEmit<'_> {
     }
 
     /// Accesses `bytes` bytes at `linear` by the TLB's `tag`: `at` is the access, given its host address, and may be
-    /// emitted several times; `slow` gives the address on a miss, unless it has done the access. What `at` gives, if it
-    /// is of some type, is the result.
+    /// emitted several times; `slow` gives the address on a miss, unless it has done the access. What `at` gives, values
+    /// of the types `results`, is given back.
     fn access(
         &mut self,
         linear: Value,
         bytes: u64,
         tag: usize,
-        result: Option<Type>,
-        at: impl Fn(&mut Self, Value) -> Option<Value>,
+        results: [Option<Type>; 2],
+        at: impl Fn(&mut Self, Value) -> [Option<Value>; 2],
         slow: impl FnOnce(&mut Self) -> Option<Value>,
-    ) -> Option<Value> {
+    ) -> [Option<Value>; 2] {
         let done = self.b.create_block();
-        let result = result.map(|t| self.b.append_block_param(done, t));
+        let results = results.map(|t| t.map(|t| self.b.append_block_param(done, t)));
         let finish = |e: &mut Self, host| {
-            let value = at(e, host).map(BlockArg::Value);
-            e.b.ins().jump(done, value.as_slice());
+            let values: Vec<BlockArg> = at(e, host).into_iter().flatten().map(BlockArg::Value).collect();
+            e.b.ins().jump(done, &values);
         };
         if self.in_loops[self.current] {
             self.by_site(linear, bytes, tag == offset_of!(TlbEntry, write), finish);
@@ -77,7 +77,7 @@ impl JitEmit<'_> {
             None => _ = self.b.ins().jump(done, &[]),
         }
         self.b.switch_to_block(done);
-        result
+        results
     }
 
     /// Begins an access by where it was last, which `finish` does and ends; the current block is where it is somewhere
@@ -128,16 +128,17 @@ impl JitEmit<'_> {
         let narrow = t.is_int() && t.bytes() < 8;
         let load = |e: &mut Self, host| {
             let b = e.b.ins();
-            Some(match t {
+            let value = match t {
                 I8 => b.uload8(I64, plain(), host, 0),
                 I16 => b.uload16(I64, plain(), host, 0),
                 I32 => b.uload32(plain(), host, 0),
                 _ => b.load(t, plain(), host, 0),
-            })
+            };
+            [Some(value), None]
         };
         let slow = |e: &mut Self| Some(e.slow(Helper::Load, linear, bytes, None));
         let result = if narrow { I64 } else { t };
-        let value = self.access(linear, bytes, offset_of!(TlbEntry, read), Some(result), load, slow);
+        let [value, _] = self.access(linear, bytes, offset_of!(TlbEntry, read), [Some(result), None], load, slow);
         // An access with a result has one.
         let value = value.unwrap_or(linear);
         if !narrow {
@@ -152,7 +153,8 @@ impl JitEmit<'_> {
     pub(super) fn host_to_modify(&mut self, linear: Value, bytes: u64) -> Value {
         self.before_access();
         let slow = |e: &mut Self| Some(e.slow(Helper::Modify, linear, bytes, None));
-        let found = self.access(linear, bytes, offset_of!(TlbEntry, write), Some(I64), |_, host| Some(host), slow);
+        let same = |_: &mut Self, host| [Some(host), None];
+        let [found, _] = self.access(linear, bytes, offset_of!(TlbEntry, write), [Some(I64), None], same, slow);
         found.unwrap_or(linear)
     }
 
@@ -160,9 +162,9 @@ impl JitEmit<'_> {
         self.before_access();
         let store = |e: &mut Self, host| {
             e.b.ins().store(plain(), v, host, 0);
-            None
+            [None; 2]
         };
-        self.access(linear, bytes, offset_of!(TlbEntry, write), None, store, |e| {
+        self.access(linear, bytes, offset_of!(TlbEntry, write), [None; 2], store, |e| {
             let wide = if bytes == 16 {
                 e.b.ins().store(plain(), v, e.cpu, at!(jit.bounce));
                 e.b.ins().iconst(I64, 0)
@@ -170,6 +172,34 @@ impl JitEmit<'_> {
                 e.extend(v, bytes)
             };
             e.slow(Helper::Store, linear, bytes, Some(wide));
+            None
+        });
+    }
+
+    /// A load of 32 bytes.
+    pub(super) fn load_values(&mut self, linear: Value) -> (Value, Value) {
+        self.before_access();
+        let load = |e: &mut Self, host| [0, 16].map(|at| Some(e.b.ins().load(I8X16, plain(), host, at)));
+        let slow = |e: &mut Self| Some(e.slow(Helper::Load, linear, 32, None));
+        let values = self.access(linear, 32, offset_of!(TlbEntry, read), [Some(I8X16); 2], load, slow);
+        // An access with results has them.
+        let [low, high] = values.map(|v| v.unwrap_or(linear));
+        (low, high)
+    }
+
+    /// A store of 32 bytes.
+    pub(super) fn store_values(&mut self, linear: Value, (low, high): (Value, Value)) {
+        self.before_access();
+        let store = |e: &mut Self, host| {
+            e.b.ins().store(plain(), low, host, 0);
+            e.b.ins().store(plain(), high, host, 16);
+            [None; 2]
+        };
+        self.access(linear, 32, offset_of!(TlbEntry, write), [None; 2], store, |e| {
+            e.b.ins().store(plain(), low, e.cpu, at!(jit.bounce));
+            e.b.ins().store(plain(), high, e.cpu, at!(jit.bounce) + 16);
+            let none = e.b.ins().iconst(I64, 0);
+            e.slow(Helper::Store, linear, 32, Some(none));
             None
         });
     }
@@ -261,10 +291,10 @@ pub fn site_thunk(b: &mut FunctionBuilder<'_>, params: &[Value], helper: Helper,
     b.ins().return_(&[]);
 }
 
-/// Stores 1, 2, 4 or 8 bytes of `value`, or the 16 of the bounce buffer.
+/// Stores 1, 2, 4 or 8 bytes of `value`, or 16 or 32 of the bounce buffer.
 fn store_some(b: &mut FunctionBuilder<'_>, cpu: Value, host: Value, bytes: Value, value: Value) {
     let done = b.create_block();
-    for (n, t) in [(8, I64), (4, I32), (1, I8), (2, I16), (16, I8X16)] {
+    for (n, t) in [(8, I64), (4, I32), (1, I8), (2, I16), (16, I8X16), (32, I8X16)] {
         let (this, other) = (b.create_block(), b.create_block());
         let is_this = b.ins().icmp_imm_u(IntCC::Equal, bytes, n);
         b.ins().brif(is_this, this, &[], other, &[]);
@@ -275,6 +305,10 @@ fn store_some(b: &mut FunctionBuilder<'_>, cpu: Value, host: Value, bytes: Value
             _ => b.ins().ireduce(t, value),
         };
         b.ins().store(plain(), part, host, 0);
+        if n == 32 {
+            let high = b.ins().load(I8X16, plain(), cpu, at!(jit.bounce) + 16);
+            b.ins().store(plain(), high, host, 16);
+        }
         b.ins().jump(done, &[]);
         b.switch_to_block(other);
     }

@@ -78,8 +78,8 @@ pub struct JitFrame {
     pub count: u64,
     /// What a slow path hands back: a host address, or 0 for "interpret this instruction"; for stores 1 when done.
     pub slow_result: u64,
-    /// 16-byte operand of a slow store, or the bytes of a load that crosses pages.
-    pub bounce: [u64; 2],
+    /// Operand of 16 or 32 bytes of a slow store, or the bytes of a load that crosses pages.
+    pub bounce: [u64; 4],
     /// Whether the host's MXCSR has the guest's controls and collects its flags.
     pub fp_loaded: u64,
     /// Kind of the deferred flags ([`lazy`]).

@@ -41,7 +41,7 @@ impl Cpu {
         let Some(b) = self.resolve(next, bytes - first, false) else { return 0 };
         let out = self.jit.bounce.as_mut_ptr().cast::<u8>();
         // SAFETY: `a` and `b` are host addresses of `first` and `bytes - first` bytes of guest RAM, each inside its
-        // page; together they are at most 16 bytes, the size of the bounce buffer.
+        // page; together they are at most 32 bytes, the size of the bounce buffer.
         unsafe {
             std::ptr::copy_nonoverlapping(a, out, first as usize);
             std::ptr::copy_nonoverlapping(b, out.add(first as usize), (bytes - first) as usize);
@@ -51,7 +51,7 @@ impl Cpu {
 
     /// A store that the fast path missed: 1 when done, 0 when the interpreter has to do it.
     fn slow_store(&mut self, linear: u64, bytes: u64, value: u64) -> u64 {
-        let value = if bytes == 16 { self.jit.bounce } else { [value, 0] };
+        let value = if bytes >= 16 { self.jit.bounce } else { [value, 0, 0, 0] };
         let first = Self::split(linear, bytes).unwrap_or(bytes);
         let Some(a) = self.resolve(linear, first, true) else { return 0 };
         let next = self.wrap_linear(linear.wrapping_add(first));

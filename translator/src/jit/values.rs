@@ -564,6 +564,30 @@ impl Emit for JitEmit<'_> {
         Ok(())
     }
 
+    fn load_pair(&mut self, i: &Insn, ea: Value, aligned: bool) -> Result<(Value, Value), Unsupported> {
+        let linear = self.linear(i, i.seg, ea)?;
+        if aligned {
+            self.check_alignment(linear);
+        }
+        Ok(self.load_values(linear))
+    }
+
+    fn store_pair(
+        &mut self,
+        i: &Insn,
+        ea: Value,
+        (low, high): (Value, Value),
+        aligned: bool,
+    ) -> Result<(), Unsupported> {
+        let linear = self.linear(i, i.seg, ea)?;
+        if aligned {
+            self.check_alignment(linear);
+        }
+        let halves = (self.lanes(low, I8X16), self.lanes(high, I8X16));
+        self.store_values(linear, halves);
+        Ok(())
+    }
+
     fn next_ip(&mut self, i: &Insn) -> Value {
         self.ip_at(i.next_off() as i64)
     }

@@ -50,8 +50,8 @@ pub struct TlbEntry {
 
 /// Accesses of compiled loops that remember where they were last ([`Sites`]), of each kind. Regions share them.
 pub const SITES: usize = 128;
-/// Kinds of accesses: loads and stores, of 1, 2, 4, 8 and 16 bytes.
-const SITE_KINDS: usize = 2 * 5;
+/// Kinds of accesses: loads and stores, of 1, 2, 4, 8, 16 and 32 bytes.
+const SITE_KINDS: usize = 2 * 6;
 const ALL_SITES: usize = SITES * SITE_KINDS;
 
 /// The site that is number `n` of its kind. What one kind may do at an address, another may not.

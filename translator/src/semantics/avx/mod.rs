@@ -60,9 +60,8 @@ fn get<E: Emit>(e: &mut E, i: &Insn, n: usize) -> Result<Lanes<E>, E::Trap> {
                 16 => (e.load_x(i, ea, false)?, None),
                 bytes => {
                     e.check_extent(i, ea, bytes.into())?;
-                    let low = e.load_x(i, ea, false)?;
-                    let at = e.further(i, ea, 16);
-                    (low, Some(e.load_x(i, at, false)?))
+                    let (low, high) = e.load_pair(i, ea, false)?;
+                    (low, Some(high))
                 }
             })
         }

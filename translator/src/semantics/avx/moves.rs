@@ -71,14 +71,12 @@ fn move_whole<E: Emit>(e: &mut E, i: &Insn, aligned: bool) -> Result<(), E::Trap
             if wide && !aligned {
                 e.check_extent(i, ea, 32)?;
             }
-            let low = e.load_x(i, ea, aligned)?;
-            let high = if wide {
-                let at = e.further(i, ea, 16);
-                Some(e.load_x(i, at, aligned)?)
+            if wide {
+                let (low, high) = e.load_pair(i, ea, aligned)?;
+                (low, Some(high))
             } else {
-                None
-            };
-            (low, high)
+                (e.load_x(i, ea, aligned)?, None)
+            }
         }
         _ => get(e, i, 1)?,
     };
@@ -89,9 +87,7 @@ fn move_whole<E: Emit>(e: &mut E, i: &Insn, aligned: bool) -> Result<(), E::Trap
                 // All must be writable before the first half is written; an aligned operand is in one page.
                 e.probe_write(i, ea, 32)?;
             }
-            e.store_x(i, ea, low, aligned)?;
-            let at = e.further(i, ea, 16);
-            e.store_x(i, at, high, aligned)
+            e.store_pair(i, ea, (low, high), aligned)
         }
         _ => put(e, i, (low, high)),
     }
