@@ -66,37 +66,94 @@ pub enum Outcome {
 pub struct Run {
     /// By program.
     pub seconds: BTreeMap<String, Vec<f64>>,
+    /// Results that are only known to be the same everywhere, by program.
+    pub results: BTreeMap<String, String>,
 }
+
+/// The program that needs a C compiler in the guest.
+pub const C_COMPILE: &str = "c-compile";
 
 /// What the guests boot.
 pub struct Files {
     program: PathBuf,
     kernel: PathBuf,
     initrd: PathBuf,
+    /// The host's C compiler proper, and a RAM disk that has it too.
+    compiler: Option<(PathBuf, PathBuf)>,
 }
 
 impl Files {
-    /// Makes the initial RAM disk and fetches the kernel, both into `directory`.
+    /// Makes the initial RAM disks and fetches the kernel, all into `directory`.
     pub fn prepare(directory: &Path, program: PathBuf) -> Result<Files, String> {
         if !export_debian(directory) {
             return Err("there is no kernel for the guests, for the reason above".into());
         }
-        let initrd = directory.join("programs.cpio");
         let init = std::fs::read(&program).map_err(|e| format!("{}: {e}", program.display()))?;
-        std::fs::write(&initrd, initrd::archive(&init)).map_err(|e| format!("{}: {e}", initrd.display()))?;
-        Ok(Files { program, kernel: directory.join("vmlinuz"), initrd })
+        let write = |name: &str, others: &[initrd::File]| {
+            let path = directory.join(name);
+            match std::fs::write(&path, initrd::archive(&init, others)) {
+                Ok(()) => Ok(path),
+                Err(e) => Err(format!("{}: {e}", path.display())),
+            }
+        };
+        let initrd = write("programs.cpio", &[])?;
+        let compiler = match compiler() {
+            Some((path, files)) => Some((path, write("compiler.cpio", &files)?)),
+            None => None,
+        };
+        Ok(Files { program, kernel: directory.join("vmlinuz"), initrd, compiler })
     }
 }
 
+/// The C compiler proper of the host's GCC, and what a guest needs of it, if this host has one that a guest of its can
+/// run.
+fn compiler() -> Option<(PathBuf, Vec<initrd::File>)> {
+    let said = |command: &mut Command| {
+        let output = command.stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
+        String::from_utf8(output.stdout).ok()
+    };
+    let path = PathBuf::from(said(Command::new("gcc").arg("-print-prog-name=cc1"))?.trim());
+    let libraries = said(Command::new("ldd").arg(&path))?;
+    // "name => path (address)", and "path (address)" for the loader.
+    let libraries = libraries.lines().filter_map(|l| l.split_whitespace().find(|w| w.starts_with('/')));
+    let mut files = vec![(PathBuf::from("/cc1"), std::fs::read(&path).ok()?)];
+    for library in libraries {
+        files.push((library.into(), std::fs::read(library).ok()?));
+    }
+    cfg!(target_arch = "x86_64").then_some((path, files))
+}
+
 impl Contender {
-    /// Runs the programs once round.
+    /// Runs the programs once round. The one that needs a compiler has a boot of its own: the others' is measured.
     pub fn run(&self, files: &Files, programs: &[String]) -> Outcome {
+        let (with, without): (Vec<String>, Vec<String>) = programs.iter().cloned().partition(|p| p == C_COMPILE);
+        let mut whole = Run::default();
+        if !without.is_empty() {
+            match self.run_from(files, &files.initrd, &without) {
+                Outcome::Measured(run) => whole = run,
+                other => return other,
+            }
+        }
+        if let Some((_, initrd)) = files.compiler.as_ref().filter(|_| !with.is_empty()) {
+            match self.run_from(files, initrd, &with) {
+                Outcome::Measured(mut run) => {
+                    run.seconds.remove(BOOT);
+                    whole.seconds.append(&mut run.seconds);
+                    whole.results.append(&mut run.results);
+                }
+                other => return other,
+            }
+        }
+        Outcome::Measured(whole)
+    }
+
+    fn run_from(&self, files: &Files, initrd: &Path, programs: &[String]) -> Outcome {
         if self.kind == Kind::Qemu("kvm")
             && let Err(e) = OpenOptions::new().read(true).write(true).open("/dev/kvm")
         {
             return Outcome::Unavailable(format!("/dev/kvm: {e}"));
         }
-        let mut command = self.command(files, programs);
+        let mut command = self.command(files, initrd, programs);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // SAFETY: prctl may be called between fork and exec.
         unsafe {
@@ -116,7 +173,7 @@ impl Contender {
         self.follow(child, start)
     }
 
-    fn command(&self, files: &Files, programs: &[String]) -> Command {
+    fn command(&self, files: &Files, initrd: &Path, programs: &[String]) -> Command {
         let repetitions = self.repetitions.to_string();
         // What is behind the dashes goes to init.
         let cmdline = format!("console=ttyS0 quiet panic=-1 -- {repetitions} {}", programs.join(" "));
@@ -124,12 +181,15 @@ impl Contender {
             Kind::Native => {
                 let mut command = Command::new(&files.program);
                 command.arg(repetitions).args(programs);
+                if let Some((compiler, _)) = &files.compiler {
+                    command.env("CC1", compiler);
+                }
                 return command;
             }
             Kind::Diglot(backend) => {
                 let mut command = Command::new(DIGLOT);
                 command.args(["run", "--memory", "512M", "--backend", backend, "--no-reboot", "--kernel"]);
-                command.arg(&files.kernel).arg("--initrd").arg(&files.initrd).arg("--append");
+                command.arg(&files.kernel).arg("--initrd").arg(initrd).arg("--append");
                 command
             }
             Kind::Qemu(accelerator) => {
@@ -146,7 +206,7 @@ impl Contender {
                     "-nographic",
                     "-no-reboot",
                 ]);
-                command.arg("-kernel").arg(&files.kernel).arg("-initrd").arg(&files.initrd).arg("-append");
+                command.arg("-kernel").arg(&files.kernel).arg("-initrd").arg(initrd).arg("-append");
                 command
             }
         };
@@ -195,6 +255,7 @@ impl Contender {
                         run.seconds.entry((*name).into()).or_default().push(n / 1e9);
                     }
                 }
+                ["result", name, result] => _ = run.results.insert((*name).into(), (*result).into()),
                 ["wrong", name, result] => return Outcome::Wrong(format!("{name} comes to {result}, which is wrong")),
                 _ => {}
             }

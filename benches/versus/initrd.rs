@@ -1,14 +1,29 @@
-//! An initial RAM disk of one file, in the format that Linux unpacks: cpio, "newc".
+//! An initial RAM disk of few files, in the format that Linux unpacks: cpio, "newc".
 
-/// An archive with `init` as /init.
-pub fn archive(init: &[u8]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(init.len() + 1024);
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+/// A file's absolute path and its content.
+pub type File = (PathBuf, Vec<u8>);
+
+/// An archive with `init` as /init and other files, named by absolute paths.
+pub fn archive(init: &[u8], others: &[File]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(init.len() + others.iter().map(|o| o.1.len()).sum::<usize>() + 4096);
     let directory = 0o040_755;
     let device = 0o020_600;
-    entry(&mut out, "dev", directory, (0, 0), &[]);
+    let executable = 0o100_755;
+    let parents = others.iter().flat_map(|(path, _)| path.ancestors().skip(1));
+    let parents: BTreeSet<&str> = parents.filter_map(|p| p.to_str()?.strip_prefix('/')).collect();
+    for name in parents.into_iter().chain(["dev"]).filter(|name| !name.is_empty()) {
+        entry(&mut out, name, directory, (0, 0), &[]);
+    }
     entry(&mut out, "dev/console", device, (5, 1), &[]);
     entry(&mut out, "dev/null", device, (1, 3), &[]);
-    entry(&mut out, "init", 0o100_755, (0, 0), init);
+    entry(&mut out, "init", executable, (0, 0), init);
+    for (path, content) in others {
+        let name = path.to_string_lossy();
+        entry(&mut out, name.trim_start_matches('/'), executable, (0, 0), content);
+    }
     entry(&mut out, "TRAILER!!!", 0, (0, 0), &[]);
     out
 }

@@ -6,7 +6,8 @@
 //! cargo bench --bench versus -- --rounds 7 --out DIR  # results to DIR instead of target/versus
 //! ```
 //!
-//! The programs are `benches/guest`, one static executable that is init of an initial RAM disk, under Debian's cloud
+//! The programs are `benches/guest`, one static executable that is init of an initial RAM disk (beside which the host's
+//! C compiler proper stands for the one that compiles), under Debian's cloud
 //! kernel with one CPU and 512 MiB. Times are what the guest's own clock says, power-on to init what the host's does.
 //! A round runs every contender once, so that what else the host does falls on all of them. A time is the median over
 //! all repetitions; a ratio is the median over rounds of the ratio of both contenders' medians in that round.
@@ -89,12 +90,22 @@ fn compare(options: Options) -> Result<ExitCode, String> {
     let style = "{elapsed_precise} {bar:24} {pos}/{len} {msg}";
     bar.set_style(ProgressStyle::with_template(style).map_err(|e| e.to_string())?);
     let mut results: Results = CONTENDERS.iter().map(|c| (c.name, Ok(Vec::new()))).collect();
+    let mut known: BTreeMap<String, String> = BTreeMap::new();
     for round in 1..=options.rounds {
         for contender in &CONTENDERS {
             bar.set_message(format!("round {round}: {}", contender.name));
             if let Some(Ok(runs)) = results.get_mut(contender.name) {
                 match contender.run(&files, &programs) {
-                    Outcome::Measured(run) => runs.push(run),
+                    Outcome::Measured(run) => {
+                        for (program, result) in &run.results {
+                            let first = known.entry(program.clone()).or_insert_with(|| result.clone());
+                            if first != result {
+                                bar.abandon();
+                                return Err(format!("{}: {program} comes to {result}, not to {first}", contender.name));
+                            }
+                        }
+                        runs.push(run);
+                    }
                     Outcome::Unavailable(why) => _ = results.insert(contender.name, Err(why)),
                     Outcome::Wrong(what) => {
                         bar.abandon();

@@ -7,11 +7,11 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use crate::Results;
-use crate::contender::{BOOT, CONTENDERS, JIT, NATIVE, QEMU, Run};
+use crate::contender::{BOOT, C_COMPILE, CONTENDERS, JIT, NATIVE, QEMU, Run};
 use crate::support::median;
 
 /// Programs that are judged together, by the geometric mean of their ratios to QEMU.
-const GROUPS: [(&str, &[&str]); 10] = [
+const GROUPS: [(&str, &[&str]); 11] = [
     ("integer", &["sort", "sieve", "crc32", "sha256", "lz"]),
     ("calls and interpreters", &["calls", "bytecode"]),
     ("f64, scalar and SSE2", &["matrix-scalar", "matrix-sse2", "nbody", "mandelbrot"]),
@@ -21,6 +21,7 @@ const GROUPS: [(&str, &[&str]); 10] = [
     ("pages and processes", &["page-faults", "fork-exec"]),
     ("system calls", &["syscall", "pipe"]),
     ("code that changes", &["jit-patch", "jit-compile"]),
+    ("compiling a C file", &[C_COMPILE]),
     ("power-on to init", &[BOOT]),
 ];
 

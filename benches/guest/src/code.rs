@@ -1,12 +1,22 @@
 //! Code that changes: a program that writes code and runs it, and one that runs much code few times.
 
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::process::{Command, Stdio};
+
 use crate::{Numbers, Program, fold};
+
+/// A program that needs more than this executable: [`COMPILER`].
+const COMPILE: &str = "c-compile";
+/// Where the C compiler proper is, in a guest; elsewhere the environment variable `CC1` says.
+const COMPILER: &str = "/cc1";
 
 /// The group's programs.
 pub const PROGRAMS: &[Program] = &[
-    Program { name: "jit-patch", run: patch, result: 0x7349_1d4f_96b2_b5fa },
-    Program { name: "jit-compile", run: || compiled(400, 60), result: 0x1e45_5067_3260_7fe9 },
-    Program { name: "cold-code", run: || compiled(24_000, 1), result: 0x3943_2574_c6d5_bff6 },
+    Program { name: "jit-patch", run: patch, result: Some(0x7349_1d4f_96b2_b5fa) },
+    Program { name: "jit-compile", run: || compiled(400, 60), result: Some(0x1e45_5067_3260_7fe9) },
+    Program { name: "cold-code", run: || compiled(24_000, 1), result: Some(0x3943_2574_c6d5_bff6) },
+    Program { name: COMPILE, run: compile, result: None },
 ];
 
 /// Memory that may be written and executed.
@@ -101,4 +111,52 @@ fn function(numbers: &mut Numbers) -> Vec<u8> {
     }
     code.push(0xc3);
     code
+}
+
+/// The C compiler of GCC, optimizing a file of small functions: much code, most of it run few times.
+fn compile() -> Option<u64> {
+    let compiler = std::env::var_os("CC1").unwrap_or(COMPILER.into());
+    let mut child = Command::new(compiler)
+        .args(["-fpreprocessed", "-quiet", "-O2", "-", "-o", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .ok()?;
+    // It reads all before it writes.
+    child.stdin.take()?.write_all(source().as_bytes()).ok()?;
+    let output = child.wait_with_output().ok()?;
+    let sum = output.stdout.iter().fold(output.stdout.len() as u64, |sum, &b| fold(sum, b.into()));
+    Some(if output.status.success() { sum } else { 0 })
+}
+
+/// A C program.
+fn source() -> String {
+    let mut numbers = Numbers(11);
+    let mut text = String::from("typedef struct node { struct node *next; long key; double weight; } node;\n");
+    for n in 0..24 {
+        let [a, b, c, d, ..] = numbers.next().to_le_bytes();
+        let _ = write!(
+            text,
+            "long f{n}(node *list, const unsigned char *s, long n) {{\n\
+               long sum = {a}, i; double w = {b};\n\
+               for (i = 0; i < n; i++) {{\n\
+                 switch (s[i] & 7) {{\n\
+                   case 0: sum += s[i] * {c}; break;\n\
+                   case 1: sum ^= sum << {}; break;\n\
+                   case 2: if (sum % {} == 0) return sum; break;\n\
+                   default: w = w * 0.5 + s[i];\n\
+                 }}\n\
+               }}\n\
+               for (; list; list = list->next) {{\n\
+                 if (list->key > sum) {{ list->weight += w; sum -= list->key; }}\n\
+                 else sum += (long)list->weight;\n\
+               }}\n\
+               return sum;\n\
+             }}\n",
+            d & 15,
+            u32::from(d) + 3,
+        );
+    }
+    text
 }

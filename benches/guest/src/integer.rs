@@ -6,14 +6,14 @@ use crate::{Numbers, Program, fold};
 
 /// The group's programs.
 pub const PROGRAMS: &[Program] = &[
-    Program { name: "sort", run: sort, result: 0xbe5e_fb7b_3556_9a40 },
-    Program { name: "sieve", run: sieve, result: 1_031_130 },
-    Program { name: "crc32", run: crc32, result: 0x2238_3367 },
-    Program { name: "sha256", run: sha256, result: 0xd667_ee5f_56bf_af82 },
-    Program { name: "lz", run: lz, result: 0xd163_f7f9_a2a7_652d },
-    Program { name: "bytecode", run: bytecode, result: 0x8613_5557_b6ed_5e4f },
-    Program { name: "calls", run: calls, result: 9_227_465 },
-    Program { name: "search", run: search, result: 0x14_e5e0 },
+    Program { name: "sort", run: sort, result: Some(0xbe5e_fb7b_3556_9a40) },
+    Program { name: "sieve", run: sieve, result: Some(1_031_130) },
+    Program { name: "crc32", run: crc32, result: Some(0x2238_3367) },
+    Program { name: "sha256", run: sha256, result: Some(0xd667_ee5f_56bf_af82) },
+    Program { name: "lz", run: lz, result: Some(0xd163_f7f9_a2a7_652d) },
+    Program { name: "bytecode", run: bytecode, result: Some(0x8613_5557_b6ed_5e4f) },
+    Program { name: "calls", run: calls, result: Some(9_227_465) },
+    Program { name: "search", run: search, result: Some(0x14_e5e0) },
 ];
 
 /// Quicksort of 300,000 numbers.
