@@ -19,6 +19,7 @@ pub mod mapping;
 pub mod mem;
 pub mod mmu;
 pub mod platform;
+pub mod quick;
 pub mod semantics;
 pub mod simd;
 pub mod state;

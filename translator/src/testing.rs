@@ -35,6 +35,9 @@ pub mod silicon;
 #[cfg(all(test, target_arch = "x86_64"))]
 mod undefined;
 
+#[cfg(all(test, target_arch = "x86_64"))]
+pub(crate) use native::is_of_the_model_s_maker;
+
 use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};

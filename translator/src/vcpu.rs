@@ -6,7 +6,7 @@ use crate::cpu::{Cpu, Kick, mode_cut};
 use crate::decode::{self, MAX_LEN};
 use crate::exception::{Exception, Trap, vector};
 use crate::insn::{Insn, Mode};
-use crate::jit::cache::Change;
+use crate::jit::cache::{Change, Runs};
 use crate::jit::frame::reason;
 use crate::jit::region::Plan;
 use crate::jit::{Jit, THRESHOLD};
@@ -25,6 +25,14 @@ pub enum Exit {
 
 /// Entries of the jump cache.
 pub(crate) const JUMP_ENTRIES: usize = 16384;
+/// Interpreted runs of a block before it gets quick code.
+const QUICK: u32 = 8;
+/// So many times more of a block whose end has led to several places of its page, as far as is known.
+const WATCHED: u32 = 16;
+/// Runs of quick code before its region is compiled.
+const PATIENCE: u32 = 2000;
+/// Runs left of a block whose region is on its way: it does not come to ask again.
+const ASKED: u32 = i32::MAX as u32;
 /// Invalidations of compiled code in a page after which its blocks must be twice as hot to be compiled again.
 const REWRITES: u32 = 8;
 /// A key that no address has.
@@ -66,7 +74,9 @@ pub struct Vcpu {
     pub jit: Option<Jit>,
     /// What a lock-step run found, or why a traced one cannot go on.
     pub difference: Option<String>,
-    /// Runs of a block before its region is compiled.
+    /// How often a block is interpreted before it gets quick code; `None` if it does not.
+    quick: Option<u32>,
+    /// Runs of a block's quick code, or interpreted runs of a block that gets none, before its region is compiled.
     threshold: u32,
     /// Statistics.
     pub counts: RunCounts,
@@ -76,21 +86,35 @@ impl Vcpu {
     /// A vCPU around `cpu`.
     pub fn new(mut cpu: Cpu, jit: Option<Jit>) -> Vcpu {
         let jump = Box::new([NO_ENTRY; JUMP_ENTRIES]);
-        cpu.connect_jit(jump.as_ptr() as u64, jit.as_ref().map(Jit::thunks).unwrap_or_default());
+        let mut blocks = BlockCache::default();
+        let thunks = jit.as_ref().map(Jit::thunks).unwrap_or_default();
+        let routines = jit.as_ref().map(Jit::routines).unwrap_or_default();
+        cpu.connect_jit(jump.as_ptr() as u64, blocks.countdowns(), thunks, routines);
+        let quick = jit.as_ref().is_some_and(Jit::has_quick);
         Vcpu {
             cpu,
-            blocks: BlockCache::default(),
+            blocks,
             jump,
             jit,
             difference: None,
-            threshold: THRESHOLD,
+            quick: quick.then_some(QUICK),
+            threshold: if quick { PATIENCE } else { THRESHOLD },
             counts: RunCounts::default(),
         }
     }
 
-    /// Sets how often a block is interpreted before its region is compiled: tests compile at once.
+    /// Sets how often a block is interpreted before its region is compiled, without quick code between: tests compile
+    /// at once.
     pub fn set_threshold(&mut self, threshold: u32) {
+        self.quick = None;
         self.threshold = threshold;
+    }
+
+    /// Sets how often a block is interpreted before it gets quick code, if this host has any, and how often that runs
+    /// before its region is compiled.
+    pub fn set_quick(&mut self, interpreted: u32, quick: u32) {
+        self.quick = self.jit.as_ref().is_some_and(Jit::has_quick).then_some(interpreted);
+        self.threshold = quick;
     }
 
     /// Runs guest code until something needs the machine's attention.
@@ -199,7 +223,7 @@ impl Vcpu {
                 self.install_regions();
                 return Ok(());
             }
-            let code = self.blocks.get(id).code;
+            let code = self.blocks.get(id).runs.code;
             if code != 0 {
                 let linear = self.linear_rip();
                 let e = &mut self.jump[jump_index(linear)];
@@ -232,6 +256,13 @@ impl Vcpu {
         // ONWARD comes to 0, which is NEXT: what it means behind a miss.
         self.counts.exits[self.cpu.jit.exit_reason as usize & 3] += 1;
         match self.cpu.jit.exit_reason {
+            reason::HOT => match self.find_block() {
+                Ok(id) => {
+                    self.request_region(id);
+                    Ok(())
+                }
+                Err(Trap) => self.fault(),
+            },
             reason::INTERPRET => match self.find_block() {
                 Ok(id) => self.interpret(id),
                 Err(Trap) => self.fault(),
@@ -254,31 +285,34 @@ impl Vcpu {
     /// Brings blocks, jump cache and code marks up to date with the regions that came and went.
     fn follow_regions(&mut self) {
         let Some(jit) = &mut self.jit else { return };
-        let mut freed = Vec::new();
+        let stub = jit.stub();
         for change in jit.changes() {
             match change {
-                Change::Code((gpa, mode), code) => {
-                    if let Some(id) = self.blocks.find(gpa, Mode(mode)) {
-                        self.blocks.get_mut(id).code = code;
+                Change::Code((gpa, mode), runs) => {
+                    let Some(id) = self.blocks.find(gpa, Mode(mode)) else { continue };
+                    let block = self.blocks.get_mut(id);
+                    block.runs = runs;
+                    // The code that was there before is not to be led to any more.
+                    let entries = match block.cached {
+                        Cached::Nowhere => &mut [],
+                        Cached::At(index) => std::slice::from_mut(&mut self.jump[index as usize & (JUMP_ENTRIES - 1)]),
+                        Cached::Anywhere => &mut self.jump[..],
+                    };
+                    for e in entries.iter_mut().filter(|e| e.block == id && e.key != NO_KEY) {
+                        e.code = if runs.code != 0 && self.cpu.journal.is_none() { runs.code } else { stub };
                     }
                 }
                 Change::Cool((gpa, mode)) => {
                     if let Some(id) = self.blocks.find(gpa, Mode(mode)) {
                         self.blocks.get_mut(id).heat = 0;
+                        self.blocks.count_down(id, self.threshold);
                     }
                 }
-                Change::Freed(range) => freed.push(range),
                 Change::Mark(page, granules) => {
                     if self.cpu.ram.mark_code(page, granules) {
                         self.cpu.mmu.tlb.protect(page);
                     }
                 }
-            }
-        }
-        if !freed.is_empty() {
-            let stub = jit.stub();
-            for e in self.jump.iter_mut().filter(|e| freed.iter().any(|range| range.contains(&e.code))) {
-                e.code = stub;
             }
         }
     }
@@ -296,23 +330,50 @@ impl Vcpu {
         let block = self.blocks.get_mut(id);
         block.postponed += 1;
         if block.postponed < patience {
-            block.heat = 0;
+            self.ask_again(id, self.threshold);
             return;
         }
         let block = self.blocks.get(id);
-        let Some(mut plan) = Plan::grow(&self.blocks, block.gpa, block.mode, jit.counted) else { return };
+        let plan = Plan::grow(&self.blocks, block.gpa, block.mode, self.threshold, jit.counted);
+        let Some(mut plan) = plan else {
+            self.blocks.count_down(id, ASKED);
+            return;
+        };
         plan.rip = self.cpu.s.rip;
         let keys: Vec<_> = plan.keys().collect();
         if !jit.request(plan) {
-            self.blocks.get_mut(id).heat = self.threshold / 2;
+            self.ask_again(id, self.threshold / 2);
             return;
         }
         // None of them asks again while this region is on its way.
         for (gpa, mode) in keys {
             if let Some(id) = self.blocks.find(gpa, Mode(mode)) {
-                self.blocks.get_mut(id).heat = self.threshold + 1;
+                let block = self.blocks.get_mut(id);
+                if !block.runs.quick {
+                    block.heat = self.threshold + 1;
+                }
+                self.blocks.count_down(id, ASKED);
             }
         }
+    }
+
+    /// Has a block ask for a region after so many more runs.
+    fn ask_again(&mut self, id: BlockId, runs: u32) {
+        let block = self.blocks.get_mut(id);
+        if block.runs.quick {
+            self.blocks.count_down(id, runs);
+        } else {
+            block.heat = self.threshold - runs;
+        }
+    }
+
+    /// Gives a block quick code.
+    #[cold]
+    fn quicken(&mut self, id: BlockId) {
+        let block = self.blocks.get(id);
+        let Some(jit) = &mut self.jit else { return };
+        jit.quicken(block, id);
+        self.follow_regions();
     }
 
     /// Interprets a block.
@@ -320,8 +381,8 @@ impl Vcpu {
         self.counts.blocks_run += 1;
         let block = self.blocks.get_mut(id);
         block.heat = block.heat.saturating_add(1);
-        if block.heat == self.threshold && self.jit.is_some() {
-            self.request_region(id);
+        if block.runs.code == 0 && self.jit.is_some() {
+            self.warm_up(id);
         }
         let block = self.blocks.get(id);
         let cpu = &mut self.cpu;
@@ -356,6 +417,24 @@ impl Vcpu {
             self.blocks.get_mut(id).note_target(ip, target);
         }
         if self.cpu.stop_block { self.after(Ok(())) } else { Ok(()) }
+    }
+
+    /// Has a block compiled that has been interpreted often enough.
+    #[inline]
+    fn warm_up(&mut self, id: BlockId) {
+        let block = self.blocks.get(id);
+        let quick = self.quick.filter(|_| block.next_page.is_none() && Jit::compiles(block.mode));
+        match quick {
+            // Where the indirect branch at the end leads is seen only while the block is interpreted.
+            Some(runs) if block.targets[0] != NO_TARGET => {
+                if block.heat == runs * WATCHED {
+                    self.quicken(id);
+                }
+            }
+            Some(runs) if block.heat == runs => self.quicken(id),
+            None if block.heat == self.threshold => self.request_region(id),
+            _ => {}
+        }
     }
 
     /// Interprets at most `most` instructions of the block at RIP, without deliveries: for lock-step.
@@ -556,7 +635,7 @@ impl Vcpu {
         let stub = self.jit.as_ref().map_or(0, Jit::stub);
         let index = jump_index(linear);
         let block = self.blocks.get_mut(id);
-        let code = if block.code != 0 && self.cpu.journal.is_none() { block.code } else { stub };
+        let code = if block.runs.code != 0 && self.cpu.journal.is_none() { block.runs.code } else { stub };
         block.cached = match block.cached {
             Cached::At(other)
                 if other != index as u32 && self.jump[other as usize & (JUMP_ENTRIES - 1)].block == id =>
@@ -617,7 +696,7 @@ impl Vcpu {
             }
             self.flush_jump_cache();
         }
-        let code = self.jit.as_ref().and_then(|j| j.find((gpa, self.cpu.mode.0), next_page)).unwrap_or(0);
+        let runs = self.jit.as_ref().map_or(Runs::default(), |j| j.find((gpa, self.cpu.mode.0), next_page));
         let indirect = insns.last().is_some_and(|i| {
             use iced_x86::FlowControl;
             let flow = i.iced_code().flow_control();
@@ -630,13 +709,14 @@ impl Vcpu {
             next_page,
             insns: insns.into_boxed_slice(),
             heat: 0,
-            code,
+            runs,
             postponed: 0,
             indirect,
             targets: [NO_TARGET; MAX_TARGETS],
             cached: Cached::Nowhere,
         };
         let (id, fresh) = self.blocks.insert(block, &self.cpu.ram);
+        self.blocks.count_down(id, self.threshold);
         for page in fresh.into_iter().flatten() {
             self.cpu.mmu.tlb.protect(page);
         }

@@ -11,14 +11,13 @@
 //!
 //! **Invariant:** a slot is freed after every direct branch that led to it has been led elsewhere, and while no vCPU is
 //! in compiled code: whoever calls [`Cache::place`] or [`Cache::invalidate`] sees to that. What holds addresses of code
-//! by other means learns from [`Change::Freed`] which of them mean nothing any more, before it may use one again.
+//! by other means learns from [`Change::Code`] which of them mean nothing any more, before it may use one again.
 //!
 //! Nothing here knows instructions or the compiler; `model` runs this file against every interleaving of
 //! vCPU and workers.
 
 use std::collections::VecDeque;
 use std::hash::BuildHasherDefault;
-use std::ops::Range;
 
 use dashmap::DashMap;
 
@@ -34,6 +33,9 @@ pub type Extent = (u64, u64);
 
 /// The number of a region, never given twice.
 pub type RegionId = u64;
+
+/// Regions that are gone and that the order by age may have besides as many as there are.
+const ORDER_SLACK: usize = 1024;
 
 /// A compiled region, to be placed.
 pub struct Unit<K> {
@@ -53,6 +55,8 @@ pub struct Unit<K> {
     /// The page into which the region's one instruction crosses. Only the jump cache, which knows that the page is
     /// mapped behind the first one, leads there.
     pub second_page: Option<u64>,
+    /// Whether it is quick code of one block, which a region may replace.
+    pub quick: bool,
     /// What the code refers to by address, kept for as long as it.
     pub kept: K,
 }
@@ -66,6 +70,7 @@ struct Region<K> {
     blocks: Vec<Key>,
     /// Its direct branches to keys, and their sites in the arena.
     branches: Vec<(Key, usize)>,
+    quick: bool,
     _kept: K,
 }
 
@@ -78,6 +83,7 @@ struct Entry {
     /// Offset in the arena that direct branches of other regions lead to.
     tail: usize,
     second_page: Option<u64>,
+    quick: bool,
 }
 
 /// A region whose code has not come yet.
@@ -90,14 +96,21 @@ struct Expected {
 /// What the vCPU has to bring up to date after regions came or went.
 #[derive(Debug)]
 pub enum Change {
-    /// The block at the key has this code now; 0 for none.
-    Code(Key, u64),
+    /// What runs at the key now.
+    Code(Key, Runs),
     /// The block at the key may become hot again.
     Cool(Key),
-    /// No code is at these addresses any more.
-    Freed(Range<u64>),
     /// These granules of the page hold translated code.
     Mark(u64, u64),
+}
+
+/// How the block at a key runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Runs {
+    /// Address of its code; 0 if it is interpreted. What is known of an older address means nothing any more.
+    pub code: u64,
+    /// Whether that is quick code.
+    pub quick: bool,
 }
 
 /// Where a region was placed.
@@ -120,7 +133,7 @@ pub struct Cache<K> {
     by_page: AddressMap<u64, Vec<RegionId>>,
     /// Sites of direct branches to a key, whether it has code now or not.
     incoming: AddressMap<Key, Vec<usize>>,
-    /// Regions by age, for eviction.
+    /// Regions by age, for eviction, and some that are gone.
     order: VecDeque<RegionId>,
     expected: AddressMap<RegionId, Expected>,
     /// How often compiled code of a page was overwritten, or would have been before it was ready.
@@ -188,7 +201,7 @@ impl<K> Cache<K> {
                 Some(slot) => break slot,
                 None => {
                     // Oldest first; what is still hot is compiled again.
-                    let oldest = self.order.front().copied()?;
+                    let oldest = self.oldest()?;
                     self.remove(oldest);
                     evicted += 1;
                 }
@@ -209,11 +222,15 @@ impl<K> Cache<K> {
         }
         self.arena.publish(&slot);
         let code = self.arena.exec_ptr(start) as u64;
-        let entry = Entry { region: id, code, tail: start + unit.tail, second_page: unit.second_page };
+        let Unit { quick, second_page, .. } = unit;
+        let entry = Entry { region: id, code, tail: start + unit.tail, second_page, quick };
         self.changes.extend(unit.blocks.iter().copied().map(Change::Cool));
         for &(page, granules) in &unit.extents {
             self.changes.push(Change::Mark(page, granules));
             self.by_page.entry(page).or_default().push(id);
+        }
+        if self.order.len() > 2 * self.regions.len() + ORDER_SLACK {
+            self.order.retain(|id| self.regions.contains_key(id));
         }
         self.order.push_back(id);
         let region = Region {
@@ -222,6 +239,7 @@ impl<K> Cache<K> {
             entries: unit.entries.clone(),
             blocks: unit.blocks,
             branches,
+            quick,
             _kept: unit.kept,
         };
         self.regions.insert(id, region);
@@ -238,7 +256,8 @@ impl<K> Cache<K> {
             Some(entry) => self.entries.insert(key, entry),
             None => self.entries.remove(&key).map(|(_, entry)| entry),
         };
-        self.changes.push(Change::Code(key, entry.map_or(0, |e| e.code)));
+        let runs = entry.map_or(Runs::default(), |e| Runs { code: e.code, quick: e.quick });
+        self.changes.push(Change::Code(key, runs));
         let target = self.branch_target(entry.as_ref());
         for &site in self.incoming.get(&key).into_iter().flatten() {
             self.arena.patch_branch(site, target);
@@ -258,9 +277,20 @@ impl<K> Cache<K> {
         entry.filter(|e| e.second_page.is_none()).map_or(self.lookup, |e| e.tail)
     }
 
-    /// The code of the region that may be entered at a key, if there is one; `second_page` as the block there has it.
-    pub fn find(&self, key: Key, second_page: Option<u64>) -> Option<u64> {
-        self.entries.get(&key).filter(|e| e.second_page == second_page).map(|e| e.code)
+    /// How what may be entered at a key runs; `second_page` as the block there has it.
+    pub fn find(&self, key: Key, second_page: Option<u64>) -> Runs {
+        let entry = self.entries.get(&key).filter(|e| e.second_page == second_page);
+        entry.map_or(Runs::default(), |e| Runs { code: e.code, quick: e.quick })
+    }
+
+    /// The region that was placed first.
+    fn oldest(&mut self) -> Option<RegionId> {
+        while let Some(id) = self.order.pop_front() {
+            if self.regions.contains_key(&id) {
+                return Some(id);
+            }
+        }
+        None
     }
 
     fn remove(&mut self, id: RegionId) {
@@ -277,7 +307,6 @@ impl<K> Cache<K> {
             }
         }
         self.changes.extend(region.blocks.into_iter().map(Change::Cool));
-        self.order.retain(|&r| r != id);
         for (page, _) in region.extents {
             if let Some(list) = self.by_page.get_mut(&page) {
                 list.retain(|&r| r != id);
@@ -286,14 +315,12 @@ impl<K> Cache<K> {
                 }
             }
         }
-        let start = self.arena.exec_ptr(region.slot.offset()) as u64;
-        self.changes.push(Change::Freed(start..start + region.slot.len() as u64));
         self.arena.free(region.slot);
     }
 
     /// Drops every region, when none is expected. No vCPU may be in compiled code, nor go on with what it knows.
     pub fn clear(&mut self) {
-        while let Some(oldest) = self.order.front().copied() {
+        while let Some(oldest) = self.oldest() {
             self.remove(oldest);
         }
         self.changes.clear();
@@ -320,8 +347,9 @@ impl<K> Cache<K> {
         let gone: Vec<RegionId> =
             here.copied().filter(|id| self.regions.get(id).is_some_and(|r| touched(&r.extents))).collect();
         for &id in &gone {
+            // Quick code costs little to make again.
+            rewrites += u32::from(!self.regions[&id].quick);
             self.remove(id);
-            rewrites += 1;
         }
         if rewrites != 0 {
             *self.rewrites.entry(page).or_default() += rewrites;

@@ -176,7 +176,7 @@ const fn x_at(r: usize) -> i32 {
 macro_rules! at {
     ($($field:tt)+) => { std::mem::offset_of!($crate::cpu::Cpu, $($field)+) as i32 };
 }
-pub(super) use at;
+pub(crate) use at;
 
 impl<'a> JitEmit<'a> {
     /// Starts the function: declares variables for the registers that the region uses, and its blocks.

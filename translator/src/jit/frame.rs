@@ -20,6 +20,8 @@ pub mod reason {
     /// A helper's instruction ended the block, RIP is where it leads, and the dispatch loop has nothing to do: compiled
     /// code goes on by the jump cache. Behind a miss it means the same as [`NEXT`].
     pub const ONWARD: u64 = 4;
+    /// The block at RIP, which has quick code, has run so often that it deserves a region.
+    pub const HOT: u64 = 5;
 }
 
 /// Which operation the lazy flag operands stand for; 0 means that the `cc_*` words are valid.
@@ -94,6 +96,10 @@ pub struct JitFrame {
     pub helpers: [u64; HELPERS],
     /// Addresses of code that calls the helpers and preserves every register, which is what compiled code calls.
     pub thunks: [u64; THUNKS],
+    /// Addresses of the routines that quick code shares ([`crate::quick::Routine`]).
+    pub quick: [u64; crate::quick::ROUTINES],
+    /// Address of the countdowns of quick code, 4 bytes each.
+    pub heat: u64,
     /// Slow paths taken, for statistics.
     pub slow_paths: u64,
     /// Instructions evaluated by helper, for statistics.

@@ -20,13 +20,18 @@ pub mod vector;
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use crate::addr::PAGE_MASK;
-use crate::code::{ArenaError, CodeArena, HostIsa, PerfMap, Slot, add_link_cells, elide_frame};
+use crate::block::Block;
+use crate::code::{
+    ArenaError, CodeArena, FRAME_SETUP_LEN, HostIsa, PerfMap, Slot, add_link_cells, elide_frame,
+};
 use crate::cpu::Cpu;
 use crate::insn::{Insn, Mode};
 use crate::mem::GuestRam;
-use cache::{Cache, Change, Key, Placed, RegionId, Unit};
+use crate::quick::{Quick, ROUTINES, Routine};
+use cache::{Cache, Change, Extent, Key, Placed, RegionId, Runs, Unit};
 use compile::{Branch, Compiled, Compiler};
 use frame::THUNKS;
 use handover::Handover;
@@ -56,6 +61,9 @@ pub struct JitCounts {
     pub evicted: u64,
     pub invalidated: u64,
     pub failed: u64,
+    pub quick_blocks: u64,
+    pub quick_bytes: u64,
+    pub quick_nanos: u64,
 }
 
 /// A region's number and its plan; then what came of it, too.
@@ -67,6 +75,15 @@ struct Stub {
     _slot: Slot,
     code: u64,
     tail: usize,
+}
+
+/// What a unit of code is of ([`Unit`]).
+struct Place {
+    extents: Vec<Extent>,
+    entries: Vec<Key>,
+    blocks: Vec<Key>,
+    second_page: Option<u64>,
+    quick: bool,
 }
 
 /// Why there is no compiler.
@@ -94,6 +111,9 @@ pub struct Jit {
     thunks: Vec<Stub>,
     /// Whether regions count the guest instructions they complete, for statistics and lock-step; it costs a few percent.
     pub counted: bool,
+    /// Makes quick code, on hosts for which there is some.
+    quick: Option<Quick>,
+    routines: Vec<Stub>,
     /// Names regions for Linux perf.
     perf: Option<PerfMap>,
     /// Statistics.
@@ -113,9 +133,11 @@ impl Jit {
             let tail = slot.offset() + elide_frame(&mut code.clone(), &[]).unwrap_or(0);
             Ok(Stub { code: arena.exec_ptr(slot.offset()) as u64, tail, _slot: slot })
         };
-        let enter = install(compiler.trampoline())?;
+        let quick = Quick::new(arena.isa());
+        let enter = install(quick.map_or_else(|| compiler.trampoline(), |quick| Ok(quick.trampoline())))?;
         let stub = install(compiler.stub())?;
         let lookup = install(compiler.lookup())?;
+        let routines = Routine::all().map(|r| install(Ok(r.code()))).collect::<Result<_, _>>()?;
         let thunks = (0..THUNKS).map(|n| install(compiler.thunk(n))).collect::<Result<_, _>>()?;
         Ok(Jit {
             cache: Cache::new(arena, lookup.tail),
@@ -125,6 +147,8 @@ impl Jit {
             _lookup: lookup,
             thunks,
             counted: false,
+            quick,
+            routines,
             perf: None,
             counts: JitCounts::default(),
         })
@@ -138,6 +162,35 @@ impl Jit {
     /// Addresses of the code through which regions call helpers.
     pub fn thunks(&self) -> [u64; THUNKS] {
         std::array::from_fn(|n| self.thunks[n].code)
+    }
+
+    /// Addresses of the routines that quick code shares.
+    pub fn routines(&self) -> [u64; ROUTINES] {
+        std::array::from_fn(|n| self.routines[n].code)
+    }
+
+    /// Whether this host has quick code.
+    pub fn has_quick(&self) -> bool {
+        self.quick.is_some()
+    }
+
+    /// Gives a block, whose countdown has number `heat`, quick code; [`Self::changes`] says what that changed. No vCPU
+    /// may be in compiled code.
+    pub fn quicken(&mut self, block: &Block, heat: u32) {
+        let Some(quick) = self.quick.filter(|_| block.next_page.is_none()) else { return };
+        let start = Instant::now();
+        let made = quick.compile(&block.insns, block.mode, block.gpa & PAGE_MASK, heat, self.counted);
+        let extents: Vec<_> = block.extent().collect();
+        let key = (block.gpa, block.mode.0);
+        let id = self.cache.expect(extents.clone());
+        self.cache.arrive(id);
+        let bytes = made.code.len() as u64;
+        let place = Place { extents, entries: vec![key], blocks: vec![key], second_page: None, quick: true };
+        if self.put(id, place, made).is_some() {
+            self.counts.quick_blocks += 1;
+            self.counts.quick_bytes += bytes;
+            self.counts.quick_nanos += start.elapsed().as_nanos() as u64;
+        }
     }
 
     /// Writes the names of all regions from now on to the file in which Linux perf looks for them.
@@ -218,36 +271,18 @@ impl Jit {
         self.counts = JitCounts::default();
     }
 
-    /// Completes a region's code and puts it into the cache.
+    /// Puts a region into the cache.
     fn place(&mut self, id: RegionId, plan: &Plan, compiled: Compiled) -> Option<()> {
-        let Compiled { mut code, branches, insns, addresses, nanos } = compiled;
-        let insns = insns.into_boxed_slice();
-        for (at, n) in addresses {
-            let address = std::ptr::from_ref(insns.get(n)?) as u64;
-            code.get_mut(at..at + 8)?.copy_from_slice(&address.to_le_bytes());
-        }
-        let isa = self.cache.arena().isa();
-        let sites: Vec<usize> = branches.iter().map(|b| b.site).collect();
-        let tail = match isa {
-            HostIsa::X86_64 => elide_frame(&mut code, &sites)?,
-            HostIsa::Aarch64 => 0,
-        };
-        let sites = add_link_cells(isa, &mut code, &sites)?;
-        let bytes = code.len();
         let page = plan.gpa & !PAGE_MASK;
-        let key = |Branch { to, .. }: Branch| to.map(|off| (page | off, plan.mode.0));
-        let unit = Unit {
-            code,
-            tail,
-            branches: sites.into_iter().zip(branches.into_iter().map(key)).collect(),
+        let place = Place {
             extents: plan.extents.clone(),
             entries: plan.entries().map(|off| (page | off, plan.mode.0)).collect(),
             blocks: plan.keys().collect(),
             second_page: plan.second_page(),
-            kept: insns,
+            quick: false,
         };
-        let Placed { code, evicted } = self.cache.place(id, unit)?;
-        self.counts.evicted += evicted;
+        let nanos = compiled.nanos;
+        let (code, bytes) = self.put(id, place, compiled)?;
         if let Some(perf) = &self.perf
             && let Err(e) = perf.record(code as *const u8, bytes, &plan.name())
         {
@@ -258,6 +293,33 @@ impl Jit {
         Some(())
     }
 
+    /// Completes code and puts it into the cache: where it is then, and how long.
+    fn put(&mut self, id: RegionId, place: Place, compiled: Compiled) -> Option<(u64, usize)> {
+        let Compiled { mut code, branches, insns, addresses, .. } = compiled;
+        let insns = insns.into_boxed_slice();
+        for (at, n) in addresses {
+            let address = std::ptr::from_ref(insns.get(n)?) as u64;
+            code.get_mut(at..at + 8)?.copy_from_slice(&address.to_le_bytes());
+        }
+        let isa = self.cache.arena().isa();
+        let sites: Vec<usize> = branches.iter().map(|b| b.site).collect();
+        let tail = match isa {
+            HostIsa::X86_64 if place.quick => FRAME_SETUP_LEN,
+            HostIsa::X86_64 => elide_frame(&mut code, &sites)?,
+            HostIsa::Aarch64 => 0,
+        };
+        let sites = add_link_cells(isa, &mut code, &sites)?;
+        let bytes = code.len();
+        let Place { extents, entries, blocks, second_page, quick } = place;
+        let &(first, mode) = blocks.first()?;
+        let key = |Branch { to, .. }: Branch| to.map(|off| (first & !PAGE_MASK | off, mode));
+        let branches = sites.into_iter().zip(branches.into_iter().map(key)).collect();
+        let unit = Unit { code, tail, branches, extents, entries, blocks, second_page, quick, kept: insns };
+        let Placed { code, evicted } = self.cache.place(id, unit)?;
+        self.counts.evicted += evicted;
+        Some((code, bytes))
+    }
+
     fn count(&mut self, plan: &Plan, bytes: usize, nanos: u64) {
         self.counts.regions += 1;
         self.counts.region_blocks += plan.blocks.len() as u64;
@@ -266,8 +328,8 @@ impl Jit {
         self.counts.compile_nanos += nanos;
     }
 
-    /// The code of the region that may be entered at a key, if there is one; `second_page` as the block there has it.
-    pub fn find(&self, key: Key, second_page: Option<u64>) -> Option<u64> {
+    /// How what may be entered at a key runs; `second_page` as the block there has it.
+    pub fn find(&self, key: Key, second_page: Option<u64>) -> Runs {
         self.cache.find(key, second_page)
     }
 

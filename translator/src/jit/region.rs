@@ -156,11 +156,12 @@ impl Plan {
     }
 
     /// Grows a region from the block at `gpa` along direct edges to blocks of the same page that have run too, up to
-    /// where other regions begin. Behind a call the region goes on, with an entry for the return.
-    pub fn grow(cache: &BlockCache, gpa: u64, mode: Mode, counted: bool) -> Option<Plan> {
+    /// where other regions begin; `patience` is how often quick code runs before. Behind a call the region goes on, with an entry for the return.
+    pub fn grow(cache: &BlockCache, gpa: u64, mode: Mode, patience: u32, counted: bool) -> Option<Plan> {
         let page = gpa & !PAGE_MASK;
-        let seed = cache.get(cache.find(gpa, mode)?);
-        let warm = seed.heat / 16;
+        let seed = cache.find(gpa, mode)?;
+        let warm = cache.heat(seed, patience) / 16;
+        let seed = cache.get(seed);
         let mut plan = Plan { gpa, rip: 0, mode, blocks: Vec::new(), extents: Vec::new(), counted };
         if seed.next_page.is_some() {
             plan.extents = seed.extent().collect();
@@ -181,7 +182,8 @@ impl Plan {
             let Some(id) = cache.find(page | off as u64, mode) else { continue };
             let block = cache.get(id);
             let first = plan.blocks.is_empty();
-            if block.next_page.is_some() || (!first && (block.heat < warm || block.code != 0)) {
+            let other = block.runs.code != 0 && !block.runs.quick;
+            if block.next_page.is_some() || (!first && (cache.heat(id, patience) < warm || other)) {
                 continue;
             }
             let block = region_block(block);

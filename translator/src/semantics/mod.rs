@@ -30,6 +30,7 @@ use crate::jit::Unsupported;
 use crate::jit::emit::JitEmit;
 use crate::jit::host::Host;
 use crate::jit::usage::Usage;
+use crate::quick::QuickHandler;
 
 /// An instruction to find semantics for.
 pub struct Form<'a> {
@@ -54,6 +55,8 @@ pub struct Sem {
     pub run: Handler,
     /// Emission of host code; `None` for what only the interpreter evaluates.
     pub jit: Option<JitHandler>,
+    /// Emission of quick host code; `None` as for `jit`.
+    pub quick: Option<QuickHandler>,
     /// What the instruction reads, writes and may fault on; `None` as for `jit`.
     pub usage: Option<UsageHandler>,
     /// Whether the block must end here although control flow goes on: mode, mapping or interrupt state may change.
@@ -83,6 +86,7 @@ macro_rules! both {
             &$crate::semantics::Sem {
                 run: $($f)::+::<$crate::cpu::Cpu $(, $g)*>,
                 jit: Some(|e, i| $($f)::+::<$crate::jit::emit::JitEmit<'_> $(, $g)*>(e, i)),
+                quick: Some(|e, i| $($f)::+::<$crate::quick::Emitter<'_> $(, $g)*>(e, i)),
                 usage: Some($($f)::+::<$crate::jit::usage::Usage $(, $g)*>),
                 ends: false,
                 aux: $crate::semantics::both!(@aux $($aux)?),
@@ -112,10 +116,10 @@ pub(crate) use sized;
 /// `; aux = g` for an auxiliary value.
 macro_rules! interp {
     ($f:expr $(; aux = $aux:expr)?) => {
-        const { &$crate::semantics::Sem { run: $f, jit: None, usage: None, ends: false, aux: $crate::semantics::both!(@aux $($aux)?) } }
+        const { &$crate::semantics::Sem { run: $f, jit: None, quick: None, usage: None, ends: false, aux: $crate::semantics::both!(@aux $($aux)?) } }
     };
     ($f:expr, ends $(; aux = $aux:expr)?) => {
-        const { &$crate::semantics::Sem { run: $f, jit: None, usage: None, ends: true, aux: $crate::semantics::both!(@aux $($aux)?) } }
+        const { &$crate::semantics::Sem { run: $f, jit: None, quick: None, usage: None, ends: true, aux: $crate::semantics::both!(@aux $($aux)?) } }
     };
 }
 pub(crate) use interp;

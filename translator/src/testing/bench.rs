@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use iced_x86::{CpuidFeature, Decoder, DecoderOptions, Instruction, Mnemonic};
 
-use super::engine::Engine;
+use super::engine::{Engine, Kind};
 use super::every::put;
 use super::native::Native;
 use super::{Fpu, INSN, Machine};
@@ -28,17 +28,20 @@ impl Case {
     }
 }
 
-/// The three of them, the engines for code of 32 and for code of 64 bits.
+/// All of them, the engines for code of 32 and for code of 64 bits.
 pub(crate) struct Bench {
-    host: Native,
-    engines: [[Engine; 2]; 2],
+    /// Where this one can serve; without it the engines are compared with one another.
+    host: Option<Native>,
+    engines: [[Engine; 3]; 2],
 }
 
 impl Bench {
-    /// `None`, with the reason printed, where the host cannot serve.
-    pub(crate) fn new() -> Option<Bench> {
-        let host = Native::take()?;
-        Some(Bench { host, engines: [32, 64].map(|bits| [false, true].map(|compile| Engine::new(compile, bits))) })
+    /// Says so where the processor cannot serve.
+    pub(crate) fn new() -> Bench {
+        Bench {
+            host: Native::take(),
+            engines: [32, 64].map(|bits| Kind::ALL.map(|kind| Engine::new(kind, bits))),
+        }
     }
 
     /// Runs code of 32 or 64 bits from each state. The processor says what is right, but the engines must agree in what
@@ -48,21 +51,30 @@ impl Bench {
         if cases.is_empty() {
             return Ok(Vec::new());
         }
-        let [interpreter, compiler] = &mut self.engines[usize::from(bits == 64)];
+        let [interpreter, compilers @ ..] = &mut self.engines[usize::from(bits == 64)];
         let mut faults = Vec::new();
         let warm: Vec<Machine> = cases.iter().take(3).map(|c| c.before.clone()).collect();
-        self.host.load(bits, code);
+        if let Some(host) = &mut self.host {
+            host.load(bits, code);
+        }
         interpreter.load(code, &[])?;
-        compiler.load(code, &warm)?;
+        for compiler in &mut *compilers {
+            compiler.load(code, &warm)?;
+        }
         for Case { before, undefined, undefined_at_fault, ignored } in cases {
-            let expected = self.host.run(before);
+            let interpreted = interpreter.run(before)?;
+            let expected = match &mut self.host {
+                Some(host) => host.run(before),
+                None => interpreted.clone(),
+            };
             faults.push(expected.fault.map(|_| expected.rip));
             let undefined = if expected.fault.is_some() { *undefined_at_fault } else { *undefined };
             let units = !faults_into_mmx_state(bits, code, &expected);
-            let interpreted = interpreter.run(before)?;
-            let compiled = compiler.run(before)?;
-            let same = [&interpreted, &compiled].map(|m| normal(m.clone(), 0, true, bits));
-            compare(before, "interpreted", "compiled", &same[0], &same[1])?;
+            for (compiler, name) in compilers.iter_mut().zip(["quick", "compiled"]) {
+                let compiled = compiler.run(before)?;
+                let same = [&interpreted, &compiled].map(|m| normal(m.clone(), 0, true, bits));
+                compare(before, "interpreted", name, &same[0], &same[1])?;
+            }
             let image = faulting(bits, code, &expected).is_some_and(|i| is_image(&i));
             let [expected, interpreted] = [expected, interpreted].map(|mut m| {
                 if let Some(f) = m.fault.as_mut().filter(|_| image) {

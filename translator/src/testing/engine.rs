@@ -52,7 +52,7 @@ const USER_DATA: u16 = 0x2b;
 
 /// One engine with the code that it runs.
 pub(crate) struct Engine {
-    compile: bool,
+    kind: Kind,
     bits: u32,
     vcpu: Vcpu,
     memory: Arc<GuestMemoryMmap>,
@@ -62,9 +62,26 @@ pub(crate) struct Engine {
     len: u64,
 }
 
+/// Runs of quick code before a region is asked for: more than there will be.
+const FOR_EVER: u32 = 1 << 30;
+
+/// What evaluates the code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Interpreter,
+    /// The interpreter the first time, quick code after that, where the host has it.
+    Quick,
+    /// Regions, once they have been compiled.
+    Regions,
+}
+
+impl Kind {
+    pub(crate) const ALL: [Kind; 3] = [Kind::Interpreter, Kind::Quick, Kind::Regions];
+}
+
 impl Engine {
-    /// The interpreter, or the compiler, for code of 32 (in compatibility mode) or 64 bits.
-    pub(crate) fn new(compile: bool, bits: u32) -> Engine {
+    /// For code of 32 (in compatibility mode) or 64 bits.
+    pub(crate) fn new(kind: Kind, bits: u32) -> Engine {
         let Guest { mut cpu, memory } = Guest::code64();
         for n in 0..512 {
             let entry = match WINDOW + n * PAGE_SIZE {
@@ -111,15 +128,20 @@ impl Engine {
         s.rip = INSN;
         cpu.set_state(s.clone());
         let mode = cpu.mode;
-        let jit = compile.then(|| Jit::new(8 << 20, 1).unwrap());
-        Engine { compile, bits, vcpu: Vcpu::new(cpu, jit), memory, start: s, mode, page: CODE_PAGES.start, len: 0 }
+        let jit = (kind != Kind::Interpreter).then(|| Jit::new(8 << 20, 1).unwrap());
+        let mut vcpu = Vcpu::new(cpu, jit);
+        match kind {
+            Kind::Quick => vcpu.set_quick(1, FOR_EVER),
+            _ => vcpu.set_threshold(THRESHOLD),
+        }
+        Engine { kind, bits, vcpu, memory, start: s, mode, page: CODE_PAGES.start, len: 0 }
     }
 
     /// Puts code in place. Compiled, it is so from now on, or says why not; `warm` are states that reach the parts that
     /// matter.
     pub(crate) fn load(&mut self, code: &[u8], warm: &[Machine]) -> Result<(), String> {
         if self.page + PAGE_SIZE >= CODE_PAGES.end {
-            *self = Engine::new(self.compile, self.bits);
+            *self = Engine::new(self.kind, self.bits);
         }
         self.page += PAGE_SIZE;
         self.len = code.len() as u64;
@@ -132,7 +154,11 @@ impl Engine {
         self.memory.write_obj(self.page | 7, GuestAddress(entry)).unwrap();
         self.vcpu.cpu.flush_tlb_page(CODE);
         self.vcpu.flush_jump_cache();
-        if self.compile { self.warm(warm) } else { Ok(()) }
+        match self.kind {
+            Kind::Interpreter => Ok(()),
+            Kind::Quick => warm.iter().try_for_each(|state| self.run(state).map(drop)),
+            Kind::Regions => self.warm(warm),
+        }
     }
 
     fn gpa(&self) -> u64 {
@@ -168,7 +194,7 @@ impl Engine {
 
     /// Why the code in place does not compile.
     fn why_not(&self) -> String {
-        let Some(plan) = Plan::grow(&self.vcpu.blocks, self.gpa(), self.mode, false) else {
+        let Some(plan) = Plan::grow(&self.vcpu.blocks, self.gpa(), self.mode, THRESHOLD, false) else {
             return "there is nothing to compile".into();
         };
         match Compiler::new().and_then(|mut c| c.compile(&plan)) {

@@ -1,7 +1,7 @@
 //! Rules that the host's processor has settled, as single instructions on both engines: what holds on hosts without a
 //! judge, too.
 
-use super::engine::Engine;
+use super::engine::{Engine, Kind};
 use super::{ABSENT, DATA, DATA_LEN, Fault, INSN, Machine, TAKEN};
 use crate::exception::vector;
 use crate::state::flag;
@@ -13,16 +13,16 @@ fn fault(vector: u8, error: u32, address: u64) -> Option<Fault> {
     Some(Fault { vector, error, address })
 }
 
-/// Runs `code` on both engines from a state that `set` makes of one of zeros, and looks at how it faults.
+/// Runs `code` on every engine from a state that `set` makes of one of zeros, and looks at how it faults.
 fn check(bits: u32, code: &[u8], set: impl Fn(&mut Machine), expected: Option<Fault>) {
     let mut before = Machine::new([0; 16], 0x202, vec![0; DATA_LEN]);
     before.gpr[4] = DATA + 0x100;
     set(&mut before);
-    for compile in [false, true] {
-        let mut engine = Engine::new(compile, bits);
+    for kind in Kind::ALL {
+        let mut engine = Engine::new(kind, bits);
         engine.load(code, std::slice::from_ref(&before)).unwrap();
         let after = engine.run(&before).unwrap();
-        assert_eq!(after.fault, expected, "{code:02x?}, compiled: {compile}");
+        assert_eq!(after.fault, expected, "{code:02x?}, {kind:?}");
         if expected.is_some() {
             assert_eq!((after.rip, &after.gpr, &after.ymm), (INSN, &before.gpr, &before.ymm), "{code:02x?}");
         }

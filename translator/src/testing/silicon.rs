@@ -69,13 +69,13 @@ pub struct Reached {
 /// By code size and code, how often cases reach it.
 pub type Census = BTreeMap<(u32, Code), Reached>;
 
-/// Runs programs until one makes a difference. `None`, with the reason printed, where the host cannot serve.
-pub fn run(options: Options, report: impl FnMut(Progress)) -> Option<Result<Progress, Mismatch>> {
+/// Runs programs until one makes a difference.
+pub fn run(options: Options, report: impl FnMut(Progress)) -> Result<Progress, Mismatch> {
     each(options, report, |_, _| ())
 }
 
 /// As [`run`], and counts into a census what the programs execute. What a branch may have passed over is not counted.
-pub fn census(options: Options, census: &mut Census) -> Option<Result<Progress, Mismatch>> {
+pub fn census(options: Options, census: &mut Census) -> Result<Progress, Mismatch> {
     each(options, |_| (), |program, faults| count(program, faults, census))
 }
 
@@ -94,8 +94,8 @@ fn each(
     options: Options,
     mut report: impl FnMut(Progress),
     mut visit: impl FnMut(&Program, &[Option<u64>]),
-) -> Option<Result<Progress, Mismatch>> {
-    let mut bench = Bench::new()?;
+) -> Result<Progress, Mismatch> {
+    let mut bench = Bench::new();
     let mut r = Random::new(options.seed);
     let parts = [64, 64, 32].map(|bits| parts(&mut r, bits));
     let mut progress = Progress::default();
@@ -115,14 +115,14 @@ fn each(
                 let shrunk = shrink(failure, |f| check(&mut bench, f).is_err());
                 let why = check(&mut bench, &shrunk).err().unwrap_or_else(|| "  not the next time\n".into());
                 let shrunk = shrunk.program.assemble().listing() + &why;
-                return Some(Err(Mismatch { seed: options.seed, program: n, found, shrunk }));
+                return Err(Mismatch { seed: options.seed, program: n, found, shrunk });
             }
         }
         progress.programs += 1;
         progress.cases += STATES;
         report(progress);
     }
-    Some(Ok(progress))
+    Ok(progress)
 }
 
 fn check(bench: &mut Bench, f: &Failure) -> Result<Vec<Option<u64>>, String> {
@@ -140,8 +140,7 @@ fn check(bench: &mut Bench, f: &Failure) -> Result<Vec<Option<u64>>, String> {
 fn as_the_processor_does() {
     let options = Options { seed: 7, first: 0, programs: 1000 };
     match run(options, |_| ()) {
-        None => {}
-        Some(Ok(done)) => assert!(done.completed > done.cases / 4, "{done:?}"),
-        Some(Err(mismatch)) => panic!("{mismatch}"),
+        Ok(done) => assert!(done.completed > done.cases / 4, "{done:?}"),
+        Err(mismatch) => panic!("{mismatch}"),
     }
 }

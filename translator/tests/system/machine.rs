@@ -451,9 +451,10 @@ impl Machine {
         all
     }
 
-    /// Runs once on the interpreter, or with the compiler; then once more, when everything that ran before is
-    /// compiled.
-    fn run(self, compiler: bool, check: &dyn Fn(&Outcome)) {
+    /// Runs once on the interpreter, or with the compiler, making quick code or regions; then once more, when everything
+    /// that ran before is compiled.
+    fn run(self, kind: Kind, check: &dyn Fn(&Outcome)) {
+        let compiler = kind != Kind::Interpreter;
         let image = compiler.then(|| self.ram());
         let ram = Arc::new(GuestRam::new(self.memory.clone()));
         let board = Arc::new(Mutex::new(BoardState::default()));
@@ -461,7 +462,10 @@ impl Machine {
         cpu.set_state(self.s.clone());
         let jit = compiler.then(|| Jit::new(4 << 20, 1).unwrap());
         let mut vcpu = Vcpu::new(cpu, jit);
-        vcpu.set_threshold(self.patience);
+        match kind {
+            Kind::Quick => vcpu.set_quick(1, 1 << 30),
+            _ => vcpu.set_threshold(self.patience),
+        }
         let outcome = |engine, exit, vcpu: &Vcpu| Outcome {
             engine,
             exit,
@@ -470,8 +474,12 @@ impl Machine {
             memory: self.memory.clone(),
         };
         let exit = drive(&mut vcpu);
-        let engine = if compiler { "compiler, first pass" } else { "interpreter" };
-        check(&outcome(engine, exit, &vcpu));
+        let [first, second] = match kind {
+            Kind::Interpreter => ["interpreter"; 2],
+            Kind::Quick => ["quick code, first pass", "quick code, second pass"],
+            Kind::Regions => ["compiler, first pass", "compiler, second pass"],
+        };
+        check(&outcome(first, exit, &vcpu));
         let Some(image) = image else { return };
         let mut rewritten = false;
         for page in (0..RAM).step_by(4096) {
@@ -488,10 +496,18 @@ impl Machine {
             *board.lock().unwrap() = BoardState::default();
             vcpu.cpu.set_state(self.s.clone());
             let exit = drive(&mut vcpu);
-            check(&outcome("compiler, second pass", exit, &vcpu));
+            check(&outcome(second, exit, &vcpu));
         }
         assert!(!self.compiles || vcpu.counts.entries > 0, "no compiled code ran");
     }
+}
+
+/// What evaluates the guest's code.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Interpreter,
+    Quick,
+    Regions,
 }
 
 fn drive(vcpu: &mut Vcpu) -> Exit {
@@ -509,9 +525,10 @@ fn drive(vcpu: &mut Vcpu) -> Exit {
 
 /// Runs a guest on every engine and checks what came of it. (Miri executes no code but Rust's.)
 pub fn check(build: impl Fn() -> Machine, expect: impl Fn(&Outcome)) {
-    build().run(false, &expect);
+    build().run(Kind::Interpreter, &expect);
     if !cfg!(miri) {
-        build().run(true, &expect);
+        build().run(Kind::Quick, &expect);
+        build().run(Kind::Regions, &expect);
     }
 }
 

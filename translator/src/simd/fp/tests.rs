@@ -75,6 +75,7 @@ fn both<T: PartialEq + std::fmt::Debug>(
 #[cfg(target_arch = "x86_64")]
 mod host {
     use super::*;
+    use crate::testing::is_of_the_model_s_maker;
 
     const ROUNDS: usize = 1500;
 
@@ -145,6 +146,9 @@ mod host {
 
     #[test]
     fn dot_products() {
+        if !is_of_the_model_s_maker() {
+            return;
+        }
         let mut r = Random::new(24);
         for fmt in [FpFmt::Ps, FpFmt::Pd] {
             for _ in 0..6000 {

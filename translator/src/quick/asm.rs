@@ -1,0 +1,653 @@
+//! An assembler for the few x86-64 instructions that quick code is made of (SDM vol. 2).
+
+/// A general-purpose register, in encoding order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gpr(pub u8);
+
+#[allow(missing_docs)]
+impl Gpr {
+    pub const RAX: Gpr = Gpr(0);
+    pub const RCX: Gpr = Gpr(1);
+    pub const RDX: Gpr = Gpr(2);
+    pub const RBX: Gpr = Gpr(3);
+    pub const RSP: Gpr = Gpr(4);
+    pub const RBP: Gpr = Gpr(5);
+    pub const RSI: Gpr = Gpr(6);
+    pub const RDI: Gpr = Gpr(7);
+}
+
+/// A vector register.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Xmm(pub u8);
+
+/// A memory operand: `[base + index << scale + disp]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mem {
+    /// Base; `None` only with an index.
+    pub base: Option<Gpr>,
+    /// Index, not RSP, and log2 of its scale.
+    pub index: Option<(Gpr, u8)>,
+    /// Displacement.
+    pub disp: i32,
+}
+
+impl Mem {
+    /// `[base + disp]`.
+    pub fn at(base: Gpr, disp: i32) -> Mem {
+        Mem { base: Some(base), index: None, disp }
+    }
+
+    /// `[base + index + disp]`.
+    pub fn indexed(base: Gpr, index: Gpr, disp: i32) -> Mem {
+        Mem { base: Some(base), index: Some((index, 0)), disp }
+    }
+}
+
+/// A register or memory operand.
+#[derive(Clone, Copy, Debug)]
+pub enum Rm {
+    /// A register's number.
+    Reg(u8),
+    /// Memory.
+    Mem(Mem),
+}
+
+impl From<Gpr> for Rm {
+    fn from(r: Gpr) -> Rm {
+        Rm::Reg(r.0)
+    }
+}
+
+impl From<Xmm> for Rm {
+    fn from(x: Xmm) -> Rm {
+        Rm::Reg(x.0)
+    }
+}
+
+impl From<Mem> for Rm {
+    fn from(m: Mem) -> Rm {
+        Rm::Mem(m)
+    }
+}
+
+/// The arithmetic of opcodes 00h to 3Fh, by its place there.
+#[allow(missing_docs)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Alu {
+    Add = 0,
+    Or = 1,
+    And = 4,
+    Sub = 5,
+    Xor = 6,
+    Cmp = 7,
+}
+
+/// Shifts and rotates, by their place in opcode group 2.
+#[allow(missing_docs)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Shift {
+    Rol = 0,
+    Ror = 1,
+    Shl = 4,
+    Shr = 5,
+    Sar = 7,
+}
+
+/// Operations of opcode group 3 on one operand, by their place there.
+#[allow(missing_docs)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Unary {
+    Not = 2,
+    Neg = 3,
+    /// RDX:RAX = RAX × operand.
+    Mul = 4,
+    /// The same, signed.
+    Imul = 5,
+    /// RAX = RDX:RAX ÷ operand, RDX the remainder.
+    Div = 6,
+    /// The same, signed.
+    Idiv = 7,
+}
+
+/// Condition codes of the host, in encoding order.
+#[allow(missing_docs)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cc(pub u8);
+
+#[allow(missing_docs)]
+impl Cc {
+    pub const B: Cc = Cc(2);
+    pub const AE: Cc = Cc(3);
+    pub const E: Cc = Cc(4);
+    pub const NE: Cc = Cc(5);
+    pub const BE: Cc = Cc(6);
+    pub const A: Cc = Cc(7);
+    pub const S: Cc = Cc(8);
+    pub const L: Cc = Cc(12);
+    pub const GE: Cc = Cc(13);
+    pub const LE: Cc = Cc(14);
+    pub const G: Cc = Cc(15);
+
+    /// The opposite.
+    pub fn not(self) -> Cc {
+        Cc(self.0 ^ 1)
+    }
+
+    /// What holds of `b, a` when this holds of `a, b`.
+    pub fn swapped(self) -> Cc {
+        match self {
+            Cc::B => Cc::A,
+            Cc::A => Cc::B,
+            Cc::AE => Cc::BE,
+            Cc::BE => Cc::AE,
+            Cc::L => Cc::G,
+            Cc::G => Cc::L,
+            Cc::GE => Cc::LE,
+            Cc::LE => Cc::GE,
+            same => same,
+        }
+    }
+}
+
+/// Where the displacement of a jump is that has no target yet.
+#[derive(Clone, Copy, Debug)]
+#[must_use = "a jump needs a target"]
+pub struct Jump(pub usize);
+
+/// Code so far.
+#[derive(Default)]
+pub struct Asm {
+    /// Its bytes.
+    pub code: Vec<u8>,
+}
+
+impl Asm {
+    fn imm32(&mut self, k: i32) {
+        self.code.extend(k.to_le_bytes());
+    }
+
+    /// An instruction: prefix, REX, opcode, ModRM, SIB, displacement. `bytes` is the operand size, 0 for none to be
+    /// said; with 1 registers from 4 on are SPL to DIL.
+    fn op(&mut self, prefix: Option<u8>, bytes: u64, opcode: &[u8], reg: u8, rm: Rm) {
+        if bytes == 2 {
+            self.code.push(0x66);
+        }
+        self.code.extend(prefix);
+        let (index, base) = match rm {
+            Rm::Reg(r) => (0, r),
+            Rm::Mem(m) => (m.index.map_or(0, |i| i.0.0), m.base.map_or(0, |b| b.0)),
+        };
+        let rex = u8::from(bytes == 8) << 3 | (reg >> 3 & 1) << 2 | (index >> 3 & 1) << 1 | base >> 3 & 1;
+        if rex != 0 || bytes == 1 {
+            self.code.push(0x40 | rex);
+        }
+        self.code.extend(opcode);
+        let reg = (reg & 7) << 3;
+        let m = match rm {
+            Rm::Reg(r) => return self.code.push(0xc0 | reg | r & 7),
+            Rm::Mem(m) => m,
+        };
+        let Some(base) = m.base else {
+            let sib = m.index.map_or(4 << 3, |(r, scale)| scale << 6 | (r.0 & 7) << 3) | 5;
+            self.code.extend([reg | 4, sib]);
+            return self.imm32(m.disp);
+        };
+        // RBP and R13 have no form without displacement.
+        let mode = match i8::try_from(m.disp) {
+            Ok(0) if base.0 & 7 != 5 => 0,
+            Ok(_) => 1,
+            Err(_) => 2,
+        };
+        match m.index {
+            None if base.0 & 7 != 4 => self.code.push(mode << 6 | reg | base.0 & 7),
+            index => {
+                let sib = index.map_or(4 << 3, |(r, scale)| scale << 6 | (r.0 & 7) << 3) | base.0 & 7;
+                self.code.extend([mode << 6 | reg | 4, sib]);
+            }
+        }
+        match mode {
+            0 => {}
+            1 => self.code.push(m.disp as u8),
+            _ => self.imm32(m.disp),
+        }
+    }
+
+    /// `register = register`, 32 or 64 bits.
+    pub fn mov(&mut self, bytes: u64, to: Gpr, from: Gpr) {
+        self.op(None, bytes, &[0x8b], to.0, from.into());
+    }
+
+    /// Replaces the low 8 or 16 bits of a register by those of another.
+    pub fn mov_low(&mut self, bytes: u64, to: Gpr, from: Gpr) {
+        self.op(None, bytes, &[if bytes == 1 { 0x8a } else { 0x8b }], to.0, from.into());
+    }
+
+    /// A constant.
+    pub fn mov_imm(&mut self, to: Gpr, k: u64) {
+        if let Ok(k) = u32::try_from(k) {
+            if to.0 >= 8 {
+                self.code.push(0x41);
+            }
+            self.code.push(0xb8 | to.0 & 7);
+            self.code.extend(k.to_le_bytes());
+        } else if let Ok(k) = i32::try_from(k as i64) {
+            self.op(None, 8, &[0xc7], 0, to.into());
+            self.imm32(k);
+        } else {
+            self.mov_imm64(to, k);
+        }
+    }
+
+    /// A constant of 8 bytes; where they are.
+    pub fn mov_imm64(&mut self, to: Gpr, k: u64) -> usize {
+        self.code.extend([0x48 | to.0 >> 3, 0xb8 | to.0 & 7]);
+        self.code.extend(k.to_le_bytes());
+        self.code.len() - 8
+    }
+
+    /// Loads 4 or 8 bytes; 4 are zero-extended.
+    pub fn load(&mut self, bytes: u64, to: Gpr, from: Mem) {
+        self.op(None, bytes, &[0x8b], to.0, from.into());
+    }
+
+    /// Stores 1, 2, 4 or 8 bytes.
+    pub fn store(&mut self, bytes: u64, to: Mem, from: Gpr) {
+        self.op(None, bytes, &[if bytes == 1 { 0x88 } else { 0x89 }], from.0, to.into());
+    }
+
+    /// Stores a constant of 1, 2, 4 or 8 bytes, the last sign-extended from 4.
+    pub fn store_imm(&mut self, bytes: u64, to: Mem, k: i32) {
+        self.op(None, bytes, &[if bytes == 1 { 0xc6 } else { 0xc7 }], 0, to.into());
+        self.code.extend(&k.to_le_bytes()[..bytes.min(4) as usize]);
+    }
+
+    /// Zero-extends 1, 2 or 4 bytes to 8.
+    pub fn movzx(&mut self, from_bytes: u64, to: Gpr, from: impl Into<Rm>) {
+        match from_bytes {
+            // Of the source it is that SPL to DIL need a prefix.
+            1 => self.op(None, 1, &[0x0f, 0xb6], to.0, from.into()),
+            2 => self.op(None, 4, &[0x0f, 0xb7], to.0, from.into()),
+            _ => self.op(None, 4, &[0x8b], to.0, from.into()),
+        }
+    }
+
+    /// Sign-extends 1, 2 or 4 bytes to 8.
+    pub fn movsx(&mut self, from_bytes: u64, to: Gpr, from: impl Into<Rm>) {
+        let opcode: &[u8] = match from_bytes {
+            1 => &[0x0f, 0xbe],
+            2 => &[0x0f, 0xbf],
+            _ => &[0x63],
+        };
+        self.op(None, 8, opcode, to.0, from.into());
+    }
+
+    /// The address of an operand, cut to 4 bytes or not.
+    pub fn lea(&mut self, bytes: u64, to: Gpr, of: Mem) {
+        self.op(None, bytes, &[0x8d], to.0, of.into());
+    }
+
+    /// `to op= from`.
+    pub fn alu(&mut self, bytes: u64, op: Alu, to: Gpr, from: impl Into<Rm>) {
+        let opcode = (op as u8) << 3 | if bytes == 1 { 2 } else { 3 };
+        self.op(None, bytes, &[opcode], to.0, from.into());
+    }
+
+    /// `to op= k`, the constant sign-extended from 4 bytes.
+    pub fn alu_imm(&mut self, bytes: u64, op: Alu, to: impl Into<Rm>, k: i32) {
+        let short = i8::try_from(k).is_ok();
+        let opcode = match bytes {
+            1 => 0x80,
+            _ if short => 0x83,
+            _ => 0x81,
+        };
+        self.op(None, bytes, &[opcode], op as u8, to.into());
+        let len = if short || bytes == 1 { 1 } else { bytes.min(4) as usize };
+        self.code.extend(&k.to_le_bytes()[..len]);
+    }
+
+    /// Sets the flags by `a & b`.
+    pub fn test(&mut self, bytes: u64, a: Gpr, b: Gpr) {
+        self.op(None, bytes, &[if bytes == 1 { 0x84 } else { 0x85 }], a.0, b.into());
+    }
+
+    /// Shifts by a constant.
+    pub fn shift_imm(&mut self, bytes: u64, op: Shift, to: Gpr, n: u8) {
+        self.op(None, bytes, &[if bytes == 1 { 0xc0 } else { 0xc1 }], op as u8, to.into());
+        self.code.push(n);
+    }
+
+    /// Shifts by CL.
+    pub fn shift(&mut self, bytes: u64, op: Shift, to: Gpr) {
+        self.op(None, bytes, &[if bytes == 1 { 0xd2 } else { 0xd3 }], op as u8, to.into());
+    }
+
+    /// An operation of group 3.
+    pub fn unary(&mut self, bytes: u64, op: Unary, r: Gpr) {
+        self.op(None, bytes, &[if bytes == 1 { 0xf6 } else { 0xf7 }], op as u8, r.into());
+    }
+
+    /// Sign-extends EAX into EDX, or RAX into RDX.
+    pub fn sign_into_rdx(&mut self, bytes: u64) {
+        if bytes == 8 {
+            self.code.push(0x48);
+        }
+        self.code.push(0x99);
+    }
+
+    /// `to *= from`, the low half.
+    pub fn imul(&mut self, bytes: u64, to: Gpr, from: Gpr) {
+        self.op(None, bytes, &[0x0f, 0xaf], to.0, from.into());
+    }
+
+    /// Swaps the bytes of 4 or 8.
+    pub fn bswap(&mut self, bytes: u64, r: Gpr) {
+        let rex = u8::from(bytes == 8) << 3 | r.0 >> 3;
+        if rex != 0 {
+            self.code.push(0x40 | rex);
+        }
+        self.code.extend([0x0f, 0xc8 | r.0 & 7]);
+    }
+
+    /// LZCNT.
+    pub fn lzcnt(&mut self, bytes: u64, to: Gpr, from: Gpr) {
+        self.op(Some(0xf3), bytes, &[0x0f, 0xbd], to.0, from.into());
+    }
+
+    /// TZCNT.
+    pub fn tzcnt(&mut self, bytes: u64, to: Gpr, from: Gpr) {
+        self.op(Some(0xf3), bytes, &[0x0f, 0xbc], to.0, from.into());
+    }
+
+    /// POPCNT.
+    pub fn popcnt(&mut self, bytes: u64, to: Gpr, from: Gpr) {
+        self.op(Some(0xf3), bytes, &[0x0f, 0xb8], to.0, from.into());
+    }
+
+    /// The low byte of a register as 0 or 1.
+    pub fn setcc(&mut self, cc: Cc, to: Gpr) {
+        self.op(None, 1, &[0x0f, 0x90 | cc.0], 0, to.into());
+    }
+
+    /// `to = from` if a condition holds.
+    pub fn cmov(&mut self, cc: Cc, to: Gpr, from: Gpr) {
+        self.op(None, 8, &[0x0f, 0x40 | cc.0], to.0, from.into());
+    }
+
+    /// Pushes 8 bytes.
+    pub fn push(&mut self, r: Gpr) {
+        self.short(0x50, r);
+    }
+
+    /// Pops 8 bytes.
+    pub fn pop(&mut self, r: Gpr) {
+        self.short(0x58, r);
+    }
+
+    /// An instruction whose opcode has the register.
+    fn short(&mut self, opcode: u8, r: Gpr) {
+        if r.0 >= 8 {
+            self.code.push(0x41);
+        }
+        self.code.push(opcode | r.0 & 7);
+    }
+
+    /// Calls what an address in memory says.
+    pub fn call(&mut self, target: Mem) {
+        self.op(None, 0, &[0xff], 2, target.into());
+    }
+
+    /// Calls the address in a register.
+    pub fn call_reg(&mut self, target: Gpr) {
+        self.op(None, 0, &[0xff], 2, target.into());
+    }
+
+    /// Jumps to where an address in memory says.
+    pub fn jmp_mem(&mut self, target: Mem) {
+        self.op(None, 0, &[0xff], 4, target.into());
+    }
+
+    /// Returns.
+    pub fn ret(&mut self) {
+        self.code.push(0xc3);
+    }
+
+    /// Jumps, if a condition holds, to where [`Self::here`] says.
+    pub fn jcc(&mut self, cc: Cc) -> Jump {
+        self.code.extend([0x0f, 0x80 | cc.0]);
+        self.displacement()
+    }
+
+    /// Jumps to where [`Self::here`] says, or whoever patches the jump.
+    pub fn jmp(&mut self) -> Jump {
+        self.code.push(0xe9);
+        self.displacement()
+    }
+
+    fn displacement(&mut self) -> Jump {
+        self.imm32(0);
+        Jump(self.code.len() - 4)
+    }
+
+    /// Makes the end of the code the target of a jump.
+    pub fn here(&mut self, jump: Jump) {
+        self.lead(jump, self.code.len());
+    }
+
+    /// Makes an offset in the code the target of a jump.
+    pub fn lead(&mut self, Jump(at): Jump, to: usize) {
+        let distance = to as i64 - (at as i64 + 4);
+        self.code[at..at + 4].copy_from_slice(&(distance as i32).to_le_bytes());
+    }
+
+    /// Loads 16 bytes.
+    pub fn load_x(&mut self, to: Xmm, from: Mem) {
+        self.op(None, 0, &[0x0f, 0x10], to.0, from.into());
+    }
+
+    /// Loads 4 or 8 bytes, zeros above.
+    pub fn load_x_low(&mut self, bytes: u64, to: Xmm, from: Mem) {
+        self.op(Some(if bytes == 4 { 0xf3 } else { 0xf2 }), 0, &[0x0f, 0x10], to.0, from.into());
+    }
+
+    /// Stores 16 bytes.
+    pub fn store_x(&mut self, to: Mem, from: Xmm) {
+        self.op(None, 0, &[0x0f, 0x11], from.0, to.into());
+    }
+
+    /// `to = from`.
+    pub fn mov_x(&mut self, to: Xmm, from: Xmm) {
+        self.op(None, 0, &[0x0f, 0x28], to.0, from.into());
+    }
+
+    /// The low 8 bytes from a register, zeros above.
+    pub fn to_x(&mut self, to: Xmm, from: Gpr) {
+        self.op(Some(0x66), 8, &[0x0f, 0x6e], to.0, from.into());
+    }
+
+    /// The low 8 bytes to a register.
+    pub fn from_x(&mut self, to: Gpr, from: Xmm) {
+        self.op(Some(0x66), 8, &[0x0f, 0x7e], from.0, to.into());
+    }
+
+    /// An SSE2 instruction with prefix 66h and opcode 0Fh `opcode`: `to op= from`.
+    pub fn sse(&mut self, opcode: u8, to: Xmm, from: Xmm) {
+        self.op(Some(0x66), 0, &[0x0f, opcode], to.0, from.into());
+    }
+
+    /// An SSE2 instruction with a prefix and an immediate.
+    pub fn sse_imm(&mut self, prefix: u8, opcode: u8, to: Xmm, from: Xmm, k: u8) {
+        self.op(Some(prefix), 0, &[0x0f, opcode], to.0, from.into());
+        self.code.push(k);
+    }
+
+    /// An SSE2 shift by an immediate: `group` is opcode extension in the ModRM byte.
+    pub fn sse_shift(&mut self, opcode: u8, group: u8, x: Xmm, k: u8) {
+        self.op(Some(0x66), 0, &[0x0f, opcode], group, x.into());
+        self.code.push(k);
+    }
+
+    /// The sign bits of an XMM register's bytes (D7h), or of its 4- or 8-byte elements (50h, without and with prefix).
+    pub fn signs(&mut self, element: u8, to: Gpr, from: Xmm) {
+        let (prefix, opcode) = match element {
+            1 => (Some(0x66), 0xd7),
+            4 => (None, 0x50),
+            _ => (Some(0x66), 0x50),
+        };
+        self.op(prefix, 0, &[0x0f, opcode], to.0, from.into());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
+
+    /// The code as text, an instruction each.
+    fn text(asm: &Asm) -> Vec<String> {
+        let mut formatter = IntelFormatter::new();
+        let decoder = Decoder::with_ip(64, &asm.code, 0, DecoderOptions::NONE);
+        let format = |i| {
+            let mut out = String::new();
+            formatter.format(&i, &mut out);
+            out
+        };
+        decoder.into_iter().map(format).collect()
+    }
+
+    #[test]
+    fn operands_of_every_kind() {
+        let mut a = Asm::default();
+        let (r8, r13) = (Gpr(8), Gpr(13));
+        a.load(8, r13, Mem::at(Gpr::RDI, 8));
+        a.load(4, Gpr::RAX, Mem::at(r13, 0));
+        a.load(8, Gpr::RAX, Mem::at(Gpr(12), 0x1234));
+        a.load(8, Gpr::RAX, Mem::indexed(Gpr::RCX, r8, -8));
+        a.lea(8, Gpr::RSI, Mem { base: None, index: Some((r8, 3)), disp: 5 });
+        a.store(1, Mem::at(Gpr::RAX, 0), Gpr::RSI);
+        a.store(2, Mem::at(Gpr::RAX, 0), r8);
+        a.store_imm(8, Mem::at(Gpr::RDI, 300), -1);
+        a.store_imm(2, Mem::at(Gpr::RAX, 0), 0x1234);
+        a.store_imm(1, Mem::at(Gpr::RAX, 0), 0x12);
+        let expected = [
+            "mov r13,[rdi+8]",
+            "mov eax,[r13]",
+            "mov rax,[r12+1234h]",
+            "mov rax,[rcx+r8-8]",
+            "lea rsi,[r8*8+5]",
+            "mov [rax],sil",
+            "mov [rax],r8w",
+            "mov qword ptr [rdi+12Ch],0FFFFFFFFFFFFFFFFh",
+            "mov word ptr [rax],1234h",
+            "mov byte ptr [rax],12h",
+        ];
+        assert_eq!(text(&a), expected);
+    }
+
+    #[test]
+    fn operations_of_every_kind() {
+        let mut a = Asm::default();
+        let (r8, r9) = (Gpr(8), Gpr(9));
+        a.mov(4, r8, Gpr::RBX);
+        a.mov_low(1, Gpr::RSI, r8);
+        a.mov_low(2, r8, r9);
+        a.mov_imm(r8, 5);
+        a.mov_imm(Gpr::RBX, u64::MAX);
+        a.mov_imm(r8, 1 << 40);
+        a.movzx(1, r8, Gpr::RSI);
+        a.movzx(2, r8, r9);
+        a.movsx(1, r8, Gpr::RSI);
+        a.movsx(4, r8, r9);
+        a.alu(1, Alu::Cmp, Gpr::RSI, r8);
+        a.alu(8, Alu::Xor, r8, Mem::at(Gpr::RDI, 0));
+        a.alu_imm(4, Alu::Sub, Mem::at(Gpr::RAX, 4), 1);
+        a.alu_imm(8, Alu::And, r8, -4096);
+        a.alu_imm(2, Alu::Cmp, r8, 0x1234);
+        a.alu_imm(1, Alu::Cmp, Gpr::RDI, 0x7f);
+        a.shift_imm(2, Shift::Ror, r8, 3);
+        a.shift(8, Shift::Sar, r9);
+        a.unary(8, Unary::Idiv, r8);
+        a.imul(4, r8, r9);
+        a.bswap(8, r9);
+        a.lzcnt(8, r8, r9);
+        a.popcnt(4, Gpr::RBX, r9);
+        a.setcc(Cc::LE, Gpr::RSI);
+        a.cmov(Cc::AE, r8, r9);
+        a.push(r8);
+        a.pop(Gpr::RBP);
+        a.call(Mem::at(Gpr::RDI, 0x200));
+        a.test(1, Gpr::RSI, Gpr::RSI);
+        let expected = [
+            "mov r8d,ebx",
+            "mov sil,r8b",
+            "mov r8w,r9w",
+            "mov r8d,5",
+            "mov rbx,0FFFFFFFFFFFFFFFFh",
+            "mov r8,10000000000h",
+            "movzx r8d,sil",
+            "movzx r8d,r9w",
+            "movsx r8,sil",
+            "movsxd r8,r9d",
+            "cmp sil,r8b",
+            "xor r8,[rdi]",
+            "sub dword ptr [rax+4],1",
+            "and r8,0FFFFFFFFFFFFF000h",
+            "cmp r8w,1234h",
+            "cmp dil,7Fh",
+            "ror r8w,3",
+            "sar r9,cl",
+            "idiv r8",
+            "imul r8d,r9d",
+            "bswap r9",
+            "lzcnt r8,r9",
+            "popcnt ebx,r9d",
+            "setle sil",
+            "cmovae r8,r9",
+            "push r8",
+            "pop rbp",
+            "call qword ptr [rdi+200h]",
+            "test sil,sil",
+        ];
+        assert_eq!(text(&a), expected);
+    }
+
+    #[test]
+    fn vectors_and_jumps() {
+        let mut a = Asm::default();
+        let (x1, x9) = (Xmm(1), Xmm(9));
+        let back = a.code.len();
+        a.load_x(x9, Mem::at(Gpr::RDI, 0x100));
+        a.load_x_low(8, x1, Mem::at(Gpr::RAX, 0));
+        a.store_x(Mem::at(Gpr::RAX, 0), x9);
+        a.to_x(x9, Gpr(8));
+        a.from_x(Gpr(8), x1);
+        a.sse(0xef, x9, x1);
+        a.sse_imm(0x66, 0x70, x1, x9, 0x1b);
+        a.sse_shift(0x73, 3, x9, 8);
+        a.signs(1, Gpr(8), x9);
+        a.signs(4, Gpr::RBX, x1);
+        let forth = a.jcc(Cc::NE);
+        let again = a.jmp();
+        a.lead(again, back);
+        a.here(forth);
+        a.ret();
+        let expected = [
+            "movups xmm9,[rdi+100h]",
+            "movsd xmm1,[rax]",
+            "movups [rax],xmm9",
+            "movq xmm9,r8",
+            "movq r8,xmm1",
+            "pxor xmm9,xmm1",
+            "pshufd xmm1,xmm9,1Bh",
+            "psrldq xmm9,8",
+            "pmovmskb r8d,xmm9",
+            "movmskps ebx,xmm1",
+            "jne 000000000000003Eh",
+            "jmp 0",
+            "ret",
+        ];
+        assert_eq!(text(&a), expected);
+    }
+}

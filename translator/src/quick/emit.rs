@@ -1,0 +1,748 @@
+//! Quick code of one block: where values are, what stands in the CPU state, and the ways out.
+//!
+//! **Registers.** Every guest register that is written is stored to the CPU state at once, which is therefore exact at
+//! each instruction; host registers only cache what stands there, so that none ever needs to be saved. A value never
+//! changes in the register that holds it: each operation takes a fresh one, and guest registers, operands of pending
+//! flags and the instruction's own temporaries may share them.
+//!
+//! **Flags** are the operation that made them, as in regions, until something reads them, the block ends, or an access
+//! leaves for the interpreter.
+//!
+//! **RIP** in the CPU state is that of the block's first instruction until the block ends.
+
+use std::mem::offset_of;
+
+use crate::addr::PAGE_MASK;
+use crate::code::FRAME_SETUP_LEN;
+use crate::cpu::Cpu;
+use crate::emit::{Bin, Emit, Flags};
+use crate::flags;
+use crate::insn::{Insn, Mode};
+use crate::jit::Unsupported;
+use crate::jit::compile::{Branch, Compiled};
+use crate::jit::emit::{Helper, at};
+use crate::jit::frame::{lazy, reason};
+use crate::jit::usage::Usage;
+use crate::quick::asm::{Alu, Asm, Cc, Gpr, Jump, Mem, Shift, Xmm};
+use crate::quick::{Quick, Routine};
+use crate::vcpu::{JUMP_ENTRIES, JumpEntry};
+use crate::width::{W8, W16, W32, W64};
+
+/// Holds the CPU ([`Cpu`]).
+pub(super) const CPU: Gpr = Gpr::RDI;
+/// Registers that hold values. RAX, RCX, RDX and RSI are every operation's to use.
+const POOL: u16 = 1 << Gpr::RBX.0 | 0xff00;
+
+/// The right side of a comparison.
+#[derive(Clone, Copy, Debug)]
+pub enum Right {
+    Reg(Gpr),
+    Imm(i32),
+}
+
+/// An integer. What is above its width is anything.
+#[derive(Clone, Copy, Debug)]
+pub enum Val {
+    Imm(u64),
+    Reg(Gpr),
+    /// A 64-bit sum that is not computed yet.
+    Sum(Mem),
+    /// Whether a comparison of so many bytes holds, which is not made yet.
+    Holds { cc: Cc, bytes: u64, a: Gpr, b: Right },
+}
+
+/// What is known of the flags.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum FlagVal {
+    /// They stand in the CPU state.
+    Memory,
+    /// They were set by an operation on operands of this many bytes; increments leave the carry that stands in the CPU
+    /// state. Operands are registers, or constants that a store takes.
+    Op(Flags<Val>, u64),
+}
+
+/// A way out for the interpreter to do an instruction.
+struct SideExit {
+    jumps: Vec<Jump>,
+    /// Offset of the instruction in the block, and how many instructions are to be counted before it.
+    off: u16,
+    done: i32,
+    flags: FlagVal,
+    dirty: bool,
+}
+
+/// What host registers hold.
+#[derive(Clone)]
+struct Registers {
+    /// Guest registers whose value each has, a bit each.
+    guests: [u16; 16],
+    /// Where each guest register's value is.
+    at: [Option<Gpr>; 16],
+    /// The lowest bits, so many, that may be set.
+    bits: [u8; 16],
+    /// Those that hold values of the instruction being emitted.
+    busy: u16,
+    /// The next to be taken from guest registers.
+    next: u8,
+}
+
+/// Emits one block.
+pub struct QuickEmit<'a> {
+    pub(super) a: Asm,
+    quick: &'a Quick,
+    mode: Mode,
+    /// Page offset of the block.
+    start: u64,
+    counted: bool,
+    registers: Registers,
+    /// Vector registers in use by the instruction being emitted.
+    vectors: u8,
+    pub(super) flags: FlagVal,
+    /// Whether the CPU state lacks them.
+    dirty: bool,
+    /// Where the block's RIP is, once something has needed it.
+    rip: Option<Gpr>,
+    /// The instruction's offset in the block, and how many are to be counted before it.
+    off: u16,
+    done: i32,
+    /// Host address that the instruction's first access found.
+    pub(super) rmw: Option<Gpr>,
+    ended: bool,
+    /// The instruction needs more registers than there are, or what this evaluator has not.
+    pub(super) failed: bool,
+    exits: Vec<SideExit>,
+    /// Jumps to where the dispatch loop is returned to.
+    leaves: Vec<Jump>,
+    branches: Vec<Branch>,
+    insns: Vec<Insn>,
+    addresses: Vec<(usize, usize)>,
+}
+
+/// Where everything was before an instruction that may turn out to have no quick form.
+struct Mark {
+    code: usize,
+    registers: Registers,
+    flags: FlagVal,
+    dirty: bool,
+    rip: Option<Gpr>,
+    exits: usize,
+    last_exit: usize,
+    leaves: usize,
+    branches: usize,
+}
+
+pub(super) fn cpu(offset: i32) -> Mem {
+    Mem::at(CPU, offset)
+}
+
+pub(super) fn gpr_at(r: u8) -> Mem {
+    cpu((offset_of!(Cpu, s.gpr) + 8 * usize::from(r & 15)) as i32)
+}
+
+impl<'a> QuickEmit<'a> {
+    pub(super) fn new(quick: &'a Quick, mode: Mode, start: u64, counted: bool) -> QuickEmit<'a> {
+        QuickEmit {
+            a: Asm::default(),
+            quick,
+            mode,
+            start,
+            counted,
+            registers: Registers { guests: [0; 16], at: [None; 16], bits: [64; 16], busy: 0, next: 0 },
+            vectors: 0,
+            flags: FlagVal::Memory,
+            dirty: false,
+            rip: None,
+            off: 0,
+            done: 0,
+            rmw: None,
+            ended: false,
+            failed: false,
+            exits: Vec::new(),
+            leaves: Vec::new(),
+            branches: Vec::new(),
+            insns: Vec::new(),
+            addresses: Vec::new(),
+        }
+    }
+
+    /// Emits the whole block; `heat` is the number of its countdown to being compiled better.
+    pub(super) fn emit(mut self, insns: &[Insn], heat: u32) -> Compiled {
+        self.a.push(Gpr::RBP);
+        self.a.mov(8, Gpr::RBP, Gpr::RSP);
+        debug_assert_eq!(self.a.code.len(), FRAME_SETUP_LEN);
+        self.a.load(8, Gpr::RAX, cpu(at!(jit.heat)));
+        self.a.alu_imm(4, Alu::Sub, Mem::at(Gpr::RAX, 4 * heat as i32), 1);
+        let hot = self.a.jcc(Cc::S);
+        for i in insns {
+            self.off = i.off;
+            self.instruction(i);
+            self.done += 1;
+        }
+        if let Some(last) = insns.last().filter(|_| !self.ended) {
+            self.begin();
+            self.settle_flags();
+            self.edge(last.next_off() as i64, self.done);
+        }
+        for exit in std::mem::take(&mut self.exits) {
+            self.side_exit(exit);
+        }
+        self.a.here(hot);
+        self.a.store_imm(8, cpu(at!(jit.exit_reason)), reason::HOT as i32);
+        for leave in std::mem::take(&mut self.leaves) {
+            self.a.here(leave);
+        }
+        self.leave();
+        let QuickEmit { a, branches, insns, addresses, .. } = self;
+        Compiled { code: a.code, branches, insns, addresses, nanos: 0 }
+    }
+
+    fn instruction(&mut self, i: &Insn) {
+        self.begin();
+        let mark = self.mark();
+        // Of branches usage knows which forms there are.
+        let whole = i.sem.usage.is_some_and(|f| f(&mut Usage::default(), i).is_ok());
+        if let Some(f) = i.sem.quick.filter(|_| whole)
+            && f(self, i).is_ok()
+            && !self.failed
+        {
+            return;
+        }
+        self.rewind(mark);
+        self.begin();
+        self.by_helper(i);
+    }
+
+    fn begin(&mut self) {
+        self.registers.busy = 0;
+        self.vectors = 0;
+        self.rmw = None;
+        self.failed = false;
+    }
+
+    fn mark(&self) -> Mark {
+        Mark {
+            code: self.a.code.len(),
+            registers: self.registers.clone(),
+            flags: self.flags,
+            dirty: self.dirty,
+            rip: self.rip,
+            exits: self.exits.len(),
+            last_exit: self.exits.last().map_or(0, |e| e.jumps.len()),
+            leaves: self.leaves.len(),
+            branches: self.branches.len(),
+        }
+    }
+
+    fn rewind(&mut self, mark: Mark) {
+        self.a.code.truncate(mark.code);
+        self.registers = mark.registers;
+        (self.flags, self.dirty, self.rip) = (mark.flags, mark.dirty, mark.rip);
+        self.exits.truncate(mark.exits);
+        if let Some(exit) = self.exits.last_mut() {
+            exit.jumps.truncate(mark.last_exit);
+        }
+        self.leaves.truncate(mark.leaves);
+        self.branches.truncate(mark.branches);
+        self.ended = false;
+    }
+
+    // ---- registers ----
+
+    /// The registers that flags, and the block's RIP, are in.
+    fn pinned(&self) -> u16 {
+        let bit = |v: &Val| if let Val::Reg(r) = v { 1 << r.0 } else { 0 };
+        let flags = match &self.flags {
+            FlagVal::Memory => 0,
+            FlagVal::Op(f, _) => operands(f).iter().flatten().fold(0, |set, v| set | bit(v)),
+        };
+        flags | self.rip.map_or(0, |r| 1 << r.0)
+    }
+
+    /// A register to hold a value of the instruction, of `bits` bits.
+    pub(super) fn take(&mut self, bits: u8) -> Gpr {
+        let free = POOL & !self.registers.busy & !self.pinned();
+        let unused = (0..16).find(|&r| free >> r & 1 != 0 && self.registers.guests[usize::from(r)] == 0);
+        let r = unused.or_else(|| {
+            let next = self.registers.next;
+            let r = (0..16).map(|n| (next + n) & 15).find(|&r| free >> r & 1 != 0)?;
+            self.registers.next = r + 1;
+            Some(r)
+        });
+        let Some(r) = r else {
+            self.failed = true;
+            return Gpr::RBX;
+        };
+        let guests = std::mem::take(&mut self.registers.guests[usize::from(r)]);
+        for g in (0..16).filter(|g| guests >> g & 1 != 0) {
+            self.registers.at[g] = None;
+        }
+        self.registers.busy |= 1 << r;
+        self.registers.bits[usize::from(r)] = bits;
+        Gpr(r)
+    }
+
+    /// The lowest bits of a register that may be set.
+    pub(super) fn bits(&self, r: Gpr) -> u8 {
+        self.registers.bits[usize::from(r.0)]
+    }
+
+    /// The register that has guest register `r`.
+    pub(super) fn guest(&mut self, r: u8) -> Gpr {
+        let r = r & 15;
+        if let Some(at) = self.registers.at[usize::from(r)] {
+            self.registers.busy |= 1 << at.0;
+            return at;
+        }
+        let to = self.take(64);
+        self.a.load(8, to, gpr_at(r));
+        self.assign(r, Some(to));
+        to
+    }
+
+    /// Notes where guest register `r` is now, if anywhere.
+    pub(super) fn assign(&mut self, r: u8, to: Option<Gpr>) {
+        let g = usize::from(r & 15);
+        if let Some(old) = std::mem::replace(&mut self.registers.at[g], to) {
+            self.registers.guests[usize::from(old.0)] &= !(1 << g);
+        }
+        if let Some(to) = to.filter(|_| !self.failed) {
+            self.registers.guests[usize::from(to.0)] |= 1 << g;
+        }
+    }
+
+    /// Forgets what host registers hold: a helper has changed the CPU state.
+    fn forget(&mut self) {
+        self.registers.guests = [0; 16];
+        self.registers.at = [None; 16];
+    }
+
+    /// A vector register for a value of the instruction.
+    pub(super) fn take_x(&mut self) -> Xmm {
+        self.failed |= self.vectors >= 16;
+        self.vectors += 1;
+        Xmm((self.vectors - 1) & 15)
+    }
+
+    /// A value in a register.
+    pub(super) fn reg(&mut self, v: Val) -> Gpr {
+        match v {
+            Val::Reg(r) => r,
+            Val::Imm(k) => {
+                let to = self.take((64 - k.leading_zeros()) as u8);
+                self.a.mov_imm(to, k);
+                to
+            }
+            Val::Sum(sum) => {
+                let to = self.take(64);
+                self.a.lea(8, to, sum);
+                to
+            }
+            Val::Holds { .. } => {
+                let cc = self.test(v);
+                let to = self.take(8);
+                self.a.setcc(cc, to);
+                self.a.movzx(1, to, to);
+                to
+            }
+        }
+    }
+
+    /// A value in a given register that holds none.
+    pub(super) fn reg_into(&mut self, to: Gpr, v: Val) {
+        match v {
+            Val::Reg(r) => self.a.mov(8, to, r),
+            Val::Imm(k) => self.a.mov_imm(to, k),
+            Val::Sum(sum) => self.a.lea(8, to, sum),
+            Val::Holds { .. } => {
+                let r = self.reg(v);
+                self.a.mov(8, to, r);
+            }
+        }
+    }
+
+    /// Sets the host's flags so that the condition given back is the boolean `v`.
+    pub(super) fn test(&mut self, v: Val) -> Cc {
+        match v {
+            Val::Holds { cc, bytes, a, b } => {
+                match b {
+                    Right::Imm(0) => self.a.test(bytes, a, a),
+                    Right::Imm(k) => self.a.alu_imm(bytes, Alu::Cmp, a, k),
+                    Right::Reg(b) => self.a.alu(bytes, Alu::Cmp, a, b),
+                }
+                cc
+            }
+            v => {
+                let r = self.reg(v);
+                self.a.test(1, r, r);
+                Cc::NE
+            }
+        }
+    }
+
+    // ---- flags ----
+
+    /// Notes the operation that made the flags.
+    pub(super) fn note_flags(&mut self, f: Flags<Val>, bytes: u64) {
+        if counts(&f) && !matches!(&self.flags, FlagVal::Op(before, _) if counts(before)) {
+            // The carry stays that of before, which must stand in the CPU state then.
+            self.store_flags();
+        }
+        let mut settle = |v: Val| match v {
+            Val::Reg(_) => v,
+            // Of a narrow one the store's upper bytes do not matter.
+            Val::Imm(k) if bytes < 8 || i32::try_from(k as i64).is_ok() => v,
+            v => Val::Reg(self.reg(v)),
+        };
+        let f = match f {
+            Flags::Add { a, b, r } => Flags::Add { a: settle(a), b: settle(b), r: settle(r) },
+            Flags::Sub { a, b, r } => Flags::Sub { a: settle(a), b: settle(b), r: settle(r) },
+            // Its difference can be made again.
+            Flags::Cmp { a, b, .. } => Flags::Cmp { a: settle(a), b: settle(b), r: Val::Imm(0) },
+            Flags::Logic { r } => Flags::Logic { r: settle(r) },
+            Flags::Inc { a, r } => Flags::Inc { a: settle(a), r: settle(r) },
+            Flags::Dec { a, r } => Flags::Dec { a: settle(a), r: settle(r) },
+            Flags::Shift { op, a, n, r } => Flags::Shift { op, a: settle(a), n, r: settle(r) },
+            other => return self.note_words(other, bytes),
+        };
+        self.flags = FlagVal::Op(f, bytes);
+        self.dirty = true;
+    }
+
+    /// Flags that have no deferred form.
+    fn note_words(&mut self, f: Flags<Val>, bytes: u64) {
+        let words = self.materialise(f, bytes);
+        self.store_words(words);
+        self.flags = FlagVal::Memory;
+        self.dirty = false;
+    }
+
+    /// Flags with the difference that a comparison does not keep.
+    pub(super) fn whole(&mut self, f: Flags<Val>) -> Flags<Val> {
+        match f {
+            Flags::Cmp { a, b, .. } => Flags::Cmp { a, b, r: self.bin::<W64>(Bin::Sub, a, b) },
+            f => f,
+        }
+    }
+
+    fn materialise(&mut self, f: Flags<Val>, bytes: u64) -> (Val, Val, Val) {
+        let f = self.whole(f);
+        match bytes {
+            1 => flags::materialise::<Self, W8>(self, f),
+            2 => flags::materialise::<Self, W16>(self, f),
+            4 => flags::materialise::<Self, W32>(self, f),
+            _ => flags::materialise::<Self, W64>(self, f),
+        }
+    }
+
+    fn store_words(&mut self, (z, sp, co): (Val, Val, Val)) {
+        for (v, offset) in [(z, at!(s.cc_z)), (sp, at!(s.cc_sp)), (co, at!(s.cc_co))] {
+            let r = self.reg(v);
+            self.a.store(8, cpu(offset), r);
+        }
+        self.a.store_imm(8, cpu(at!(jit.lazy_kind)), 0);
+    }
+
+    /// The flags' words, as they stand in the CPU state from here on.
+    pub(super) fn words(&mut self) -> (Val, Val, Val) {
+        if let FlagVal::Op(f, bytes) = self.flags
+            && !counts(&f)
+        {
+            let words = self.materialise(f, bytes);
+            if self.dirty {
+                self.store_words(words);
+                self.dirty = false;
+            }
+            return words;
+        }
+        self.store_flags();
+        self.fold();
+        [at!(s.cc_z), at!(s.cc_sp), at!(s.cc_co)]
+            .map(|offset| {
+                let r = self.take(64);
+                self.a.load(8, r, cpu(offset));
+                Val::Reg(r)
+            })
+            .into()
+    }
+
+    /// Turns flags that are deferred in the CPU state into words.
+    fn fold(&mut self) {
+        self.a.alu_imm(8, Alu::Cmp, cpu(at!(jit.lazy_kind)), 0);
+        let words = self.a.jcc(Cc::E);
+        self.a.call(thunk(Helper::Fold));
+        self.a.here(words);
+    }
+
+    /// Stores the flags if the CPU state lacks them.
+    pub(super) fn store_flags(&mut self) {
+        if let FlagVal::Op(f, bytes) = self.flags
+            && self.dirty
+        {
+            self.store_op(f, bytes);
+            self.dirty = false;
+        }
+    }
+
+    /// Stores the flags if the CPU state lacks them, and forgets how they came about.
+    fn settle_flags(&mut self) {
+        self.store_flags();
+        self.flags = FlagVal::Memory;
+    }
+
+    fn store_op(&mut self, f: Flags<Val>, bytes: u64) {
+        let (op, [a, b, r]) = match f {
+            Flags::Add { a, b, r } => (lazy::ADD, [Some(a), Some(b), Some(r)]),
+            Flags::Sub { a, b, r } => (lazy::SUB, [Some(a), Some(b), Some(r)]),
+            Flags::Cmp { a, b, .. } => (lazy::CMP, [Some(a), Some(b), None]),
+            Flags::Logic { r } => (lazy::LOGIC, [None, None, Some(r)]),
+            Flags::Inc { a, r } => (lazy::INC_ONLY, [Some(a), None, Some(r)]),
+            Flags::Dec { a, r } => (lazy::DEC_ONLY, [Some(a), None, Some(r)]),
+            Flags::Shift { op, a, n, r } => {
+                let op = match op {
+                    Bin::Shl => lazy::SHL,
+                    Bin::Shr => lazy::SHR,
+                    _ => lazy::SAR,
+                };
+                (op, [Some(a), Some(Val::Imm(u64::from(n))), Some(r)])
+            }
+            // The others were stored as words.
+            _ => return,
+        };
+        if counts(&f) {
+            self.fold();
+        }
+        self.a.store_imm(8, cpu(at!(jit.lazy_kind)), lazy::kind(op, bytes) as i32);
+        for (v, offset) in [(a, at!(jit.lazy_a)), (b, at!(jit.lazy_b)), (r, at!(jit.lazy_r))] {
+            match v {
+                Some(Val::Reg(r)) => self.a.store(8, cpu(offset), r),
+                Some(Val::Imm(k)) => self.a.store_imm(8, cpu(offset), k as i32),
+                _ => {}
+            }
+        }
+    }
+
+    // ---- ways out ----
+
+    /// Leaves, before the current instruction has changed anything, if `cc` holds: the interpreter does it.
+    pub(super) fn side_exit_if(&mut self, cc: Cc) {
+        let jump = self.a.jcc(cc);
+        let (off, done, dirty) = (self.off, self.done, self.dirty);
+        match self.exits.last_mut() {
+            // Flags do not change within an instruction before what may leave it.
+            Some(exit) if exit.off == off && exit.dirty == dirty => exit.jumps.push(jump),
+            _ => self.exits.push(SideExit { jumps: vec![jump], off, done, flags: self.flags, dirty }),
+        }
+    }
+
+    fn side_exit(&mut self, exit: SideExit) {
+        for jump in exit.jumps {
+            self.a.here(jump);
+        }
+        if let (FlagVal::Op(f, bytes), true) = (exit.flags, exit.dirty) {
+            self.store_op(f, bytes);
+        }
+        self.count(exit.done);
+        if exit.off != 0 {
+            let bytes = if self.mode.has(Mode::CODE64) { 8 } else { 4 };
+            self.a.alu_imm(bytes, Alu::Add, cpu(at!(s.rip)), i32::from(exit.off));
+        }
+        self.a.jmp_mem(self.quick.routine(Routine::Interpret));
+    }
+
+    /// Returns to the dispatch loop.
+    fn leave(&mut self) {
+        self.a.pop(Gpr::RBP);
+        self.a.ret();
+    }
+
+    fn count(&mut self, done: i32) {
+        if self.counted && done != 0 {
+            self.a.alu_imm(8, Alu::Add, cpu(at!(jit.count)), done);
+        }
+    }
+
+    /// The register that has the block's RIP.
+    pub(super) fn rip(&mut self) -> Gpr {
+        if let Some(r) = self.rip {
+            return r;
+        }
+        let r = self.take(64);
+        self.a.load(8, r, cpu(at!(s.rip)));
+        self.rip = Some(r).filter(|_| !self.failed);
+        r
+    }
+
+    /// The instruction pointer at an offset from the block.
+    pub(super) fn ip(&mut self, off: i64) -> Val {
+        let rip = self.rip();
+        let sum = Mem::at(rip, off as i32);
+        if self.mode.has(Mode::CODE64) {
+            return Val::Sum(sum);
+        }
+        let to = self.take(32);
+        self.a.lea(4, to, sum);
+        Val::Reg(to)
+    }
+
+    /// Goes on at an offset from the block; flags are stored, and RIP is in its register.
+    fn edge(&mut self, off: i64, done: i32) {
+        let rip = self.rip();
+        self.a.lea(if self.mode.has(Mode::CODE64) { 8 } else { 4 }, Gpr::RAX, Mem::at(rip, off as i32));
+        self.a.store(8, cpu(at!(s.rip)), Gpr::RAX);
+        self.count(done);
+        let to = self.start as i64 + off;
+        let inside = (0..=PAGE_MASK as i64).contains(&to);
+        if !inside || off <= 0 {
+            self.poll();
+        }
+        let Jump(site) = self.a.jmp();
+        self.branches.push(Branch { site, to: inside.then_some(to as u64) });
+        self.ended = true;
+    }
+
+    /// Returns to the dispatch loop if a kick is pending; the CPU state is exact.
+    fn poll(&mut self) {
+        self.a.load(8, Gpr::RAX, cpu(at!(jit.kick)));
+        self.a.alu_imm(4, Alu::Cmp, Mem::at(Gpr::RAX, 0), 0);
+        let out = self.a.jcc(Cc::NE);
+        self.leaves.push(out);
+    }
+
+    /// Goes on at a computed instruction pointer, by the jump cache.
+    pub(super) fn exit_to(&mut self, target: Val) {
+        let target = self.reg(target);
+        self.store_flags();
+        self.a.store(8, cpu(at!(s.rip)), target);
+        self.count(self.done + 1);
+        self.poll();
+        self.jump_by_cache(target);
+        self.ended = true;
+    }
+
+    fn jump_by_cache(&mut self, target: Gpr) {
+        let (rax, rcx) = (Gpr::RAX, Gpr::RCX);
+        self.a.mov(8, rax, target);
+        self.a.shift_imm(8, Shift::Shr, rax, 63);
+        let salts = Mem { base: Some(CPU), index: Some((rax, 3)), disp: at!(salts) };
+        self.a.load(8, rcx, salts);
+        self.a.alu(8, Alu::Xor, rcx, target);
+        self.a.mov(8, rax, target);
+        self.a.shift_imm(8, Shift::Shr, rax, 12);
+        self.a.alu(4, Alu::Xor, rax, target);
+        self.a.alu_imm(4, Alu::And, rax, JUMP_ENTRIES as i32 - 1);
+        self.a.shift_imm(4, Shift::Shl, rax, size_of::<JumpEntry>().trailing_zeros() as u8);
+        self.a.alu(8, Alu::Add, rax, cpu(at!(jit.jump)));
+        self.a.alu(8, Alu::Cmp, rcx, Mem::at(rax, offset_of!(JumpEntry, key) as i32));
+        let miss = self.a.jcc(Cc::NE);
+        self.leaves.push(miss);
+        self.a.pop(Gpr::RBP);
+        self.a.jmp_mem(Mem::at(rax, offset_of!(JumpEntry, code) as i32));
+    }
+
+    /// Takes one of two ways by a condition.
+    pub(super) fn branch(&mut self, c: Val, taken: i64, next: i64) {
+        self.store_flags();
+        self.rip();
+        if let Val::Imm(c) = c {
+            return self.edge(if c & 1 != 0 { taken } else { next }, self.done + 1);
+        }
+        let cc = self.test(c);
+        let other = self.a.jcc(cc);
+        self.edge(next, self.done + 1);
+        self.a.here(other);
+        self.edge(taken, self.done + 1);
+    }
+
+    /// Goes on at an offset from the block.
+    pub(super) fn jump(&mut self, off: i64) {
+        self.store_flags();
+        self.edge(off, self.done + 1);
+    }
+
+    // ---- helpers ----
+
+    /// Calls the interpreter's evaluation of an instruction.
+    fn by_helper(&mut self, i: &Insn) {
+        self.settle_flags();
+        let rip = self.rip();
+        let at = self.a.mov_imm64(Gpr::RSI, 0);
+        self.addresses.push((at, self.insns.len()));
+        self.insns.push(*i);
+        self.a.mov(8, Gpr::RDX, rip);
+        self.a.call(thunk(Helper::Evaluate));
+        self.forget();
+        // The helper counts its own instruction.
+        let done = self.done;
+        self.done -= 1;
+        if i.ends_block {
+            self.behind_helper(done);
+            self.ended = true;
+            return;
+        }
+        self.a.alu_imm(4, Alu::Cmp, cpu(at!(jit.exit_reason)), 0);
+        let go_on = self.a.jcc(Cc::E);
+        self.behind_helper(done);
+        self.a.here(go_on);
+        self.a.store(8, cpu(at!(s.rip)), rip);
+    }
+
+    /// Goes where RIP leads now, if the helper has said that nothing else has to be done first.
+    fn behind_helper(&mut self, done: i32) {
+        self.count(done);
+        self.a.alu_imm(4, Alu::Cmp, cpu(at!(jit.exit_reason)), reason::ONWARD as i32);
+        let out = self.a.jcc(Cc::NE);
+        self.leaves.push(out);
+        let Jump(site) = self.a.jmp();
+        self.branches.push(Branch { site, to: None });
+    }
+
+    /// Calls a routine for an access at `linear`; its host address is in RAX then.
+    pub(super) fn access(&mut self, linear: Val, bytes: u64, write: bool) {
+        self.reg_into(Gpr::RSI, linear);
+        self.find(bytes, write);
+    }
+
+    /// Calls a routine for an access at RSI.
+    pub(super) fn find(&mut self, bytes: u64, write: bool) {
+        self.a.call(self.quick.routine(Routine::access(bytes, write)));
+        self.side_exit_if(Cc::E);
+    }
+
+    pub(super) fn counts_bits(&self) -> bool {
+        self.quick.counts_bits
+    }
+
+    pub(super) fn long(&self) -> bool {
+        self.mode.has(Mode::CODE64)
+    }
+
+    pub(super) fn flat(&self) -> bool {
+        self.mode.has(Mode::FLAT)
+    }
+}
+
+/// Whether flags leave the carry as it was.
+pub(super) fn counts(f: &Flags<Val>) -> bool {
+    matches!(f, Flags::Inc { .. } | Flags::Dec { .. })
+}
+
+/// The values that deferred flags keep.
+fn operands(f: &Flags<Val>) -> [Option<Val>; 3] {
+    match *f {
+        Flags::Add { a, b, r } | Flags::Sub { a, b, r } => [Some(a), Some(b), Some(r)],
+        Flags::Cmp { a, b, .. } => [Some(a), Some(b), None],
+        Flags::Inc { a, r } | Flags::Dec { a, r } | Flags::Shift { a, r, .. } => [Some(a), Some(r), None],
+        Flags::Logic { r } => [Some(r), None, None],
+        _ => [None; 3],
+    }
+}
+
+/// Where the address of a helper's thunk is, which preserves every register.
+pub(super) fn thunk(helper: Helper) -> Mem {
+    cpu(at!(jit.thunks) + 8 * helper as i32)
+}
+
+/// What an instruction of no quick form says.
+pub(super) fn none<T>() -> Result<T, Unsupported> {
+    Err(Unsupported)
+}
