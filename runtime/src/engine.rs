@@ -143,6 +143,7 @@ impl Vcpu for Translated {
             ("side_exits", run.exits[reason::INTERPRET as usize]),
             ("exits_fault", run.exits[reason::FAULT as usize]),
             ("exits_stop", run.exits[reason::STOP as usize]),
+            ("exits_hot", run.exits[4]),
             ("helper_calls", v.cpu.jit.helper_calls),
             ("slow_paths", v.cpu.jit.slow_paths),
             ("jump_misses", run.jump_misses),
@@ -159,6 +160,9 @@ impl Vcpu for Translated {
         ];
         if let Some(jit) = &v.jit {
             all.extend([
+                ("quick_blocks", jit.counts.quick_blocks),
+                ("quick_bytes", jit.counts.quick_bytes),
+                ("quick_nanos", jit.counts.quick_nanos),
                 ("regions", jit.counts.regions),
                 ("region_blocks", jit.counts.region_blocks),
                 ("region_guest_bytes", jit.counts.guest_bytes),

@@ -16,7 +16,7 @@ enum Row {
 use Row::{Count, Heading};
 
 /// Every counter, by the name that an engine or the machine gives it, and what the report says instead of the name.
-const ROWS: [Row; 46] = [
+const ROWS: [Row; 50] = [
     Heading("guest instructions"),
     Count("interpreted", "interpreted"),
     Count("stepped", "of these, one by one"),
@@ -26,8 +26,11 @@ const ROWS: [Row; 46] = [
     Count("blocks_run", "run"),
     Count("blocks_invalidated", "invalidated"),
     Count("block_cache_flushes", "block cache emptied for size"),
-    Heading("regions of the compiler"),
-    Count("regions", "compiled"),
+    Heading("compiler"),
+    Count("quick_blocks", "blocks with quick code"),
+    Count("quick_bytes", "host code bytes of it"),
+    Count("quick_nanos", "time to make it in nanoseconds"),
+    Count("regions", "regions compiled"),
     Count("region_blocks", "guest blocks in them"),
     Count("region_guest_bytes", "guest bytes in them"),
     Count("region_code_bytes", "host code bytes of them"),
@@ -54,6 +57,7 @@ const ROWS: [Row; 46] = [
     Count("side_exits", "exits to interpret an instruction"),
     Count("exits_fault", "exits by a helper's exception"),
     Count("exits_stop", "exits by a helper that stops"),
+    Count("exits_hot", "exits for a region"),
     Count("helper_calls", "instructions by helper"),
     Count("slow_paths", "memory slow paths"),
     Heading("caches"),

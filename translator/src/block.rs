@@ -80,11 +80,9 @@ impl Block {
 }
 
 /// The blocks of one vCPU.
+#[derive(Default)]
 pub struct BlockCache {
     blocks: Vec<Block>,
-    /// Of each block that has quick code, how many runs of it are left until it asks for a region: negative once it
-    /// has. The code counts them down.
-    countdowns: Box<[i32]>,
     free: Vec<BlockId>,
     by_key: AddressMap<(u64, u8), BlockId>,
     by_page: AddressMap<u64, Vec<BlockId>>,
@@ -97,46 +95,7 @@ pub struct BlockCache {
     pub flushes: u64,
 }
 
-impl Default for BlockCache {
-    fn default() -> BlockCache {
-        BlockCache {
-            blocks: Vec::new(),
-            // No block is without an instruction; the host gives memory to what is used.
-            countdowns: vec![0; MAX_CACHED_INSNS].into_boxed_slice(),
-            free: Vec::new(),
-            by_key: AddressMap::default(),
-            by_page: AddressMap::default(),
-            insns: 0,
-            decoded: 0,
-            invalidated: 0,
-            flushes: 0,
-        }
-    }
-}
-
 impl BlockCache {
-    /// Address of the countdowns, which stay where they are.
-    pub fn countdowns(&mut self) -> u64 {
-        self.countdowns.as_mut_ptr() as u64
-    }
-
-    /// Has the quick code of a block ask for a region after so many runs.
-    pub fn count_down(&mut self, id: BlockId, runs: u32) {
-        self.countdowns[id as usize] = runs as i32;
-    }
-
-    /// How often a block has run, where quick code asks for a region after `patience` runs.
-    pub fn heat(&self, id: BlockId, patience: u32) -> u32 {
-        let block = self.get(id);
-        let quick = match self.countdowns[id as usize] {
-            _ if !block.runs.quick => 0,
-            // It has asked already.
-            left if left > patience as i32 => patience,
-            left => patience.saturating_sub_signed(left),
-        };
-        block.heat.saturating_add(quick)
-    }
-
     /// Finds the block that starts at `gpa`.
     pub fn find(&self, gpa: u64, mode: Mode) -> Option<BlockId> {
         self.by_key.get(&(gpa, mode.0)).copied()

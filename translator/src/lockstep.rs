@@ -6,7 +6,6 @@ use std::fmt::Write;
 
 use crate::cpu::Cpu;
 use crate::exception::Trap;
-use crate::jit::THRESHOLD;
 use crate::state::CpuState;
 use crate::vcpu::Vcpu;
 
@@ -136,7 +135,7 @@ impl Vcpu {
             self.cpu.s = before;
             self.cpu.mode_changed();
             self.cpu.translate_code(self.cpu.s.rip)
-        } && let Some(plan) = crate::jit::region::Plan::grow(&self.blocks, gpa, self.cpu.mode, THRESHOLD, true)
+        } && let Some(plan) = crate::jit::region::Plan::grow(&self.blocks, gpa, self.cpu.mode, |b| b.heat, true)
         {
             for block in &plan.blocks {
                 let _ = writeln!(text, "block at page offset {:#x}, ends {:x?}:", block.off, block.end);

@@ -30,7 +30,9 @@ const QUICK: u32 = 8;
 /// So many times more of a block whose end has led to several places of its page, as far as is known.
 const WATCHED: u32 = 16;
 /// Runs of quick code before its region is compiled.
-const PATIENCE: u32 = 2000;
+const PATIENCE: u32 = 20_000;
+/// How exits by [`reason`] are counted. Behind a miss ONWARD means what NEXT does.
+const EXITS: [usize; 8] = [0, 1, 2, 3, 0, 4, 0, 0];
 /// Runs left of a block whose region is on its way: it does not come to ask again.
 const ASKED: u32 = i32::MAX as u32;
 /// Invalidations of compiled code in a page after which its blocks must be twice as hot to be compiled again.
@@ -59,8 +61,9 @@ pub struct RunCounts {
     pub jump_misses: u64,
     pub stepped: u64,
     pub entries: u64,
-    /// Returns of compiled code by [`reason`].
-    pub exits: [u64; 4],
+    /// Returns of compiled code: to go on elsewhere, to interpret an instruction, by a helper's exception, by a helper
+    /// that stops, and for a region.
+    pub exits: [u64; 5],
 }
 
 /// One vCPU with its code caches.
@@ -84,16 +87,16 @@ pub struct Vcpu {
 
 impl Vcpu {
     /// A vCPU around `cpu`.
-    pub fn new(mut cpu: Cpu, jit: Option<Jit>) -> Vcpu {
+    pub fn new(mut cpu: Cpu, mut jit: Option<Jit>) -> Vcpu {
         let jump = Box::new([NO_ENTRY; JUMP_ENTRIES]);
-        let mut blocks = BlockCache::default();
         let thunks = jit.as_ref().map(Jit::thunks).unwrap_or_default();
         let routines = jit.as_ref().map(Jit::routines).unwrap_or_default();
-        cpu.connect_jit(jump.as_ptr() as u64, blocks.countdowns(), thunks, routines);
+        let countdowns = jit.as_mut().map_or(0, Jit::countdowns);
+        cpu.connect_jit(jump.as_ptr() as u64, countdowns, thunks, routines);
         let quick = jit.as_ref().is_some_and(Jit::has_quick);
         Vcpu {
             cpu,
-            blocks,
+            blocks: BlockCache::default(),
             jump,
             jit,
             difference: None,
@@ -253,8 +256,7 @@ impl Vcpu {
             jit.enter(&mut self.cpu, code);
             self.cpu.fold_flags();
         }
-        // ONWARD comes to 0, which is NEXT: what it means behind a miss.
-        self.counts.exits[self.cpu.jit.exit_reason as usize & 3] += 1;
+        self.counts.exits[EXITS[self.cpu.jit.exit_reason as usize & 7]] += 1;
         match self.cpu.jit.exit_reason {
             reason::HOT => match self.find_block() {
                 Ok(id) => {
@@ -286,6 +288,7 @@ impl Vcpu {
     fn follow_regions(&mut self) {
         let Some(jit) = &mut self.jit else { return };
         let stub = jit.stub();
+        let mut cool = Vec::new();
         for change in jit.changes() {
             match change {
                 Change::Code((gpa, mode), runs) => {
@@ -305,7 +308,7 @@ impl Vcpu {
                 Change::Cool((gpa, mode)) => {
                     if let Some(id) = self.blocks.find(gpa, Mode(mode)) {
                         self.blocks.get_mut(id).heat = 0;
-                        self.blocks.count_down(id, self.threshold);
+                        cool.push(id);
                     }
                 }
                 Change::Mark(page, granules) => {
@@ -314,6 +317,9 @@ impl Vcpu {
                     }
                 }
             }
+        }
+        for id in cool {
+            jit.count_down(self.blocks.get(id).runs, self.threshold);
         }
     }
 
@@ -334,11 +340,8 @@ impl Vcpu {
             return;
         }
         let block = self.blocks.get(id);
-        let plan = Plan::grow(&self.blocks, block.gpa, block.mode, self.threshold, jit.counted);
-        let Some(mut plan) = plan else {
-            self.blocks.count_down(id, ASKED);
-            return;
-        };
+        let heat = |block: &Block| jit.heat(block, self.threshold);
+        let Some(mut plan) = Plan::grow(&self.blocks, block.gpa, block.mode, heat, jit.counted) else { return };
         plan.rip = self.cpu.s.rip;
         let keys: Vec<_> = plan.keys().collect();
         if !jit.request(plan) {
@@ -349,10 +352,10 @@ impl Vcpu {
         for (gpa, mode) in keys {
             if let Some(id) = self.blocks.find(gpa, Mode(mode)) {
                 let block = self.blocks.get_mut(id);
-                if !block.runs.quick {
-                    block.heat = self.threshold + 1;
+                match block.runs.countdown {
+                    Some(_) => jit.count_down(block.runs, ASKED),
+                    None => block.heat = self.threshold + 1,
                 }
-                self.blocks.count_down(id, ASKED);
             }
         }
     }
@@ -360,10 +363,9 @@ impl Vcpu {
     /// Has a block ask for a region after so many more runs.
     fn ask_again(&mut self, id: BlockId, runs: u32) {
         let block = self.blocks.get_mut(id);
-        if block.runs.quick {
-            self.blocks.count_down(id, runs);
-        } else {
-            block.heat = self.threshold - runs;
+        match &mut self.jit {
+            Some(jit) if block.runs.countdown.is_some() => jit.count_down(block.runs, runs),
+            _ => block.heat = self.threshold - runs,
         }
     }
 
@@ -372,7 +374,7 @@ impl Vcpu {
     fn quicken(&mut self, id: BlockId) {
         let block = self.blocks.get(id);
         let Some(jit) = &mut self.jit else { return };
-        jit.quicken(block, id);
+        jit.quicken(block, self.threshold);
         self.follow_regions();
     }
 
@@ -716,7 +718,6 @@ impl Vcpu {
             cached: Cached::Nowhere,
         };
         let (id, fresh) = self.blocks.insert(block, &self.cpu.ram);
-        self.blocks.count_down(id, self.threshold);
         for page in fresh.into_iter().flatten() {
             self.cpu.mmu.tlb.protect(page);
         }

@@ -55,8 +55,8 @@ pub struct Unit<K> {
     /// The page into which the region's one instruction crosses. Only the jump cache, which knows that the page is
     /// mapped behind the first one, leads there.
     pub second_page: Option<u64>,
-    /// Whether it is quick code of one block, which a region may replace.
-    pub quick: bool,
+    /// The number of its countdown, if it is quick code of one block, which a region may replace.
+    pub countdown: Option<u32>,
     /// What the code refers to by address, kept for as long as it.
     pub kept: K,
 }
@@ -70,7 +70,7 @@ struct Region<K> {
     blocks: Vec<Key>,
     /// Its direct branches to keys, and their sites in the arena.
     branches: Vec<(Key, usize)>,
-    quick: bool,
+    countdown: Option<u32>,
     _kept: K,
 }
 
@@ -83,7 +83,7 @@ struct Entry {
     /// Offset in the arena that direct branches of other regions lead to.
     tail: usize,
     second_page: Option<u64>,
-    quick: bool,
+    countdown: Option<u32>,
 }
 
 /// A region whose code has not come yet.
@@ -109,8 +109,15 @@ pub enum Change {
 pub struct Runs {
     /// Address of its code; 0 if it is interpreted. What is known of an older address means nothing any more.
     pub code: u64,
-    /// Whether that is quick code.
-    pub quick: bool,
+    /// The number of its countdown, if that is quick code.
+    pub countdown: Option<u32>,
+}
+
+impl Runs {
+    /// Whether it is part of a region.
+    pub fn in_region(self) -> bool {
+        self.code != 0 && self.countdown.is_none()
+    }
 }
 
 /// Where a region was placed.
@@ -139,6 +146,9 @@ pub struct Cache<K> {
     /// How often compiled code of a page was overwritten, or would have been before it was ready.
     rewrites: AddressMap<u64, u32>,
     next_id: RegionId,
+    /// How many countdowns quick code has had at once, and which of these it has no more.
+    countdowns: u32,
+    free_countdowns: Vec<u32>,
     /// What the vCPU has not been told yet.
     pub changes: Vec<Change>,
 }
@@ -157,6 +167,8 @@ impl<K> Cache<K> {
             expected: AddressMap::default(),
             rewrites: AddressMap::default(),
             next_id: 0,
+            countdowns: 0,
+            free_countdowns: Vec::new(),
             changes: Vec::new(),
         }
     }
@@ -222,8 +234,8 @@ impl<K> Cache<K> {
         }
         self.arena.publish(&slot);
         let code = self.arena.exec_ptr(start) as u64;
-        let Unit { quick, second_page, .. } = unit;
-        let entry = Entry { region: id, code, tail: start + unit.tail, second_page, quick };
+        let Unit { countdown, second_page, .. } = unit;
+        let entry = Entry { region: id, code, tail: start + unit.tail, second_page, countdown };
         self.changes.extend(unit.blocks.iter().copied().map(Change::Cool));
         for &(page, granules) in &unit.extents {
             self.changes.push(Change::Mark(page, granules));
@@ -239,7 +251,7 @@ impl<K> Cache<K> {
             entries: unit.entries.clone(),
             blocks: unit.blocks,
             branches,
-            quick,
+            countdown,
             _kept: unit.kept,
         };
         self.regions.insert(id, region);
@@ -256,7 +268,7 @@ impl<K> Cache<K> {
             Some(entry) => self.entries.insert(key, entry),
             None => self.entries.remove(&key).map(|(_, entry)| entry),
         };
-        let runs = entry.map_or(Runs::default(), |e| Runs { code: e.code, quick: e.quick });
+        let runs = entry.map_or(Runs::default(), |e| Runs { code: e.code, countdown: e.countdown });
         self.changes.push(Change::Code(key, runs));
         let target = self.branch_target(entry.as_ref());
         for &site in self.incoming.get(&key).into_iter().flatten() {
@@ -280,7 +292,16 @@ impl<K> Cache<K> {
     /// How what may be entered at a key runs; `second_page` as the block there has it.
     pub fn find(&self, key: Key, second_page: Option<u64>) -> Runs {
         let entry = self.entries.get(&key).filter(|e| e.second_page == second_page);
-        entry.map_or(Runs::default(), |e| Runs { code: e.code, quick: e.quick })
+        entry.map_or(Runs::default(), |e| Runs { code: e.code, countdown: e.countdown })
+    }
+
+    /// A number for a countdown, below `most`, that no quick code has.
+    pub fn countdown(&mut self, most: u32) -> Option<u32> {
+        self.free_countdowns.pop().or_else(|| {
+            let next = self.countdowns;
+            self.countdowns += u32::from(next < most);
+            (next < most).then_some(next)
+        })
     }
 
     /// The region that was placed first.
@@ -307,6 +328,7 @@ impl<K> Cache<K> {
             }
         }
         self.changes.extend(region.blocks.into_iter().map(Change::Cool));
+        self.free_countdowns.extend(region.countdown);
         for (page, _) in region.extents {
             if let Some(list) = self.by_page.get_mut(&page) {
                 list.retain(|&r| r != id);
@@ -348,7 +370,7 @@ impl<K> Cache<K> {
             here.copied().filter(|id| self.regions.get(id).is_some_and(|r| touched(&r.extents))).collect();
         for &id in &gone {
             // Quick code costs little to make again.
-            rewrites += u32::from(!self.regions[&id].quick);
+            rewrites += u32::from(self.regions[&id].countdown.is_none());
             self.remove(id);
         }
         if rewrites != 0 {

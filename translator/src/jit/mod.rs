@@ -24,9 +24,7 @@ use std::time::Instant;
 
 use crate::addr::PAGE_MASK;
 use crate::block::Block;
-use crate::code::{
-    ArenaError, CodeArena, FRAME_SETUP_LEN, HostIsa, PerfMap, Slot, add_link_cells, elide_frame,
-};
+use crate::code::{ArenaError, CodeArena, FRAME_SETUP_LEN, HostIsa, PerfMap, Slot, add_link_cells, elide_frame};
 use crate::cpu::Cpu;
 use crate::insn::{Insn, Mode};
 use crate::mem::GuestRam;
@@ -45,6 +43,8 @@ pub struct Unsupported;
 pub const THRESHOLD: u32 = 400;
 /// Name of the compile threads, whose panics are survived.
 pub const WORKER: &str = "compile";
+/// Blocks that may have quick code at once.
+const COUNTDOWNS: usize = 512 * 1024;
 /// Regions that may wait for a worker.
 const QUEUE: usize = 256;
 
@@ -83,7 +83,7 @@ struct Place {
     entries: Vec<Key>,
     blocks: Vec<Key>,
     second_page: Option<u64>,
-    quick: bool,
+    countdown: Option<u32>,
 }
 
 /// Why there is no compiler.
@@ -114,6 +114,8 @@ pub struct Jit {
     /// Makes quick code, on hosts for which there is some.
     quick: Option<Quick>,
     routines: Vec<Stub>,
+    /// How many runs of quick code are left until it asks for a region. The code counts them down.
+    countdowns: Box<[i32]>,
     /// Names regions for Linux perf.
     perf: Option<PerfMap>,
     /// Statistics.
@@ -149,6 +151,8 @@ impl Jit {
             counted: false,
             quick,
             routines,
+            // The host gives memory to what is used.
+            countdowns: vec![0; COUNTDOWNS].into_boxed_slice(),
             perf: None,
             counts: JitCounts::default(),
         })
@@ -169,23 +173,49 @@ impl Jit {
         std::array::from_fn(|n| self.routines[n].code)
     }
 
+    /// Address of the countdowns of quick code.
+    pub fn countdowns(&mut self) -> u64 {
+        self.countdowns.as_mut_ptr() as u64
+    }
+
+    /// Has quick code ask for a region after so many runs from now.
+    pub fn count_down(&mut self, runs: Runs, left: u32) {
+        if let Some(n) = runs.countdown {
+            self.countdowns[n as usize] = left as i32;
+        }
+    }
+
+    /// How often a block has run, where quick code asks for a region after `patience` runs.
+    pub fn heat(&self, block: &Block, patience: u32) -> u32 {
+        let quick = match block.runs.countdown.map(|n| self.countdowns[n as usize]) {
+            None => 0,
+            // It has asked already.
+            Some(left) if left > patience as i32 => patience,
+            Some(left) => patience.saturating_sub_signed(left),
+        };
+        block.heat.saturating_add(quick)
+    }
+
     /// Whether this host has quick code.
     pub fn has_quick(&self) -> bool {
         self.quick.is_some()
     }
 
-    /// Gives a block, whose countdown has number `heat`, quick code; [`Self::changes`] says what that changed. No vCPU
-    /// may be in compiled code.
-    pub fn quicken(&mut self, block: &Block, heat: u32) {
+    /// Gives a block quick code that asks for a region after so many runs; [`Self::changes`] says what that changed. No
+    /// vCPU may be in compiled code.
+    pub fn quicken(&mut self, block: &Block, runs: u32) {
         let Some(quick) = self.quick.filter(|_| block.next_page.is_none()) else { return };
+        let Some(countdown) = self.cache.countdown(COUNTDOWNS as u32) else { return };
         let start = Instant::now();
-        let made = quick.compile(&block.insns, block.mode, block.gpa & PAGE_MASK, heat, self.counted);
+        self.countdowns[countdown as usize] = runs as i32;
+        let made = quick.compile(&block.insns, block.mode, block.gpa & PAGE_MASK, countdown, self.counted);
         let extents: Vec<_> = block.extent().collect();
         let key = (block.gpa, block.mode.0);
         let id = self.cache.expect(extents.clone());
         self.cache.arrive(id);
         let bytes = made.code.len() as u64;
-        let place = Place { extents, entries: vec![key], blocks: vec![key], second_page: None, quick: true };
+        let place =
+            Place { extents, entries: vec![key], blocks: vec![key], second_page: None, countdown: Some(countdown) };
         if self.put(id, place, made).is_some() {
             self.counts.quick_blocks += 1;
             self.counts.quick_bytes += bytes;
@@ -279,7 +309,7 @@ impl Jit {
             entries: plan.entries().map(|off| (page | off, plan.mode.0)).collect(),
             blocks: plan.keys().collect(),
             second_page: plan.second_page(),
-            quick: false,
+            countdown: None,
         };
         let nanos = compiled.nanos;
         let (code, bytes) = self.put(id, place, compiled)?;
@@ -304,17 +334,17 @@ impl Jit {
         let isa = self.cache.arena().isa();
         let sites: Vec<usize> = branches.iter().map(|b| b.site).collect();
         let tail = match isa {
-            HostIsa::X86_64 if place.quick => FRAME_SETUP_LEN,
+            HostIsa::X86_64 if place.countdown.is_some() => FRAME_SETUP_LEN,
             HostIsa::X86_64 => elide_frame(&mut code, &sites)?,
             HostIsa::Aarch64 => 0,
         };
         let sites = add_link_cells(isa, &mut code, &sites)?;
         let bytes = code.len();
-        let Place { extents, entries, blocks, second_page, quick } = place;
+        let Place { extents, entries, blocks, second_page, countdown } = place;
         let &(first, mode) = blocks.first()?;
         let key = |Branch { to, .. }: Branch| to.map(|off| (first & !PAGE_MASK | off, mode));
         let branches = sites.into_iter().zip(branches.into_iter().map(key)).collect();
-        let unit = Unit { code, tail, branches, extents, entries, blocks, second_page, quick, kept: insns };
+        let unit = Unit { code, tail, branches, extents, entries, blocks, second_page, countdown, kept: insns };
         let Placed { code, evicted } = self.cache.place(id, unit)?;
         self.counts.evicted += evicted;
         Some((code, bytes))

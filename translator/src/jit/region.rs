@@ -156,12 +156,11 @@ impl Plan {
     }
 
     /// Grows a region from the block at `gpa` along direct edges to blocks of the same page that have run too, up to
-    /// where other regions begin; `patience` is how often quick code runs before. Behind a call the region goes on, with an entry for the return.
-    pub fn grow(cache: &BlockCache, gpa: u64, mode: Mode, patience: u32, counted: bool) -> Option<Plan> {
+    /// where other regions begin; `heat` says how often blocks have run. Behind a call the region goes on, with an entry for the return.
+    pub fn grow(cache: &BlockCache, gpa: u64, mode: Mode, heat: impl Fn(&Block) -> u32, counted: bool) -> Option<Plan> {
         let page = gpa & !PAGE_MASK;
-        let seed = cache.find(gpa, mode)?;
-        let warm = cache.heat(seed, patience) / 16;
-        let seed = cache.get(seed);
+        let seed = cache.get(cache.find(gpa, mode)?);
+        let warm = heat(seed) / 16;
         let mut plan = Plan { gpa, rip: 0, mode, blocks: Vec::new(), extents: Vec::new(), counted };
         if seed.next_page.is_some() {
             plan.extents = seed.extent().collect();
@@ -182,8 +181,7 @@ impl Plan {
             let Some(id) = cache.find(page | off as u64, mode) else { continue };
             let block = cache.get(id);
             let first = plan.blocks.is_empty();
-            let other = block.runs.code != 0 && !block.runs.quick;
-            if block.next_page.is_some() || (!first && (cache.heat(id, patience) < warm || other)) {
+            if block.next_page.is_some() || (!first && (heat(block) < warm || block.runs.in_region())) {
                 continue;
             }
             let block = region_block(block);

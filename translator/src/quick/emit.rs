@@ -48,7 +48,12 @@ pub enum Val {
     /// A 64-bit sum that is not computed yet.
     Sum(Mem),
     /// Whether a comparison of so many bytes holds, which is not made yet.
-    Holds { cc: Cc, bytes: u64, a: Gpr, b: Right },
+    Holds {
+        cc: Cc,
+        bytes: u64,
+        a: Gpr,
+        b: Right,
+    },
 }
 
 /// What is known of the flags.

@@ -38,10 +38,7 @@ pub(crate) struct Bench {
 impl Bench {
     /// Says so where the processor cannot serve.
     pub(crate) fn new() -> Bench {
-        Bench {
-            host: Native::take(),
-            engines: [32, 64].map(|bits| Kind::ALL.map(|kind| Engine::new(kind, bits))),
-        }
+        Bench { host: Native::take(), engines: [32, 64].map(|bits| Kind::ALL.map(|kind| Engine::new(kind, bits))) }
     }
 
     /// Runs code of 32 or 64 bits from each state. The processor says what is right, but the engines must agree in what
