@@ -10,6 +10,7 @@ use crate::jit::cache::Change;
 use crate::jit::frame::reason;
 use crate::jit::region::Plan;
 use crate::jit::{Jit, THRESHOLD};
+use crate::jump::{JumpCache, JumpEntry};
 use crate::state::{Segment, flag, seg};
 
 /// Why [`Vcpu::run`] returned.
@@ -23,24 +24,8 @@ pub enum Exit {
     Stopped,
 }
 
-/// Entries of the jump cache.
-pub(crate) const JUMP_ENTRIES: usize = 16384;
 /// Invalidations of compiled code in a page after which its blocks must be twice as hot to be compiled again.
 const REWRITES: u32 = 8;
-/// A key that no address has.
-const NO_KEY: u64 = u64::MAX;
-const NO_ENTRY: JumpEntry = JumpEntry { key: NO_KEY, code: 0, block: 0 };
-
-/// Where execution goes for a linear address in the current mode and address space.
-#[repr(C, align(32))]
-#[derive(Clone, Copy)]
-pub(crate) struct JumpEntry {
-    /// Linear address combined with the salt.
-    pub key: u64,
-    /// Compiled code, or code that returns to the dispatch loop.
-    pub code: u64,
-    block: BlockId,
-}
 
 /// What the dispatch loop counted.
 #[allow(missing_docs)]
@@ -51,6 +36,8 @@ pub struct RunCounts {
     pub jump_misses: u64,
     pub stepped: u64,
     pub entries: u64,
+    /// Bridges led to a region.
+    pub bridged: u64,
     /// Returns of compiled code by [`reason`].
     pub exits: [u64; 4],
 }
@@ -61,7 +48,7 @@ pub struct Vcpu {
     pub cpu: Cpu,
     /// Predecoded blocks.
     pub blocks: BlockCache,
-    jump: Box<[JumpEntry; JUMP_ENTRIES]>,
+    jump: JumpCache,
     /// The compiler, unless the vCPU only interprets.
     pub jit: Option<Jit>,
     /// What a lock-step run found, or why a traced one cannot go on.
@@ -75,8 +62,8 @@ pub struct Vcpu {
 impl Vcpu {
     /// A vCPU around `cpu`.
     pub fn new(mut cpu: Cpu, jit: Option<Jit>) -> Vcpu {
-        let jump = Box::new([NO_ENTRY; JUMP_ENTRIES]);
-        cpu.connect_jit(jump.as_ptr() as u64, jit.as_ref().map(Jit::thunks).unwrap_or_default());
+        let jump = JumpCache::new();
+        cpu.connect_jit(jump.address(), jit.as_ref().map(Jit::thunks).unwrap_or_default());
         Vcpu {
             cpu,
             blocks: BlockCache::default(),
@@ -201,11 +188,10 @@ impl Vcpu {
             }
             let code = self.blocks.get(id).code;
             if code != 0 {
-                let linear = self.linear_rip();
-                let e = &mut self.jump[jump_index(linear)];
-                if e.code == jit.stub() && e.block == id && self.cpu.journal.is_none() {
-                    // The region is younger than the entry.
-                    e.code = code;
+                if self.cpu.journal.is_none() {
+                    // The region may be younger than the entry.
+                    let linear = self.linear_rip();
+                    self.jump.replace_code(linear, id, jit.stub(), code);
                 }
                 return self.run_compiled(code);
             }
@@ -231,6 +217,9 @@ impl Vcpu {
         }
         // ONWARD comes to 0, which is NEXT: what it means behind a miss.
         self.counts.exits[self.cpu.jit.exit_reason as usize & 3] += 1;
+        if self.cpu.jit.asking != 0 {
+            self.lead_bridge();
+        }
         match self.cpu.jit.exit_reason {
             reason::INTERPRET => match self.find_block() {
                 Ok(id) => self.interpret(id),
@@ -240,6 +229,18 @@ impl Vcpu {
             reason::STOP => self.after(Ok(())),
             _ => Ok(()),
         }
+    }
+
+    /// Tells the bridge that asks the way to RIP, as far as the jump cache knows it; what it does not know the dispatch
+    /// loop is about to find out, for when the bridge asks again.
+    fn lead_bridge(&mut self) {
+        let bridge = std::mem::take(&mut self.cpu.jit.asking);
+        let Some(jit) = self.jit.as_mut().filter(|_| self.cpu.journal.is_none()) else { return };
+        let linear = self.cpu.s.rip;
+        let key = self.cpu.code_key(linear);
+        let known = self.jump.find(linear, key).filter(|_| !self.cpu.flush_jump_cache);
+        let to = known.map(|id| self.blocks.get(id)).map(|block| ((block.gpa, block.mode.0), block.next_page));
+        self.counts.bridged += u64::from(jit.lead(bridge, key, to));
     }
 
     /// Takes compiled regions into use.
@@ -276,10 +277,7 @@ impl Vcpu {
             }
         }
         if !freed.is_empty() {
-            let stub = jit.stub();
-            for e in self.jump.iter_mut().filter(|e| freed.iter().any(|range| range.contains(&e.code))) {
-                e.code = stub;
-            }
+            self.jump.redirect(&freed, jit.stub());
         }
     }
 
@@ -522,11 +520,10 @@ impl Vcpu {
     fn find_block(&mut self) -> Result<BlockId, Trap> {
         let linear = self.linear_rip();
         let key = self.cpu.code_key(linear);
-        let e = self.jump[jump_index(linear)];
-        if e.key == key {
-            return Ok(e.block);
+        match self.jump.find(linear, key) {
+            Some(id) => Ok(id),
+            None => self.find_block_slow(linear),
         }
-        self.find_block_slow(linear)
     }
 
     #[cold]
@@ -554,19 +551,9 @@ impl Vcpu {
             }
         }
         let stub = self.jit.as_ref().map_or(0, Jit::stub);
-        let index = jump_index(linear);
         let block = self.blocks.get_mut(id);
         let code = if block.code != 0 && self.cpu.journal.is_none() { block.code } else { stub };
-        block.cached = match block.cached {
-            Cached::At(other)
-                if other != index as u32 && self.jump[other as usize & (JUMP_ENTRIES - 1)].block == id =>
-            {
-                Cached::Anywhere
-            }
-            Cached::Anywhere => Cached::Anywhere,
-            _ => Cached::At(index as u32),
-        };
-        self.jump[index] = JumpEntry { key: self.cpu.code_key(linear), code, block: id };
+        self.jump.insert(linear, JumpEntry { key: self.cpu.code_key(linear), code }, id, block);
         Ok(id)
     }
 
@@ -660,17 +647,12 @@ impl Vcpu {
         for &id in &gone {
             match self.blocks.get(id).cached {
                 Cached::Nowhere => {}
-                Cached::At(index) => {
-                    let e = &mut self.jump[index as usize & (JUMP_ENTRIES - 1)];
-                    if e.block == id {
-                        *e = NO_ENTRY;
-                    }
-                }
+                Cached::At(index) => self.jump.remove_at(index, id),
                 Cached::Anywhere => anywhere = true,
             }
         }
         if anywhere {
-            self.jump.iter_mut().filter(|e| gone.contains(&e.block)).for_each(|e| *e = NO_ENTRY);
+            self.jump.remove_all(&gone);
         }
         if let Some(jit) = &mut self.jit {
             jit.invalidate(page, granules);
@@ -679,10 +661,15 @@ impl Vcpu {
         self.follow_regions();
     }
 
-    /// Empties the jump cache.
+    /// Empties the jump cache, and has no bridge lead anywhere.
     pub(crate) fn flush_jump_cache(&mut self) {
         self.cpu.flush_jump_cache = false;
-        self.jump.fill(NO_ENTRY);
+        if self.cpu.next_generation() {
+            self.jump.clear();
+            if let Some(jit) = &mut self.jit {
+                jit.part_bridges();
+            }
+        }
     }
 }
 
@@ -711,11 +698,6 @@ pub enum Event {
 /// An exception while a double fault was delivered: shutdown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TripleFault;
-
-#[inline(always)]
-fn jump_index(linear: u64) -> usize {
-    (linear ^ linear >> 12) as usize & (JUMP_ENTRIES - 1)
-}
 
 /// Whether an instruction that clears TF is not single-stepped: software interrupts, whose delivery clears it, and
 /// SYSCALL and SYSRET, which are judged by the flag they leave.

@@ -25,6 +25,7 @@ use dashmap::DashMap;
 use crate::addr::PAGE_MASK;
 use crate::address_map::{AddressHasher, AddressMap};
 use crate::code::{CodeArena, Slot};
+use crate::jit::bridge::Bridge;
 
 /// Where guest code is: physical address and mode.
 pub type Key = (u64, u8);
@@ -32,7 +33,7 @@ pub type Key = (u64, u8);
 /// A page, and which granules of it.
 pub type Extent = (u64, u64);
 
-/// The number of a region, never given twice.
+/// The number of a region, from 1, never given twice.
 pub type RegionId = u64;
 
 /// A compiled region, to be placed.
@@ -53,7 +54,9 @@ pub struct Unit<K> {
     /// The page into which the region's one instruction crosses. Only the jump cache, which knows that the page is
     /// mapped behind the first one, leads there.
     pub second_page: Option<u64>,
-    /// What the code refers to by address, kept for as long as it.
+    /// Its direct branches into other pages ([`crate::jit::bridge`]).
+    pub bridges: Box<[Bridge]>,
+    /// What the code refers to by address besides, kept for as long as it.
     pub kept: K,
 }
 
@@ -66,6 +69,9 @@ struct Region<K> {
     blocks: Vec<Key>,
     /// Its direct branches to keys, and their sites in the arena.
     branches: Vec<(Key, usize)>,
+    bridges: Box<[Bridge]>,
+    /// Those of its bridges that lead somewhere, by index, and where.
+    bridged: Vec<(usize, Key)>,
     _kept: K,
 }
 
@@ -120,6 +126,8 @@ pub struct Cache<K> {
     by_page: AddressMap<u64, Vec<RegionId>>,
     /// Sites of direct branches to a key, whether it has code now or not.
     incoming: AddressMap<Key, Vec<usize>>,
+    /// Bridges that lead to the code at a key.
+    bridged: AddressMap<Key, Vec<(RegionId, usize)>>,
     /// Regions by age, for eviction.
     order: VecDeque<RegionId>,
     expected: AddressMap<RegionId, Expected>,
@@ -140,10 +148,11 @@ impl<K> Cache<K> {
             regions: AddressMap::default(),
             by_page: AddressMap::default(),
             incoming: AddressMap::default(),
+            bridged: AddressMap::default(),
             order: VecDeque::new(),
             expected: AddressMap::default(),
             rewrites: AddressMap::default(),
-            next_id: 0,
+            next_id: 1,
             changes: Vec::new(),
         }
     }
@@ -222,6 +231,8 @@ impl<K> Cache<K> {
             entries: unit.entries.clone(),
             blocks: unit.blocks,
             branches,
+            bridges: unit.bridges,
+            bridged: Vec::new(),
             _kept: unit.kept,
         };
         self.regions.insert(id, region);
@@ -243,6 +254,12 @@ impl<K> Cache<K> {
         for &site in self.incoming.get(&key).into_iter().flatten() {
             self.arena.patch_branch(site, target);
         }
+        for (id, index) in self.bridged.remove(&key).into_iter().flatten() {
+            if let Some(from) = self.regions.get_mut(&id) {
+                from.bridges[index].part();
+                from.bridged.retain(|&(i, _)| i != index);
+            }
+        }
         if let Some(old) = old.filter(|_| entry.is_some())
             && let Some(region) = self.regions.get_mut(&old.region)
         {
@@ -263,6 +280,47 @@ impl<K> Cache<K> {
         self.entries.get(&key).filter(|e| e.second_page == second_page).map(|e| e.code)
     }
 
+    /// Leads the bridge with a name to the region at a key, for branches with the jump-cache key `branch`; false, and it
+    /// asks again, without a region there. The key comes with the second page, as the block there has it.
+    pub fn lead(&mut self, name: u64, branch: u64, to: Option<(Key, Option<u64>)>) -> bool {
+        let (id, index) = Bridge::place(name);
+        let to = to.and_then(|(key, second_page)| Some((key, self.find(key, second_page)?)));
+        let Some(region) = self.regions.get_mut(&id) else { return false };
+        let Some(bridge) = region.bridges.get(index) else { return false };
+        let Some((key, code)) = to else {
+            bridge.ask_again();
+            return false;
+        };
+        bridge.lead(branch, code);
+        let led = region.bridged.iter().position(|&(i, _)| i == index).map(|at| region.bridged.swap_remove(at).1);
+        region.bridged.push((index, key));
+        if let Some(old) = led {
+            self.forget_bridge((id, index), old);
+        }
+        self.bridged.entry(key).or_default().push((id, index));
+        true
+    }
+
+    /// Notes that a bridge leads to a key no more.
+    fn forget_bridge(&mut self, bridge: (RegionId, usize), key: Key) {
+        if let Some(list) = self.bridged.get_mut(&key) {
+            list.retain(|&b| b != bridge);
+            if list.is_empty() {
+                self.bridged.remove(&key);
+            }
+        }
+    }
+
+    /// Has no bridge lead anywhere.
+    pub fn part_bridges(&mut self) {
+        for region in self.regions.values_mut() {
+            for (index, _) in region.bridged.drain(..) {
+                region.bridges[index].part();
+            }
+        }
+        self.bridged.clear();
+    }
+
     fn remove(&mut self, id: RegionId) {
         let Some(region) = self.regions.remove(&id) else { return };
         for key in region.entries {
@@ -275,6 +333,9 @@ impl<K> Cache<K> {
                     self.incoming.remove(&key);
                 }
             }
+        }
+        for (index, key) in region.bridged {
+            self.forget_bridge((id, index), key);
         }
         self.changes.extend(region.blocks.into_iter().map(Change::Cool));
         self.order.retain(|&r| r != id);
@@ -299,7 +360,7 @@ impl<K> Cache<K> {
         self.changes.clear();
         self.rewrites.clear();
         debug_assert!(self.regions.is_empty() && self.entries.is_empty() && self.by_page.is_empty());
-        debug_assert!(self.incoming.is_empty() && self.expected.is_empty());
+        debug_assert!(self.incoming.is_empty() && self.bridged.is_empty() && self.expected.is_empty());
     }
 
     /// How often compiled code in the page of `gpa` was overwritten.

@@ -5,6 +5,7 @@
 //! share is in `handover.rs`, what becomes of the code in `cache.rs`.
 
 mod access;
+pub mod bridge;
 pub mod cache;
 pub mod compile;
 pub mod emit;
@@ -12,6 +13,7 @@ pub mod frame;
 pub mod handover;
 pub mod helpers;
 pub mod host;
+mod leave;
 mod liveness;
 pub mod region;
 pub mod usage;
@@ -26,8 +28,9 @@ use crate::code::{ArenaError, CodeArena, HostIsa, PerfMap, Slot, add_link_cells,
 use crate::cpu::Cpu;
 use crate::insn::{Insn, Mode};
 use crate::mem::GuestRam;
+use bridge::Bridge;
 use cache::{Cache, Change, Key, Placed, RegionId, Unit};
-use compile::{Branch, Compiled, Compiler};
+use compile::{Branch, Compiled, Compiler, Referent};
 use frame::THUNKS;
 use handover::Handover;
 use region::Plan;
@@ -220,10 +223,14 @@ impl Jit {
 
     /// Completes a region's code and puts it into the cache.
     fn place(&mut self, id: RegionId, plan: &Plan, compiled: Compiled) -> Option<()> {
-        let Compiled { mut code, branches, insns, addresses, nanos } = compiled;
+        let Compiled { mut code, branches, insns, bridges, addresses, nanos } = compiled;
         let insns = insns.into_boxed_slice();
-        for (at, n) in addresses {
-            let address = std::ptr::from_ref(insns.get(n)?) as u64;
+        let bridges = Bridge::row(id, bridges);
+        for (at, referent) in addresses {
+            let address = match referent {
+                Referent::Insn(n) => std::ptr::from_ref(insns.get(n)?) as u64,
+                Referent::Bridge(n) => std::ptr::from_ref(bridges.get(n)?) as u64,
+            };
             code.get_mut(at..at + 8)?.copy_from_slice(&address.to_le_bytes());
         }
         let isa = self.cache.arena().isa();
@@ -244,6 +251,7 @@ impl Jit {
             entries: plan.entries().map(|off| (page | off, plan.mode.0)).collect(),
             blocks: plan.keys().collect(),
             second_page: plan.second_page(),
+            bridges,
             kept: insns,
         };
         let Placed { code, evicted } = self.cache.place(id, unit)?;
@@ -269,6 +277,17 @@ impl Jit {
     /// The code of the region that may be entered at a key, if there is one; `second_page` as the block there has it.
     pub fn find(&self, key: Key, second_page: Option<u64>) -> Option<u64> {
         self.cache.find(key, second_page)
+    }
+
+    /// Leads a bridge that asks to the region at a key, for branches with the jump-cache key `branch`; false, and it asks
+    /// again, without a region there. The key comes with the second page, as the block there has it.
+    pub fn lead(&mut self, bridge: u64, branch: u64, to: Option<(Key, Option<u64>)>) -> bool {
+        self.cache.lead(bridge, branch, to)
+    }
+
+    /// Has no bridge lead anywhere: their keys come anew.
+    pub fn part_bridges(&mut self) {
+        self.cache.part_bridges();
     }
 
     /// How often compiled code in the page of `gpa` was overwritten.
