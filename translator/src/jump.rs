@@ -6,7 +6,7 @@ use crate::block::{Block, BlockId, Cached};
 use crate::jit::bridge::NO_KEY;
 
 /// Entries of the jump cache.
-pub const JUMP_ENTRIES: usize = 32768;
+pub const JUMP_ENTRIES: usize = 65536;
 
 /// What compiled code reads of an entry.
 #[repr(C, align(16))]

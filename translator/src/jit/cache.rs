@@ -9,9 +9,9 @@
 //!   comes ([`Cache::arrive`]).
 //! - **Evict.** [`Cache::place`] removes the oldest regions until there is room.
 //!
-//! **Invariant:** a slot is freed after every direct branch that led to it has been led elsewhere, and while no vCPU is
-//! in compiled code: whoever calls [`Cache::place`] or [`Cache::invalidate`] sees to that. What holds addresses of code
-//! by other means learns from [`Change::Freed`] which of them mean nothing any more, before it may use one again.
+//! **Invariant:** a slot is freed after every direct branch and bridge that led to it has been led elsewhere, and while
+//! no vCPU is in compiled code: whoever calls [`Cache::place`] or [`Cache::invalidate`] sees to that. What holds addresses
+//! of code by other means learns from [`Change::Freed`] which of them mean nothing any more, before it may use one again.
 //!
 //! Nothing here knows instructions or the compiler; `model` runs this file against every interleaving of
 //! vCPU and workers.
@@ -51,8 +51,8 @@ pub struct Unit<K> {
     pub entries: Vec<Key>,
     /// Its blocks.
     pub blocks: Vec<Key>,
-    /// The page into which the region's one instruction crosses. Only the jump cache, which knows that the page is
-    /// mapped behind the first one, leads there.
+    /// The page into which the region's one instruction crosses. Only the jump cache and bridges, which know that
+    /// the page is mapped behind the first one, lead there.
     pub second_page: Option<u64>,
     /// Its direct branches into other pages ([`crate::jit::bridge`]).
     pub bridges: Box<[Bridge]>,
