@@ -6,7 +6,7 @@ use crate::block::{Block, BlockId, Cached};
 use crate::jit::bridge::NO_KEY;
 
 /// Entries of the jump cache.
-pub const JUMP_ENTRIES: usize = 65536;
+pub const JUMP_ENTRIES: usize = 32768;
 
 /// What compiled code reads of an entry.
 #[repr(C, align(16))]
@@ -27,12 +27,13 @@ pub struct JumpCache {
     blocks: Box<[BlockId; JUMP_ENTRIES]>,
 }
 
-impl JumpCache {
-    /// An empty one.
-    pub fn new() -> JumpCache {
+impl Default for JumpCache {
+    fn default() -> JumpCache {
         JumpCache { entries: Box::new([NO_ENTRY; JUMP_ENTRIES]), blocks: Box::new([0; JUMP_ENTRIES]) }
     }
+}
 
+impl JumpCache {
     /// Where compiled code finds it.
     pub fn address(&self) -> u64 {
         self.entries.as_ptr() as u64

@@ -62,7 +62,7 @@ pub struct Vcpu {
 impl Vcpu {
     /// A vCPU around `cpu`.
     pub fn new(mut cpu: Cpu, jit: Option<Jit>) -> Vcpu {
-        let jump = JumpCache::new();
+        let jump = JumpCache::default();
         cpu.connect_jit(jump.address(), jit.as_ref().map(Jit::thunks).unwrap_or_default());
         Vcpu {
             cpu,
