@@ -16,7 +16,7 @@ enum Row {
 use Row::{Count, Heading};
 
 /// Every counter, by the name that an engine or the machine gives it, and what the report says instead of the name.
-const ROWS: [Row; 50] = [
+const ROWS: [Row; 51] = [
     Heading("guest instructions"),
     Count("interpreted", "interpreted"),
     Count("stepped", "of these, one by one"),
@@ -62,6 +62,7 @@ const ROWS: [Row; 50] = [
     Count("slow_paths", "memory slow paths"),
     Heading("caches"),
     Count("jump_misses", "jump-cache misses"),
+    Count("bridged", "branches led to another page"),
     Count("tlb_misses", "data TLB misses"),
     Count("code_tlb_misses", "code TLB misses"),
     Count("tlb_flushes", "TLB flushes"),

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::addr::PAGE_MASK;
 use crate::cpuid::CpuModel;
 use crate::exception::{Exception, Trap, vector};
 use crate::insn::{Insn, Mode};
@@ -80,9 +81,12 @@ pub struct Cpu {
     /// The current decode mode.
     pub mode: Mode,
     /// Combined with linear addresses in jump-cache and code-TLB keys: mode, privilege and address space, in the bits
-    /// that a canonical address leaves redundant. The second is for the upper half, which kernels map by global
-    /// pages: it is the same in every address space ([`crate::mmu::Mmu`] sees to what is mapped there otherwise).
+    /// that a canonical address leaves redundant, and the generation ([`Cpu::next_generation`]). The second is for the
+    /// upper half, which kernels map by global pages: it is the same in every address space ([`crate::mmu::Mmu`] sees to
+    /// what is mapped there otherwise).
     pub salts: [u64; 2],
+    /// Which time it is, modulo a page's size, that nothing was known yet of where linear addresses lead.
+    generation: u64,
     /// The exception that the last [`Trap`] stands for.
     pub raised: Exception,
     /// Linear memory.
@@ -128,6 +132,7 @@ impl Cpu {
             class: Class::Supervisor,
             mode: Mode(0),
             salts: [0; 2],
+            generation: 0,
             raised: Exception::plain(vector::UD),
             mmu: Mmu::new(),
             ram,
@@ -195,8 +200,21 @@ impl Cpu {
         // The 16 redundant bits of canonical addresses all equal bit 47, which keys keep: keys of distinct addresses
         // or distinct salts stay distinct.
         let here = u64::from(mode) | u64::from(self.s.cpl == 3) << 6;
-        self.salts = [(here | u64::from(self.mmu.tlb.tag()) << 7) << 48, (here | 1 << 15) << 48];
+        let high = [here | u64::from(self.mmu.tlb.tag()) << 7, here | 1 << 15];
+        self.salts = high.map(|bits| bits << 48 | self.generation);
         self.stop_block = true;
+    }
+
+    /// Begins a new generation of keys, so that what is kept by the old ones is found no more; true when generations
+    /// begin anew, so that it must be dropped.
+    ///
+    /// The generation stands in the bits of the page offset. Where a key is looked up says what they are but for it: the
+    /// code TLB keeps pages, whose offset is 0, a place of the jump cache is one offset's in each page, and a bridge
+    /// ([`crate::jit::bridge`]) leads to one.
+    pub(crate) fn next_generation(&mut self) -> bool {
+        self.generation = (self.generation + 1) & PAGE_MASK;
+        self.salts = self.salts.map(|salt| salt & !PAGE_MASK | self.generation);
+        self.generation == 0
     }
 
     /// Recomputes what is derived from CPL, CR4.SMAP and RFLAGS.AC for data accesses.

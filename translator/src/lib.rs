@@ -14,6 +14,7 @@ pub mod exception;
 pub mod flags;
 pub mod insn;
 pub mod jit;
+pub mod jump;
 pub mod lockstep;
 pub mod mapping;
 pub mod mem;

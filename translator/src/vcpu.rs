@@ -10,6 +10,7 @@ use crate::jit::cache::{Change, Runs};
 use crate::jit::frame::reason;
 use crate::jit::region::Plan;
 use crate::jit::{Jit, THRESHOLD};
+use crate::jump::{JumpCache, JumpEntry};
 use crate::state::{Segment, flag, seg};
 
 /// Why [`Vcpu::run`] returned.
@@ -23,8 +24,6 @@ pub enum Exit {
     Stopped,
 }
 
-/// Entries of the jump cache.
-pub(crate) const JUMP_ENTRIES: usize = 16384;
 /// Interpreted runs of a block before it gets quick code.
 const QUICK: u32 = 8;
 /// So many times more of a block whose end has led to several places of its page, as far as is known.
@@ -37,20 +36,6 @@ const EXITS: [usize; 8] = [0, 1, 2, 3, 0, 4, 0, 0];
 const ASKED: u32 = i32::MAX as u32;
 /// Invalidations of compiled code in a page after which its blocks must be twice as hot to be compiled again.
 const REWRITES: u32 = 8;
-/// A key that no address has.
-const NO_KEY: u64 = u64::MAX;
-const NO_ENTRY: JumpEntry = JumpEntry { key: NO_KEY, code: 0, block: 0 };
-
-/// Where execution goes for a linear address in the current mode and address space.
-#[repr(C, align(32))]
-#[derive(Clone, Copy)]
-pub(crate) struct JumpEntry {
-    /// Linear address combined with the salt.
-    pub key: u64,
-    /// Compiled code, or code that returns to the dispatch loop.
-    pub code: u64,
-    block: BlockId,
-}
 
 /// What the dispatch loop counted.
 #[allow(missing_docs)]
@@ -61,6 +46,8 @@ pub struct RunCounts {
     pub jump_misses: u64,
     pub stepped: u64,
     pub entries: u64,
+    /// Bridges led to a region.
+    pub bridged: u64,
     /// Returns of compiled code: to go on elsewhere, to interpret an instruction, by a helper's exception, by a helper
     /// that stops, and for a region.
     pub exits: [u64; 5],
@@ -72,7 +59,7 @@ pub struct Vcpu {
     pub cpu: Cpu,
     /// Predecoded blocks.
     pub blocks: BlockCache,
-    jump: Box<[JumpEntry; JUMP_ENTRIES]>,
+    jump: JumpCache,
     /// The compiler, unless the vCPU only interprets.
     pub jit: Option<Jit>,
     /// What a lock-step run found, or why a traced one cannot go on.
@@ -88,11 +75,11 @@ pub struct Vcpu {
 impl Vcpu {
     /// A vCPU around `cpu`.
     pub fn new(mut cpu: Cpu, mut jit: Option<Jit>) -> Vcpu {
-        let jump = Box::new([NO_ENTRY; JUMP_ENTRIES]);
+        let jump = JumpCache::default();
         let thunks = jit.as_ref().map(Jit::thunks).unwrap_or_default();
         let routines = jit.as_ref().map(Jit::routines).unwrap_or_default();
         let countdowns = jit.as_mut().map_or(0, Jit::countdowns);
-        cpu.connect_jit(jump.as_ptr() as u64, countdowns, thunks, routines);
+        cpu.connect_jit(jump.address(), countdowns, thunks, routines);
         let quick = jit.as_ref().is_some_and(Jit::has_quick);
         Vcpu {
             cpu,
@@ -228,11 +215,10 @@ impl Vcpu {
             }
             let code = self.blocks.get(id).runs.code;
             if code != 0 {
-                let linear = self.linear_rip();
-                let e = &mut self.jump[jump_index(linear)];
-                if e.code == jit.stub() && e.block == id && self.cpu.journal.is_none() {
-                    // The region is younger than the entry.
-                    e.code = code;
+                if self.cpu.journal.is_none() {
+                    // The region may be younger than the entry.
+                    let linear = self.linear_rip();
+                    self.jump.replace_code(linear, id, jit.stub(), code);
                 }
                 return self.run_compiled(code);
             }
@@ -257,6 +243,9 @@ impl Vcpu {
             self.cpu.fold_flags();
         }
         self.counts.exits[EXITS[self.cpu.jit.exit_reason as usize & 7]] += 1;
+        if self.cpu.jit.asking != 0 {
+            self.lead_bridge();
+        }
         match self.cpu.jit.exit_reason {
             reason::HOT => match self.find_block() {
                 Ok(id) => {
@@ -273,6 +262,18 @@ impl Vcpu {
             reason::STOP => self.after(Ok(())),
             _ => Ok(()),
         }
+    }
+
+    /// Tells the bridge that asks the way to RIP, as far as the jump cache knows it; what it does not know the dispatch
+    /// loop is about to find out, for when the bridge asks again.
+    fn lead_bridge(&mut self) {
+        let bridge = std::mem::take(&mut self.cpu.jit.asking);
+        let Some(jit) = self.jit.as_mut().filter(|_| self.cpu.journal.is_none()) else { return };
+        let linear = self.cpu.s.rip;
+        let key = self.cpu.code_key(linear);
+        let known = self.jump.find(linear, key).filter(|_| !self.cpu.flush_jump_cache);
+        let to = known.map(|id| self.blocks.get(id)).map(|block| ((block.gpa, block.mode.0), block.next_page));
+        self.counts.bridged += u64::from(jit.lead(bridge, key, to));
     }
 
     /// Takes compiled regions into use.
@@ -296,14 +297,8 @@ impl Vcpu {
                     let block = self.blocks.get_mut(id);
                     block.runs = runs;
                     // The code that was there before is not to be led to any more.
-                    let entries = match block.cached {
-                        Cached::Nowhere => &mut [],
-                        Cached::At(index) => std::slice::from_mut(&mut self.jump[index as usize & (JUMP_ENTRIES - 1)]),
-                        Cached::Anywhere => &mut self.jump[..],
-                    };
-                    for e in entries.iter_mut().filter(|e| e.block == id && e.key != NO_KEY) {
-                        e.code = if runs.code != 0 && self.cpu.journal.is_none() { runs.code } else { stub };
-                    }
+                    let code = if runs.code != 0 && self.cpu.journal.is_none() { runs.code } else { stub };
+                    self.jump.set_code(id, block.cached, code);
                 }
                 Change::Cool((gpa, mode)) => {
                     if let Some(id) = self.blocks.find(gpa, Mode(mode)) {
@@ -603,11 +598,10 @@ impl Vcpu {
     fn find_block(&mut self) -> Result<BlockId, Trap> {
         let linear = self.linear_rip();
         let key = self.cpu.code_key(linear);
-        let e = self.jump[jump_index(linear)];
-        if e.key == key {
-            return Ok(e.block);
+        match self.jump.find(linear, key) {
+            Some(id) => Ok(id),
+            None => self.find_block_slow(linear),
         }
-        self.find_block_slow(linear)
     }
 
     #[cold]
@@ -635,19 +629,9 @@ impl Vcpu {
             }
         }
         let stub = self.jit.as_ref().map_or(0, Jit::stub);
-        let index = jump_index(linear);
         let block = self.blocks.get_mut(id);
         let code = if block.runs.code != 0 && self.cpu.journal.is_none() { block.runs.code } else { stub };
-        block.cached = match block.cached {
-            Cached::At(other)
-                if other != index as u32 && self.jump[other as usize & (JUMP_ENTRIES - 1)].block == id =>
-            {
-                Cached::Anywhere
-            }
-            Cached::Anywhere => Cached::Anywhere,
-            _ => Cached::At(index as u32),
-        };
-        self.jump[index] = JumpEntry { key: self.cpu.code_key(linear), code, block: id };
+        self.jump.insert(linear, JumpEntry { key: self.cpu.code_key(linear), code }, id, block);
         Ok(id)
     }
 
@@ -741,17 +725,12 @@ impl Vcpu {
         for &id in &gone {
             match self.blocks.get(id).cached {
                 Cached::Nowhere => {}
-                Cached::At(index) => {
-                    let e = &mut self.jump[index as usize & (JUMP_ENTRIES - 1)];
-                    if e.block == id {
-                        *e = NO_ENTRY;
-                    }
-                }
+                Cached::At(index) => self.jump.remove_at(index, id),
                 Cached::Anywhere => anywhere = true,
             }
         }
         if anywhere {
-            self.jump.iter_mut().filter(|e| gone.contains(&e.block)).for_each(|e| *e = NO_ENTRY);
+            self.jump.remove_all(&gone);
         }
         if let Some(jit) = &mut self.jit {
             jit.invalidate(page, granules);
@@ -760,10 +739,15 @@ impl Vcpu {
         self.follow_regions();
     }
 
-    /// Empties the jump cache.
+    /// Empties the jump cache, and has no bridge lead anywhere.
     pub(crate) fn flush_jump_cache(&mut self) {
         self.cpu.flush_jump_cache = false;
-        self.jump.fill(NO_ENTRY);
+        if self.cpu.next_generation() {
+            self.jump.clear();
+            if let Some(jit) = &mut self.jit {
+                jit.part_bridges();
+            }
+        }
     }
 }
 
@@ -792,11 +776,6 @@ pub enum Event {
 /// An exception while a double fault was delivered: shutdown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TripleFault;
-
-#[inline(always)]
-fn jump_index(linear: u64) -> usize {
-    (linear ^ linear >> 12) as usize & (JUMP_ENTRIES - 1)
-}
 
 /// Whether an instruction that clears TF is not single-stepped: software interrupts, whose delivery clears it, and
 /// SYSCALL and SYSRET, which are judged by the flag they leave.

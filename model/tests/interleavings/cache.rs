@@ -144,6 +144,7 @@ impl Vcpu {
             entries: keys.clone(),
             blocks: keys,
             second_page: None,
+            bridges: Box::default(),
             kept: Kept(plan.number, self.alive.clone()),
         };
         self.evicted += self.cache.place(id, unit).expect("room for one").evicted;

@@ -9,9 +9,9 @@
 //!   comes ([`Cache::arrive`]).
 //! - **Evict.** [`Cache::place`] removes the oldest regions until there is room.
 //!
-//! **Invariant:** a slot is freed after every direct branch that led to it has been led elsewhere, and while no vCPU is
-//! in compiled code: whoever calls [`Cache::place`] or [`Cache::invalidate`] sees to that. What holds addresses of code
-//! by other means learns from [`Change::Code`] which of them mean nothing any more, before it may use one again.
+//! **Invariant:** a slot is freed after every direct branch and bridge that led to it has been led elsewhere, and while
+//! no vCPU is in compiled code: whoever calls [`Cache::place`] or [`Cache::invalidate`] sees to that. What holds addresses
+//! of code by other means learns from [`Change::Code`] which of them mean nothing any more, before it may use one again.
 //!
 //! Nothing here knows instructions or the compiler; `model` runs this file against every interleaving of
 //! vCPU and workers.
@@ -24,6 +24,7 @@ use dashmap::DashMap;
 use crate::addr::PAGE_MASK;
 use crate::address_map::{AddressHasher, AddressMap};
 use crate::code::{CodeArena, Slot};
+use crate::jit::bridge::Bridge;
 
 /// Where guest code is: physical address and mode.
 pub type Key = (u64, u8);
@@ -31,7 +32,7 @@ pub type Key = (u64, u8);
 /// A page, and which granules of it.
 pub type Extent = (u64, u64);
 
-/// The number of a region, never given twice.
+/// The number of a region, from 1, never given twice.
 pub type RegionId = u64;
 
 /// Regions that are gone and that the order by age may have besides as many as there are.
@@ -52,12 +53,14 @@ pub struct Unit<K> {
     pub entries: Vec<Key>,
     /// Its blocks.
     pub blocks: Vec<Key>,
-    /// The page into which the region's one instruction crosses. Only the jump cache, which knows that the page is
-    /// mapped behind the first one, leads there.
+    /// The page into which the region's one instruction crosses. Only the jump cache and bridges, which know that
+    /// the page is mapped behind the first one, lead there.
     pub second_page: Option<u64>,
     /// The number of its countdown, if it is quick code of one block, which a region may replace.
     pub countdown: Option<u32>,
-    /// What the code refers to by address, kept for as long as it.
+    /// Its direct branches into other pages ([`crate::jit::bridge`]).
+    pub bridges: Box<[Bridge]>,
+    /// What the code refers to by address besides, kept for as long as it.
     pub kept: K,
 }
 
@@ -71,6 +74,9 @@ struct Region<K> {
     /// Its direct branches to keys, and their sites in the arena.
     branches: Vec<(Key, usize)>,
     countdown: Option<u32>,
+    bridges: Box<[Bridge]>,
+    /// Those of its bridges that lead somewhere, by index, and where.
+    bridged: Vec<(usize, Key)>,
     _kept: K,
 }
 
@@ -140,6 +146,8 @@ pub struct Cache<K> {
     by_page: AddressMap<u64, Vec<RegionId>>,
     /// Sites of direct branches to a key, whether it has code now or not.
     incoming: AddressMap<Key, Vec<usize>>,
+    /// Bridges that lead to the code at a key.
+    bridged: AddressMap<Key, Vec<(RegionId, usize)>>,
     /// Regions by age, for eviction, and some that are gone.
     order: VecDeque<RegionId>,
     expected: AddressMap<RegionId, Expected>,
@@ -163,10 +171,11 @@ impl<K> Cache<K> {
             regions: AddressMap::default(),
             by_page: AddressMap::default(),
             incoming: AddressMap::default(),
+            bridged: AddressMap::default(),
             order: VecDeque::new(),
             expected: AddressMap::default(),
             rewrites: AddressMap::default(),
-            next_id: 0,
+            next_id: 1,
             countdowns: 0,
             free_countdowns: Vec::new(),
             changes: Vec::new(),
@@ -252,6 +261,8 @@ impl<K> Cache<K> {
             blocks: unit.blocks,
             branches,
             countdown,
+            bridges: unit.bridges,
+            bridged: Vec::new(),
             _kept: unit.kept,
         };
         self.regions.insert(id, region);
@@ -273,6 +284,12 @@ impl<K> Cache<K> {
         let target = self.branch_target(entry.as_ref());
         for &site in self.incoming.get(&key).into_iter().flatten() {
             self.arena.patch_branch(site, target);
+        }
+        for (id, index) in self.bridged.remove(&key).into_iter().flatten() {
+            if let Some(from) = self.regions.get_mut(&id) {
+                from.bridges[index].part();
+                from.bridged.retain(|&(i, _)| i != index);
+            }
         }
         if let Some(old) = old.filter(|_| entry.is_some())
             && let Some(region) = self.regions.get_mut(&old.region)
@@ -314,6 +331,47 @@ impl<K> Cache<K> {
         None
     }
 
+    /// Leads the bridge with a name to the region at a key, for branches with the jump-cache key `branch`; false, and it
+    /// asks again, without a region there. The key comes with the second page, as the block there has it.
+    pub fn lead(&mut self, name: u64, branch: u64, to: Option<(Key, Option<u64>)>) -> bool {
+        let (id, index) = Bridge::place(name);
+        let to = to.map(|(key, second_page)| (key, self.find(key, second_page).code)).filter(|&(_, code)| code != 0);
+        let Some(region) = self.regions.get_mut(&id) else { return false };
+        let Some(bridge) = region.bridges.get(index) else { return false };
+        let Some((key, code)) = to else {
+            bridge.ask_again();
+            return false;
+        };
+        bridge.lead(branch, code);
+        let led = region.bridged.iter().position(|&(i, _)| i == index).map(|at| region.bridged.swap_remove(at).1);
+        region.bridged.push((index, key));
+        if let Some(old) = led {
+            self.forget_bridge((id, index), old);
+        }
+        self.bridged.entry(key).or_default().push((id, index));
+        true
+    }
+
+    /// Notes that a bridge leads to a key no more.
+    fn forget_bridge(&mut self, bridge: (RegionId, usize), key: Key) {
+        if let Some(list) = self.bridged.get_mut(&key) {
+            list.retain(|&b| b != bridge);
+            if list.is_empty() {
+                self.bridged.remove(&key);
+            }
+        }
+    }
+
+    /// Has no bridge lead anywhere.
+    pub fn part_bridges(&mut self) {
+        for region in self.regions.values_mut() {
+            for (index, _) in region.bridged.drain(..) {
+                region.bridges[index].part();
+            }
+        }
+        self.bridged.clear();
+    }
+
     fn remove(&mut self, id: RegionId) {
         let Some(region) = self.regions.remove(&id) else { return };
         for key in region.entries {
@@ -326,6 +384,9 @@ impl<K> Cache<K> {
                     self.incoming.remove(&key);
                 }
             }
+        }
+        for (index, key) in region.bridged {
+            self.forget_bridge((id, index), key);
         }
         self.changes.extend(region.blocks.into_iter().map(Change::Cool));
         self.free_countdowns.extend(region.countdown);
@@ -348,7 +409,7 @@ impl<K> Cache<K> {
         self.changes.clear();
         self.rewrites.clear();
         debug_assert!(self.regions.is_empty() && self.entries.is_empty() && self.by_page.is_empty());
-        debug_assert!(self.incoming.is_empty() && self.expected.is_empty());
+        debug_assert!(self.incoming.is_empty() && self.bridged.is_empty() && self.expected.is_empty());
     }
 
     /// How often compiled code in the page of `gpa` was overwritten.

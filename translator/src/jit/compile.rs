@@ -19,9 +19,10 @@ use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
 use crate::cpu::Cpu;
 use crate::insn::Insn;
 use crate::jit::access::site_thunk;
-use crate::jit::emit::{Emitted, Helper, JitEmit, jump_by_cache, name};
+use crate::jit::emit::{Emitted, Helper, JitEmit, name};
 use crate::jit::frame::HELPERS;
 use crate::jit::host;
+use crate::jit::leave;
 use crate::jit::region::Plan;
 
 /// A direct branch out of a region.
@@ -33,7 +34,17 @@ pub struct Branch {
     pub to: Option<u64>,
 }
 
-/// A compiled region. Its code is position independent but for its branches and the addresses of instructions.
+/// What code has the address of.
+#[derive(Clone, Copy, Debug)]
+pub enum Referent {
+    /// One of [`Compiled::insns`].
+    Insn(usize),
+    /// One of the region's bridges.
+    Bridge(usize),
+}
+
+/// A compiled region. Its code is position independent but for its branches and the addresses of instructions and
+/// bridges.
 pub struct Compiled {
     /// Host code.
     pub code: Vec<u8>,
@@ -41,8 +52,10 @@ pub struct Compiled {
     pub branches: Vec<Branch>,
     /// Instructions that helpers evaluate.
     pub insns: Vec<Insn>,
-    /// Where the code holds the address of one of `insns`, and of which: 8 bytes at this offset.
-    pub addresses: Vec<(usize, usize)>,
+    /// How many bridges it has ([`crate::jit::bridge`]).
+    pub bridges: usize,
+    /// Where the code holds an address, and of what: 8 bytes at this offset.
+    pub addresses: Vec<(usize, Referent)>,
     /// Time that it took.
     pub nanos: u64,
 }
@@ -107,13 +120,13 @@ impl Compiler {
         let mut b = FunctionBuilder::new(&mut self.context.func, &mut self.builder);
         let helper = b.import_signature(helper);
         let tail = b.import_signature(signature);
-        let (b, Emitted { links, insns }) = JitEmit::new(b, plan, helper, tail).emit();
+        let (b, Emitted { links, insns, bridges }) = JitEmit::new(b, plan, helper, tail).emit();
         b.finalize(self.isa.frontend_config());
         let (code, relocations) = self.finish()?;
         if plan.blocks.len() > LARGE {
             self.context = Context::new();
         }
-        let mut compiled = Compiled { code, branches: Vec::new(), insns, addresses: Vec::new(), nanos: 0 };
+        let mut compiled = Compiled { code, branches: Vec::new(), insns, bridges, addresses: Vec::new(), nanos: 0 };
         for Relocation { offset, kind, namespace, index } in relocations {
             match (namespace, kind) {
                 (name::LINK, Reloc::X86CallPCRel4 | Reloc::Arm64Call) => {
@@ -122,7 +135,8 @@ impl Compiler {
                 (name::LOOKUP, Reloc::X86CallPCRel4 | Reloc::Arm64Call) => {
                     compiled.branches.push(Branch { site: offset, to: None });
                 }
-                (name::INSN, Reloc::Abs8) if index < compiled.insns.len() => compiled.addresses.push((offset, index)),
+                (name::INSN, Reloc::Abs8) => compiled.addresses.push((offset, Referent::Insn(index))),
+                (name::BRIDGE, Reloc::Abs8) => compiled.addresses.push((offset, Referent::Bridge(index))),
                 other => return Err(format!("relocation {other:?} at {offset}")),
             }
         }
@@ -170,13 +184,12 @@ impl Compiler {
         })
     }
 
-    /// A region that goes where the jump cache says for RIP.
+    /// A region that goes where the jump cache says for RIP ([`leave::lookup`]).
     pub fn lookup(&mut self) -> Result<Vec<u8>, String> {
         let signature = self.region_signature();
         self.stub_function(signature.clone(), |b, params| {
             let tail = b.import_signature(signature);
-            let rip = b.ins().load(I64, MemFlagsData::trusted(), params[0], offset_of!(Cpu, s.rip) as i32);
-            jump_by_cache(b, params[0], rip, tail);
+            leave::lookup(b, params[0], tail);
         })
     }
 

@@ -22,11 +22,11 @@ use crate::emit::{Bin, Cond, Emit, Flags};
 use crate::flags;
 use crate::insn::{Insn, Mode};
 use crate::jit::frame::{lazy, reason};
+use crate::jit::leave::jump_by_cache;
 use crate::jit::liveness::{dirty_on_entry, flags_live_on_entry, flags_read_on_entry, live_on_entry};
 use crate::jit::region::Plan;
 use crate::jit::usage::{Regs, Usage};
 use crate::mmu::tlb::SITES;
-use crate::vcpu::{JUMP_ENTRIES, JumpEntry};
 use crate::width::{W8, W16, W32, W64, Width};
 
 /// Index of a helper's address in [`crate::jit::frame::JitFrame::helpers`].
@@ -54,6 +54,8 @@ pub mod name {
     pub const LOOKUP: u32 = 1;
     /// The address of instruction number `index` of [`super::Emitted::insns`].
     pub const INSN: u32 = 2;
+    /// The address of the region's bridge number `index` ([`crate::jit::bridge`]).
+    pub const BRIDGE: u32 = 3;
 }
 
 /// What the code of a region refers to outside itself.
@@ -63,6 +65,8 @@ pub struct Emitted {
     pub links: Vec<u64>,
     /// Instructions that helpers evaluate.
     pub insns: Vec<Insn>,
+    /// How many bridges there are.
+    pub bridges: usize,
 }
 
 /// What is known of the flags at a point of the emission.
@@ -335,11 +339,8 @@ impl<'a> JitEmit<'a> {
     pub(super) fn helper_instruction(&mut self, i: &Insn) {
         self.write_through();
         self.store_flags();
-        let name = self.external(name::INSN, self.emitted.insns.len());
+        let insn = self.address(name::INSN, self.emitted.insns.len());
         self.emitted.insns.push(*i);
-        let symbol = GlobalValueData::Symbol { name, offset: 0.into(), colocated: false, tls: false };
-        let symbol = self.b.create_global_value(symbol);
-        let insn = self.b.ins().symbol_value(I64, symbol);
         let page_ip = self.page_ip;
         self.call(Helper::Evaluate, insn, page_ip, None);
         let status = self.b.ins().load(I64, aligned(), self.cpu, at!(jit.exit_reason));
@@ -371,6 +372,14 @@ impl<'a> JitEmit<'a> {
     pub(super) fn external(&mut self, namespace: u32, index: usize) -> ExternalName {
         let name = UserExternalName::new(namespace, index as u32);
         ExternalName::user(self.b.func.declare_imported_user_function(name))
+    }
+
+    /// The address that a name stands for.
+    pub(super) fn address(&mut self, namespace: u32, index: usize) -> Value {
+        let name = self.external(namespace, index);
+        let symbol = GlobalValueData::Symbol { name, offset: 0.into(), colocated: false, tls: false };
+        let symbol = self.b.create_global_value(symbol);
+        self.b.ins().symbol_value(I64, symbol)
     }
 
     /// Gives the variables of the registers in `set` the values that the CPU state has.
@@ -405,7 +414,7 @@ impl<'a> JitEmit<'a> {
     }
 
     /// Ends the current Cranelift block by a direct branch to a name.
-    fn tail_call(&mut self, namespace: u32, index: usize) {
+    pub(super) fn tail_call(&mut self, namespace: u32, index: usize) {
         let name = self.external(namespace, index);
         let target = ExtFuncData { name, signature: self.tail_sig, colocated: true, patchable: false };
         let target = self.b.import_function(target);
@@ -694,7 +703,7 @@ impl<'a> JitEmit<'a> {
             });
             self.tail_call(name::LINK, index);
         } else {
-            self.tail_call(name::LOOKUP, 0);
+            self.cross(rip);
         }
     }
 
@@ -787,30 +796,4 @@ impl<'a> JitEmit<'a> {
 /// Where a region's sites begin: regions that run in turns should not have the same.
 fn first_site(plan: &Plan) -> usize {
     ((plan.gpa >> 4).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as usize % SITES
-}
-
-/// Emits the way from `rip`, which the CPU state has, to the code that the jump cache knows for it; back to the
-/// dispatch loop if it knows none.
-pub fn jump_by_cache(b: &mut FunctionBuilder<'_>, cpu: Value, rip: Value, tail_sig: SigRef) {
-    let half = b.ins().ushr_imm_u(rip, 63);
-    let half = b.ins().ishl_imm_u(half, 3);
-    let half = b.ins().iadd(cpu, half);
-    let salt = b.ins().load(I64, aligned(), half, at!(salts));
-    let key = b.ins().bxor(rip, salt);
-    let page = b.ins().ushr_imm_u(rip, 12);
-    let index = b.ins().bxor(rip, page);
-    let index = b.ins().band_imm_u(index, JUMP_ENTRIES as i64 - 1);
-    let index = b.ins().ishl_imm_u(index, i64::from(size_of::<JumpEntry>().trailing_zeros()));
-    let jump = b.ins().load(I64, aligned(), cpu, at!(jit.jump));
-    let entry = b.ins().iadd(jump, index);
-    let found = b.ins().load(I64, aligned(), entry, offset_of!(JumpEntry, key) as i32);
-    let hit = b.ins().icmp(IntCC::Equal, found, key);
-    let (go, out) = (b.create_block(), b.create_block());
-    b.set_cold_block(out);
-    b.ins().brif(hit, go, &[], out, &[]);
-    b.switch_to_block(go);
-    let code = b.ins().load(I64, aligned(), entry, offset_of!(JumpEntry, code) as i32);
-    b.ins().return_call_indirect(tail_sig, code, &[cpu]);
-    b.switch_to_block(out);
-    b.ins().return_(&[]);
 }

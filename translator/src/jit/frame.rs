@@ -76,6 +76,10 @@ pub struct JitFrame {
     pub kick: u64,
     /// One of [`reason`].
     pub exit_reason: u64,
+    /// Address of the bridge ([`super::bridge`]) whose branch is on its way to the jump cache, or 0.
+    pub missed: u64,
+    /// Name of the bridge that asks the dispatch loop, on return, for the way to RIP; 0 for none.
+    pub asking: u64,
     /// Guest instructions completed by compiled code.
     pub count: u64,
     /// What a slow path hands back: a host address, or 0 for "interpret this instruction"; for stores 1 when done.

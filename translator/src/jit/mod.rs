@@ -5,6 +5,7 @@
 //! share is in `handover.rs`, what becomes of the code in `cache.rs`.
 
 mod access;
+pub mod bridge;
 pub mod cache;
 pub mod compile;
 pub mod emit;
@@ -12,6 +13,7 @@ pub mod frame;
 pub mod handover;
 pub mod helpers;
 pub mod host;
+mod leave;
 mod liveness;
 pub mod region;
 pub mod usage;
@@ -29,8 +31,9 @@ use crate::cpu::Cpu;
 use crate::insn::{Insn, Mode};
 use crate::mem::GuestRam;
 use crate::quick::{Quick, ROUTINES, Routine};
+use bridge::Bridge;
 use cache::{Cache, Change, Extent, Key, Placed, RegionId, Runs, Unit};
-use compile::{Branch, Compiled, Compiler};
+use compile::{Branch, Compiled, Compiler, Referent};
 use frame::THUNKS;
 use handover::Handover;
 use region::Plan;
@@ -325,10 +328,14 @@ impl Jit {
 
     /// Completes code and puts it into the cache: where it is then, and how long.
     fn put(&mut self, id: RegionId, place: Place, compiled: Compiled) -> Option<(u64, usize)> {
-        let Compiled { mut code, branches, insns, addresses, .. } = compiled;
+        let Compiled { mut code, branches, insns, bridges, addresses, .. } = compiled;
         let insns = insns.into_boxed_slice();
-        for (at, n) in addresses {
-            let address = std::ptr::from_ref(insns.get(n)?) as u64;
+        let bridges = Bridge::row(id, bridges);
+        for (at, referent) in addresses {
+            let address = match referent {
+                Referent::Insn(n) => std::ptr::from_ref(insns.get(n)?) as u64,
+                Referent::Bridge(n) => std::ptr::from_ref(bridges.get(n)?) as u64,
+            };
             code.get_mut(at..at + 8)?.copy_from_slice(&address.to_le_bytes());
         }
         let isa = self.cache.arena().isa();
@@ -344,7 +351,7 @@ impl Jit {
         let &(first, mode) = blocks.first()?;
         let key = |Branch { to, .. }: Branch| to.map(|off| (first & !PAGE_MASK | off, mode));
         let branches = sites.into_iter().zip(branches.into_iter().map(key)).collect();
-        let unit = Unit { code, tail, branches, extents, entries, blocks, second_page, countdown, kept: insns };
+        let unit = Unit { code, tail, branches, extents, entries, blocks, second_page, countdown, bridges, kept: insns };
         let Placed { code, evicted } = self.cache.place(id, unit)?;
         self.counts.evicted += evicted;
         Some((code, bytes))
@@ -361,6 +368,17 @@ impl Jit {
     /// How what may be entered at a key runs; `second_page` as the block there has it.
     pub fn find(&self, key: Key, second_page: Option<u64>) -> Runs {
         self.cache.find(key, second_page)
+    }
+
+    /// Leads a bridge that asks to the region at a key, for branches with the jump-cache key `branch`; false, and it asks
+    /// again, without a region there. The key comes with the second page, as the block there has it.
+    pub fn lead(&mut self, bridge: u64, branch: u64, to: Option<(Key, Option<u64>)>) -> bool {
+        self.cache.lead(bridge, branch, to)
+    }
+
+    /// Has no bridge lead anywhere: their keys come anew.
+    pub fn part_bridges(&mut self) {
+        self.cache.part_bridges();
     }
 
     /// How often compiled code in the page of `gpa` was overwritten.

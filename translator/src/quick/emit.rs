@@ -19,13 +19,14 @@ use crate::emit::{Bin, Emit, Flags};
 use crate::flags;
 use crate::insn::{Insn, Mode};
 use crate::jit::Unsupported;
-use crate::jit::compile::{Branch, Compiled};
+use crate::jit::compile::{Branch, Compiled, Referent};
 use crate::jit::emit::{Helper, at};
 use crate::jit::frame::{lazy, reason};
 use crate::jit::usage::Usage;
 use crate::quick::asm::{Alu, Asm, Cc, Gpr, Jump, Mem, Shift, Xmm};
 use crate::quick::{Quick, Routine};
-use crate::vcpu::{JUMP_ENTRIES, JumpEntry};
+use crate::jit::bridge::Bridge;
+use crate::jump::{JUMP_ENTRIES, JumpEntry};
 use crate::width::{W8, W16, W32, W64};
 
 /// Holds the CPU ([`Cpu`]).
@@ -120,7 +121,8 @@ pub struct QuickEmit<'a> {
     leaves: Vec<Jump>,
     branches: Vec<Branch>,
     insns: Vec<Insn>,
-    addresses: Vec<(usize, usize)>,
+    bridges: usize,
+    addresses: Vec<(usize, Referent)>,
 }
 
 /// Where everything was before an instruction that may turn out to have no quick form.
@@ -166,6 +168,7 @@ impl<'a> QuickEmit<'a> {
             leaves: Vec::new(),
             branches: Vec::new(),
             insns: Vec::new(),
+            bridges: 0,
             addresses: Vec::new(),
         }
     }
@@ -197,8 +200,8 @@ impl<'a> QuickEmit<'a> {
             self.a.here(leave);
         }
         self.leave();
-        let QuickEmit { a, branches, insns, addresses, .. } = self;
-        Compiled { code: a.code, branches, insns, addresses, nanos: 0 }
+        let QuickEmit { a, branches, insns, bridges, addresses, .. } = self;
+        Compiled { code: a.code, branches, insns, bridges, addresses, nanos: 0 }
     }
 
     fn instruction(&mut self, i: &Insn) {
@@ -600,9 +603,38 @@ impl<'a> QuickEmit<'a> {
         if !inside || off <= 0 {
             self.poll();
         }
-        let Jump(site) = self.a.jmp();
-        self.branches.push(Branch { site, to: inside.then_some(to as u64) });
+        if inside {
+            let Jump(site) = self.a.jmp();
+            self.branches.push(Branch { site, to: Some(to as u64) });
+        } else {
+            self.cross();
+        }
         self.ended = true;
+    }
+
+    /// Goes on at RIP, which is in RAX, in another page: by a bridge, or else by the jump cache.
+    fn cross(&mut self) {
+        let (bridge, key) = (Gpr::RCX, Gpr::RDX);
+        self.key(key, Gpr::RAX);
+        let at = self.a.mov_imm64(bridge, 0);
+        self.addresses.push((at, Referent::Bridge(self.bridges)));
+        self.bridges += 1;
+        self.a.alu(8, Alu::Cmp, key, Mem::at(bridge, offset_of!(Bridge, key) as i32));
+        let miss = self.a.jcc(Cc::NE);
+        self.a.pop(Gpr::RBP);
+        self.a.jmp_mem(Mem::at(bridge, offset_of!(Bridge, code) as i32));
+        self.a.here(miss);
+        self.a.store(8, cpu(at!(jit.missed)), bridge);
+        let Jump(site) = self.a.jmp();
+        self.branches.push(Branch { site, to: None });
+    }
+
+    /// The key of an instruction pointer ([`Cpu::code_key`]).
+    fn key(&mut self, to: Gpr, ip: Gpr) {
+        self.a.mov(8, to, ip);
+        self.a.shift_imm(8, Shift::Shr, to, 63);
+        self.a.load(8, to, Mem { base: Some(CPU), index: Some((to, 3)), disp: at!(salts) });
+        self.a.alu(8, Alu::Xor, to, ip);
     }
 
     /// Returns to the dispatch loop if a kick is pending; the CPU state is exact.
@@ -626,11 +658,7 @@ impl<'a> QuickEmit<'a> {
 
     fn jump_by_cache(&mut self, target: Gpr) {
         let (rax, rcx) = (Gpr::RAX, Gpr::RCX);
-        self.a.mov(8, rax, target);
-        self.a.shift_imm(8, Shift::Shr, rax, 63);
-        let salts = Mem { base: Some(CPU), index: Some((rax, 3)), disp: at!(salts) };
-        self.a.load(8, rcx, salts);
-        self.a.alu(8, Alu::Xor, rcx, target);
+        self.key(rcx, target);
         self.a.mov(8, rax, target);
         self.a.shift_imm(8, Shift::Shr, rax, 12);
         self.a.alu(4, Alu::Xor, rax, target);
@@ -671,7 +699,7 @@ impl<'a> QuickEmit<'a> {
         self.settle_flags();
         let rip = self.rip();
         let at = self.a.mov_imm64(Gpr::RSI, 0);
-        self.addresses.push((at, self.insns.len()));
+        self.addresses.push((at, Referent::Insn(self.insns.len())));
         self.insns.push(*i);
         self.a.mov(8, Gpr::RDX, rip);
         self.a.call(thunk(Helper::Evaluate));

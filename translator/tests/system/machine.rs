@@ -139,6 +139,9 @@ impl Platform for Board {
     }
 }
 
+/// Bytes of code memory.
+const CODE_MEMORY: usize = 4 << 20;
+
 /// A guest before it runs.
 pub struct Machine {
     pub s: CpuState,
@@ -147,6 +150,10 @@ pub struct Machine {
     pub compiles: bool,
     /// Runs of a block before it is compiled; regions that shall have loops need several.
     pub patience: u32,
+    /// Whether branches into other pages are hot: the compiler's engine must have led them there then.
+    pub bridges: bool,
+    /// Bytes of code memory; less than usual is meant to be too little.
+    pub code_memory: usize,
     /// Where the next handler's code goes.
     next_code: u64,
 }
@@ -195,6 +202,8 @@ impl Machine {
             memory: Arc::new(memory),
             compiles: false,
             patience: 1,
+            bridges: false,
+            code_memory: CODE_MEMORY,
             next_code: 0x6_0000,
         };
         for (selector, raw) in [
@@ -460,7 +469,7 @@ impl Machine {
         let board = Arc::new(Mutex::new(BoardState::default()));
         let mut cpu = Cpu::new(ram.clone(), Box::new(Board(board.clone())), CpuModel::new(Level::Max, 1, 0));
         cpu.set_state(self.s.clone());
-        let jit = compiler.then(|| Jit::new(4 << 20, 1).unwrap());
+        let jit = compiler.then(|| Jit::new(self.code_memory, 1).unwrap());
         let mut vcpu = Vcpu::new(cpu, jit);
         match kind {
             Kind::Quick => vcpu.set_quick(1, 1 << 30),
@@ -499,6 +508,9 @@ impl Machine {
             check(&outcome(second, exit, &vcpu));
         }
         assert!(!self.compiles || vcpu.counts.entries > 0, "no compiled code ran");
+        assert!(!self.bridges || vcpu.counts.bridged > 0, "no branch was led into another page");
+        let evicted = vcpu.jit.map_or(0, |jit| jit.counts.evicted);
+        assert!(self.code_memory == CODE_MEMORY || evicted > 0, "there was room for everything");
     }
 }
 

@@ -1,6 +1,7 @@
 //! System behaviour, by the manual: each case is a small guest that runs on every engine.
 
 mod branches;
+mod bridges;
 mod control;
 mod debug;
 mod exceptions;
