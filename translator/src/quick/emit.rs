@@ -637,10 +637,10 @@ impl<'a> QuickEmit<'a> {
         self.a.alu(8, Alu::Xor, to, ip);
     }
 
-    /// Returns to the dispatch loop if a kick is pending; the CPU state is exact.
+    /// Returns to the dispatch loop if a kick is pending; the CPU state is exact. Changes RCX.
     fn poll(&mut self) {
-        self.a.load(8, Gpr::RAX, cpu(at!(jit.kick)));
-        self.a.alu_imm(4, Alu::Cmp, Mem::at(Gpr::RAX, 0), 0);
+        self.a.load(8, Gpr::RCX, cpu(at!(jit.kick)));
+        self.a.alu_imm(4, Alu::Cmp, Mem::at(Gpr::RCX, 0), 0);
         let out = self.a.jcc(Cc::NE);
         self.leaves.push(out);
     }
