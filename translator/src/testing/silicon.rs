@@ -8,6 +8,8 @@ use iced_x86::Code;
 
 use super::bench::{Bench, Case};
 use super::program::Program;
+#[cfg(test)]
+use super::sequences::x87_program;
 use super::sequences::{parts, program, state};
 use super::shrink::{Failure, shrink};
 use super::{Machine, Random};
@@ -143,5 +145,22 @@ fn as_the_processor_does() {
         None => {}
         Some(Ok(done)) => assert!(done.completed > done.cases / 4, "{done:?}"),
         Some(Err(mismatch)) => panic!("{mismatch}"),
+    }
+}
+
+#[test]
+fn runs_of_x87_instructions() {
+    let Some(mut bench) = Bench::new() else { return };
+    let mut r = Random::new(11);
+    let parts = [64, 32].map(|bits| parts(&mut r, bits));
+    for n in 0..1000 {
+        let program = x87_program(&mut r, &parts[n % 2]);
+        let states = (0..STATES).map(|_| state(&mut r, &program)).collect();
+        let failure = Failure { program, states };
+        if check(&mut bench, &failure).is_err() {
+            let shrunk = shrink(failure, |f| check(&mut bench, f).is_err());
+            let why = check(&mut bench, &shrunk).err().unwrap_or_default();
+            panic!("program {n}:\n{}{why}", shrunk.program.assemble().listing());
+        }
     }
 }

@@ -310,4 +310,3 @@ impl JitEmit<'_> {
 fn is_bare(run: &Run) -> bool {
     run.steps.iter().all(|s| !run::computes(s.op) && !matches!(s.op, Op::LoadControl | Op::StoreControl))
 }
-

@@ -45,7 +45,11 @@ pub fn assemble(run: &Run) -> Option<Vec<u8>> {
     if piece.code.is_empty() {
         return None;
     }
-    Some(if piece.scratch { [&[0x50], &piece.code[..], &[0x58, 0xc3]].concat() } else { [&piece.code[..], &[0xc3]].concat() })
+    Some(if piece.scratch {
+        [&[0x50], &piece.code[..], &[0x58, 0xc3]].concat()
+    } else {
+        [&piece.code[..], &[0xc3]].concat()
+    })
 }
 
 /// Whether a run leaves a later status word whose C1 is not the guest's ([`crate::jit::frame::JitFrame::x87_late`]).

@@ -33,13 +33,27 @@ pub struct Operand {
     pub bytes: u8,
     /// Whether it is written.
     pub store: bool,
-    address: (u8, u8, u8, u8, u8, Option<u64>, i64),
+    address: Address,
+}
+
+/// What the address of an operand is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Address {
+    seg: u8,
+    base: u8,
+    index: u8,
+    scale: u8,
+    bytes: u8,
+    /// What the displacement counts from, if that is the next instruction.
+    next: Option<u64>,
+    disp: i64,
 }
 
 impl Operand {
     fn new(step: usize, i: &Insn, bytes: u8, store: bool) -> Operand {
+        let Insn { seg, base, index, scale, addr_bytes, disp, .. } = *i;
         let next = i.rip_relative.then(|| i.next_off());
-        Operand { step, bytes, store, address: (i.seg, i.base, i.index, i.scale, i.addr_bytes, next, i.disp) }
+        Operand { step, bytes, store, address: Address { seg, base, index, scale, bytes: addr_bytes, next, disp } }
     }
 }
 
