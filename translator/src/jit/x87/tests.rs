@@ -55,23 +55,24 @@ const FISTP_M64: &[u8] = &[0xdf, 0x3b];
 
 #[test]
 fn what_a_run_needs_and_leaves() {
-    // Code, instructions of the run, places that must be full, that must be empty, that are full behind it, TOP.
-    let cases: [(&[&[u8]], usize, u8, u8, u8, u8); 8] = [
-        (&[FLD1, FADDP], 2, 0b1, 0b1000_0000, 0b1, 0),
-        (&[FADDP], 1, 0b11, 0, 0b10, 1),
-        (&[FXCH, FADDP, FADDP], 3, 0b111, 0, 0b100, 2),
-        (&[FLD1, FNCLEX], 1, 0, 0b1000_0000, 0b1000_0000, 7),
+    // Instructions of the run, places that must be full, that must be empty, that are full behind it, TOP.
+    type Found = (usize, u8, u8, u8, u8);
+    let cases: [(&[&[u8]], Found); 8] = [
+        (&[FLD1, FADDP], (2, 0b1, 0b1000_0000, 0b1, 0)),
+        (&[FADDP], (1, 0b11, 0, 0b10, 1)),
+        (&[FXCH, FADDP, FADDP], (3, 0b111, 0, 0b100, 2)),
+        (&[FLD1, FNCLEX], (1, 0, 0b1000_0000, 0b1000_0000, 7)),
         // What follows would overflow, and underflow, for certain.
-        (&[FADDP, FADDP, FADDP, FADDP, FADDP, FADDP, FADDP, FADDP, FADDP], 7, 0xff, 0, 0x80, 7),
-        (&[FXCH, FLD1, FLD1, FLD1, FLD1, FLD1, FLD1, FLD1], 7, 0b11, 0b1111_1100, 0xff, 2),
+        (&[FADDP, FADDP, FADDP, FADDP, FADDP, FADDP, FADDP, FADDP, FADDP], (7, 0xff, 0, 0x80, 7)),
+        (&[FXCH, FLD1, FLD1, FLD1, FLD1, FLD1, FLD1, FLD1], (7, 0b11, 0b1111_1100, 0xff, 2)),
         // The status word is of what went before.
-        (&[FLD1, FNSTSW_AX, FLD1], 2, 0, 0b1000_0000, 0b1000_0000, 7),
-        (&[FSTP_ST0, FLD1], 2, 0b1, 0, 0b1, 0),
+        (&[FLD1, FNSTSW_AX, FLD1], (2, 0, 0b1000_0000, 0b1000_0000, 7)),
+        (&[FSTP_ST0, FLD1], (2, 0b1, 0, 0b1, 0)),
     ];
-    for (code, steps, full, empty, left, moved) in cases {
+    for (code, expected) in cases {
         let run = run(&code.concat());
         let found = (run.steps.len(), run.full, run.empty, run.left, run.moved);
-        assert_eq!(found, (steps, full, empty, left, moved), "{code:x?}");
+        assert_eq!(found, expected, "{code:x?}");
     }
 }
 
@@ -92,7 +93,9 @@ fn operands_are_arguments() {
     let run = run(&[FLD_M64, &[0xdc, 0x03], &[0xdc, 0x4b, 0x08], FSTP_M64].concat());
     assert_eq!(run.arguments.len(), 3);
     let text = listing(&piece::assemble(&run).unwrap()).join("\n");
-    for line in ["fld qword ptr [rdx]", "fadd qword ptr [rdx]", "fmul qword ptr [rcx]", "fst qword ptr [r8]"] {
+    for line in
+        ["fld st,qword ptr [rdx]", "fadd st,qword ptr [rdx]", "fmul st,qword ptr [rcx]", "fst qword ptr [r8],st"]
+    {
         assert!(text.contains(line), "{line} in\n{text}");
     }
 }
