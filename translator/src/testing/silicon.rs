@@ -149,17 +149,18 @@ fn as_the_processor_does() {
 }
 
 #[test]
-fn runs_of_x87_instructions() {
+fn runs_of_x87_instructions_are_what_the_interpreter_does() {
     let Some(mut bench) = Bench::new() else { return };
     let mut r = Random::new(11);
     let parts = [64, 32].map(|bits| parts(&mut r, bits));
-    for n in 0..1000 {
+    let mut agree = |f: &Failure| bench.agree(f.program.bits, &f.program.assemble().code, &f.states);
+    for n in 0..2000 {
         let program = x87_program(&mut r, &parts[n % 2]);
         let states = (0..STATES).map(|_| state(&mut r, &program)).collect();
         let failure = Failure { program, states };
-        if check(&mut bench, &failure).is_err() {
-            let shrunk = shrink(failure, |f| check(&mut bench, f).is_err());
-            let why = check(&mut bench, &shrunk).err().unwrap_or_default();
+        if agree(&failure).is_err() {
+            let shrunk = shrink(failure, |f| agree(f).is_err());
+            let why = agree(&shrunk).err().unwrap_or_default();
             panic!("program {n}:\n{}{why}", shrunk.program.assemble().listing());
         }
     }

@@ -5,8 +5,13 @@ use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
 use super::run::Run;
 use super::{compiled, piece};
 use crate::decode::decode;
+use crate::jit::Jit;
 use crate::jit::host::Host;
+use crate::state::CpuState;
 use crate::testing::Guest;
+use crate::testing::bare::{self, CODE, DATA};
+use crate::vcpu::Vcpu;
+use crate::x87::X87;
 
 /// The run that 64-bit code begins with.
 fn run(mut code: &[u8]) -> Run {
@@ -105,4 +110,65 @@ fn c1_survives_a_comparison() {
     assert!(piece::has_late_status(&run(FCOMIP)));
     assert!(piece::has_late_status(&run(&[FADDP, FCOMIP].concat())));
     assert!(!piece::has_late_status(&run(&[FCOMIP, FADDP].concat())));
+}
+
+/// Runs 1,000 rounds of a loop around `body`, RBX being `rbx` each time; the state behind it, and how many instructions helpers have
+/// evaluated once everything was compiled.
+fn rounds(body: &[u8], x87: &X87, rbx: u64, compile: bool) -> (CpuState, u64) {
+    // body; dec ecx; jnz body; out 80h, al
+    let back = -(body.len() as i8) - 4;
+    let code = [body, &[0xff, 0xc9, 0x75, back as u8, 0xe6, 0x80]].concat();
+    let mut vcpu = Vcpu::new(bare::cpu(&code), compile.then(|| Jit::new(1 << 20, 1).unwrap()));
+    vcpu.set_threshold(20);
+    let mut calls = 0;
+    for n in [500, 500] {
+        vcpu.cpu.s.rip = CODE;
+        vcpu.cpu.s.x87 = *x87;
+        (vcpu.cpu.s.gpr[1], vcpu.cpu.s.gpr[3]) = (n, rbx);
+        calls = vcpu.cpu.jit.helper_calls;
+        while vcpu.turn().is_none() {
+            vcpu.jit.as_ref().inspect(|j| j.drain());
+        }
+    }
+    vcpu.cpu.fold_flags();
+    (vcpu.cpu.s.clone(), vcpu.cpu.jit.helper_calls - calls)
+}
+
+#[test]
+fn the_whole_state_is_the_interpreter_s() {
+    let store: &[u8] = &[0xdb, 0x7b, 0x20];
+    let bodies = [
+        [FLD1, FADDP, FXCH].concat(),
+        // fld qword; fadd st, st(1); fstp tbyte [rbx+32]
+        [FLD_M64, &[0xd8, 0xc1], store].concat(),
+        // fcomi; fcmovb st, st(1); fnstsw ax
+        [&[0xdb, 0xf1, 0xda, 0xc1][..], FNSTSW_AX].concat(),
+        // fnstcw [rbx]; fldcw [rbx]; fld1; fchs; fistp qword [rbx+8]; fldcw [rbx]; fnstsw [rbx+16]
+        [&[0xd9, 0x3b, 0xd9, 0x2b], FLD1, &[0xd9, 0xe0, 0xdf, 0x7b, 0x08, 0xd9, 0x2b, 0xdd, 0x7b, 0x10]].concat(),
+        // What is stored is loaded: fld1; fstp qword [rbx]; fild word [rbx+6]; fadd st(1), st; fstp st
+        [FLD1, FSTP_M64, &[0xdf, 0x43, 0x06, 0xdc, 0xc1], FSTP_ST0].concat(),
+    ];
+    let mut units = Vec::new();
+    for fcw in [0x37f, 0x27f, 0x07f, 0xf7f, 0xb7f, 0x77f] {
+        let unit = X87 { fcw, ..X87::initialized() };
+        units.push(X87 { fsw: 0x3800, ftw: 0b1000_0111, ..unit });
+        units.push(X87 { fsw: 0x0a20, ftw: 0b0000_0110, ..unit });
+    }
+    let masked = units.len();
+    for fcw in [0x35f, 0x37e] {
+        units.push(X87 { fcw, ftw: 0b11, ..X87::initialized() });
+    }
+    for body in &bodies {
+        for (n, unit) in units.iter().enumerate() {
+            // The second and the third lie across two pages.
+            for rbx in [DATA, DATA + 0xffd, DATA + 0xfda] {
+                let (interpreted, _) = rounds(body, unit, rbx, false);
+                let (compiled, calls) = rounds(body, unit, rbx, true);
+                assert_eq!(interpreted, compiled, "{body:x?} {unit:x?} {rbx:x}");
+                if n < masked && rbx == DATA {
+                    assert!(calls < 100 || !Host::this().exact, "{calls} calls, {body:x?} {unit:x?}");
+                }
+            }
+        }
+    }
 }
