@@ -72,8 +72,11 @@ impl JitEmit<'_> {
         let host = Host::this();
         let run = Run::of(insns, |i| compiled(i, host));
         let (insns, behind) = insns.split_at(run.steps.len());
+        if insns.is_empty() {
+            return None;
+        }
         let piece = piece::assemble(&run);
-        if insns.is_empty() || piece.is_none() && !is_bare(&run) {
+        if piece.is_none() && !is_bare(&run) {
             return None;
         }
         let mut words = Vec::new();

@@ -112,24 +112,36 @@ fn c1_survives_a_comparison() {
     assert!(!piece::has_late_status(&run(&[FCOMIP, FADDP].concat())));
 }
 
-/// Runs 1,000 rounds of a loop around `body`, RBX being `rbx` each time; the state behind it, and how many instructions helpers have
-/// evaluated once everything was compiled.
-fn rounds(body: &[u8], x87: &X87, rbx: u64, compile: bool) -> (CpuState, u64) {
+#[derive(Clone, Copy, PartialEq)]
+enum Engine {
+    Interpreter,
+    Compiler,
+    LockStep,
+}
+
+/// Runs rounds of a loop around `body` in two parts, each from a state of the unit and with RBX as given; the state
+/// behind it, and how many instructions helpers have evaluated in the second part, when everything is compiled.
+fn rounds(body: &[u8], x87: &X87, rbx: u64, engine: Engine) -> (CpuState, u64) {
     // body; dec ecx; jnz body; out 80h, al
     let back = -(body.len() as i8) - 4;
     let code = [body, &[0xff, 0xc9, 0x75, back as u8, 0xe6, 0x80]].concat();
-    let mut vcpu = Vcpu::new(bare::cpu(&code), compile.then(|| Jit::new(1 << 20, 1).unwrap()));
+    let jit = (engine != Engine::Interpreter).then(|| Jit::new(1 << 20, 1).unwrap());
+    let mut vcpu = Vcpu::new(bare::cpu(&code), jit);
     vcpu.set_threshold(20);
+    if engine == Engine::LockStep {
+        vcpu.enable_lockstep();
+    }
     let mut calls = 0;
-    for n in [500, 500] {
+    for _ in 0..2 {
         vcpu.cpu.s.rip = CODE;
         vcpu.cpu.s.x87 = *x87;
-        (vcpu.cpu.s.gpr[1], vcpu.cpu.s.gpr[3]) = (n, rbx);
+        (vcpu.cpu.s.gpr[1], vcpu.cpu.s.gpr[3]) = (300, rbx);
         calls = vcpu.cpu.jit.helper_calls;
         while vcpu.turn().is_none() {
             vcpu.jit.as_ref().inspect(|j| j.drain());
         }
     }
+    assert_eq!(vcpu.difference, None, "{body:x?} {x87:x?} {rbx:x}");
     vcpu.cpu.fold_flags();
     (vcpu.cpu.s.clone(), vcpu.cpu.jit.helper_calls - calls)
 }
@@ -162,9 +174,10 @@ fn the_whole_state_is_the_interpreter_s() {
         for (n, unit) in units.iter().enumerate() {
             // The second and the third lie across two pages.
             for rbx in [DATA, DATA + 0xffd, DATA + 0xfda] {
-                let (interpreted, _) = rounds(body, unit, rbx, false);
-                let (compiled, calls) = rounds(body, unit, rbx, true);
+                let (interpreted, _) = rounds(body, unit, rbx, Engine::Interpreter);
+                let (compiled, calls) = rounds(body, unit, rbx, Engine::Compiler);
                 assert_eq!(interpreted, compiled, "{body:x?} {unit:x?} {rbx:x}");
+                rounds(body, unit, rbx, Engine::LockStep);
                 if n < masked && rbx == DATA {
                     assert!(calls < 100 || !Host::this().exact, "{calls} calls, {body:x?} {unit:x?}");
                 }
