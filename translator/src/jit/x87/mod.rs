@@ -79,6 +79,7 @@ impl JitEmit<'_> {
         if piece.is_none() && !is_bare(&run) {
             return None;
         }
+        self.settle_comparison();
         let mut words = Vec::new();
         for &argument in &run.arguments {
             words.push(match argument {

@@ -135,6 +135,8 @@ fn rounds(body: &[u8], x87: &X87, rbx: u64, engine: Engine) -> (CpuState, u64) {
     for _ in 0..2 {
         vcpu.cpu.s.rip = CODE;
         vcpu.cpu.s.x87 = *x87;
+        // A denormal that is zero.
+        (vcpu.cpu.s.ymm[0][0], vcpu.cpu.s.mxcsr) = (1, 0x1fc0);
         (vcpu.cpu.s.gpr[1], vcpu.cpu.s.gpr[3]) = (300, rbx);
         calls = vcpu.cpu.jit.helper_calls;
         while vcpu.turn().is_none() {
@@ -159,6 +161,8 @@ fn the_whole_state_is_the_interpreter_s() {
         [&[0xd9, 0x3b, 0xd9, 0x2b], FLD1, &[0xd9, 0xe0, 0xdf, 0x7b, 0x08, 0xd9, 0x2b, 0xdd, 0x7b, 0x10]].concat(),
         // What is stored is loaded: fld1; fstp qword [rbx]; fild word [rbx+6]; fadd st(1), st; fstp st
         [FLD1, FSTP_M64, &[0xdf, 0x43, 0x06, 0xdc, 0xc1], FSTP_ST0].concat(),
+        // A comparison's flags outlive a helper: ucomisd xmm0, [rbx+64]; fiadd dword [rbx]; jne +2; inc edx
+        vec![0x66, 0x0f, 0x2e, 0x43, 0x40, 0xda, 0x03, 0x75, 0x02, 0xff, 0xc2],
     ];
     let mut units = Vec::new();
     for fcw in [0x37f, 0x27f, 0x07f, 0xf7f, 0xb7f, 0x77f] {
@@ -167,6 +171,7 @@ fn the_whole_state_is_the_interpreter_s() {
         units.push(X87 { fsw: 0x0a20, ftw: 0b0000_0110, ..unit });
     }
     let masked = units.len();
+    units.push(X87::initialized());
     for fcw in [0x35f, 0x37e] {
         units.push(X87 { fcw, ftw: 0b11, ..X87::initialized() });
     }
