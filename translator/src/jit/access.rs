@@ -6,7 +6,7 @@ use std::mem::offset_of;
 
 use cranelift_codegen::ir::condcodes::IntCC;
 use cranelift_codegen::ir::types::{I8, I8X16, I16, I32, I64};
-use cranelift_codegen::ir::{BlockArg, InstBuilder, SigRef, Type, Value};
+use cranelift_codegen::ir::{Block, BlockArg, InstBuilder, SigRef, Type, Value};
 use cranelift_frontend::FunctionBuilder;
 
 use crate::addr::{PAGE_MASK, PAGE_SIZE};
@@ -102,24 +102,28 @@ impl JitEmit<'_> {
 
     /// Calls a slow path and leaves to the interpreter if it says so; gives the address it found.
     pub(super) fn slow(&mut self, helper: Helper, linear: Value, bytes: u64, value: Option<Value>) -> Value {
+        let (out, go_on) = (self.b.create_block(), self.b.create_block());
+        self.b.set_cold_block(go_on);
+        self.b.set_cold_block(out);
+        let found = self.ask(helper, linear, bytes, value);
+        self.b.ins().brif(found, go_on, &[], out, &[]);
+        self.b.switch_to_block(out);
+        self.leave_to_interpreter();
+        self.b.switch_to_block(go_on);
+        found
+    }
+
+    /// Calls a slow path; what it says.
+    fn ask(&mut self, helper: Helper, linear: Value, bytes: u64, value: Option<Value>) -> Value {
         if self.in_loops[self.current] {
-            let site = site(self.next_site, !matches!(helper, Helper::Load), bytes);
+            let site = site(self.next_site, matches!(helper, Helper::Store | Helper::Modify), bytes);
             let which = self.b.ins().iconst(I64, (site << 8) as i64 | bytes as i64);
             self.call_thunk(HELPERS + helper as usize, linear, which, value);
         } else {
             let bytes = self.b.ins().iconst(I64, bytes as i64);
             self.call(helper, linear, bytes, value);
         }
-        let found = self.b.ins().load(I64, aligned(), self.cpu, at!(jit.slow_result));
-        let go_on = self.b.create_block();
-        self.b.set_cold_block(go_on);
-        let out = self.b.create_block();
-        self.b.set_cold_block(out);
-        self.b.ins().brif(found, go_on, &[], out, &[]);
-        self.b.switch_to_block(out);
-        self.leave_to_interpreter();
-        self.b.switch_to_block(go_on);
-        found
+        self.b.ins().load(I64, aligned(), self.cpu, at!(jit.slow_result))
     }
 
     /// A load of a value of type `t`.
@@ -155,6 +159,26 @@ impl JitEmit<'_> {
         let slow = |e: &mut Self| Some(e.slow(Helper::Modify, linear, bytes, None));
         let same = |_: &mut Self, host| [Some(host), None];
         let [found, _] = self.access(linear, bytes, offset_of!(TlbEntry, write), [Some(I64), None], same, slow);
+        found.unwrap_or(linear)
+    }
+
+    /// The host address of an operand that lies in one page of plain RAM; control goes to `elsewhere` if it does not. No
+    /// register is stored for that.
+    pub(super) fn host_of(&mut self, linear: Value, bytes: u64, store: bool, elsewhere: Block) -> Value {
+        let (helper, tag) = match store {
+            true => (Helper::Modify, offset_of!(TlbEntry, write)),
+            false => (Helper::Find, offset_of!(TlbEntry, read)),
+        };
+        let slow = |e: &mut Self| {
+            let found = e.ask(helper, linear, bytes, None);
+            let go_on = e.b.create_block();
+            e.b.set_cold_block(go_on);
+            e.b.ins().brif(found, go_on, &[], elsewhere, &[]);
+            e.b.switch_to_block(go_on);
+            Some(found)
+        };
+        let same = |_: &mut Self, host| [Some(host), None];
+        let [found, _] = self.access(linear, bytes, tag, [Some(I64), None], same, slow);
         found.unwrap_or(linear)
     }
 
@@ -257,7 +281,7 @@ pub fn site_thunk(b: &mut FunctionBuilder<'_>, params: &[Value], helper: Helper,
     let bytes = b.ins().band_imm_u(which, 0xff);
     let site = b.ins().ushr_imm_u(which, 8);
     let table = b.ins().load(I64, aligned(), cpu, at!(jit.tlb));
-    let load = matches!(helper, Helper::Load);
+    let load = matches!(helper, Helper::Load | Helper::Find);
     let tag = if load { offset_of!(TlbEntry, read) } else { offset_of!(TlbEntry, write) };
     let Lookup { entry, page, hit } = look_up(b, table, linear, Width::Given(bytes), tag);
     let (known, miss) = (b.create_block(), b.create_block());

@@ -120,13 +120,14 @@ impl Compiler {
         let mut b = FunctionBuilder::new(&mut self.context.func, &mut self.builder);
         let helper = b.import_signature(helper);
         let tail = b.import_signature(signature);
-        let (b, Emitted { links, insns, bridges }) = JitEmit::new(b, plan, helper, tail).emit();
+        let (b, Emitted { links, insns, bridges, pieces }) = JitEmit::new(b, plan, helper, tail).emit();
         b.finalize(self.isa.frontend_config());
         let (code, relocations) = self.finish()?;
         if plan.blocks.len() > LARGE {
             self.context = Context::new();
         }
         let mut compiled = Compiled { code, branches: Vec::new(), insns, bridges, addresses: Vec::new(), nanos: 0 };
+        let pieces = append(&mut compiled.code, &pieces);
         for Relocation { offset, kind, namespace, index } in relocations {
             match (namespace, kind) {
                 (name::LINK, Reloc::X86CallPCRel4 | Reloc::Arm64Call) => {
@@ -137,6 +138,9 @@ impl Compiler {
                 }
                 (name::INSN, Reloc::Abs8) => compiled.addresses.push((offset, Referent::Insn(index))),
                 (name::BRIDGE, Reloc::Abs8) => compiled.addresses.push((offset, Referent::Bridge(index))),
+                (name::PIECE, Reloc::X86CallPCRel4) if index < pieces.len() => {
+                    call_at(&mut compiled.code, offset, pieces[index]).ok_or("a call of a piece has no place")?;
+                }
                 other => return Err(format!("relocation {other:?} at {offset}")),
             }
         }
@@ -201,7 +205,7 @@ impl Compiler {
                 let signature = self.helper_signature(CallConv::PreserveAll);
                 self.stub_function(signature.clone(), |b, params| {
                     let signature = b.import_signature(signature);
-                    site_thunk(b, params, [Helper::Load, Helper::Store, Helper::Modify][n], signature);
+                    site_thunk(b, params, [Helper::Load, Helper::Store, Helper::Modify, Helper::Find][n], signature);
                 })
             }
         }
@@ -233,6 +237,24 @@ impl Compiler {
         self.context.clear();
         code
     }
+}
+
+/// Appends pieces of code; where each begins.
+fn append(code: &mut Vec<u8>, pieces: &[Vec<u8>]) -> Vec<usize> {
+    let mut starts = Vec::new();
+    for piece in pieces {
+        starts.push(code.len());
+        code.extend(piece);
+    }
+    starts
+}
+
+/// Makes the x86-64 call whose displacement is at `site` lead to `target`, both of the same code.
+fn call_at(code: &mut [u8], site: usize, target: usize) -> Option<()> {
+    let behind = site + size_of::<i32>();
+    let distance = i32::try_from(target as i64 - behind as i64).ok()?;
+    code.get_mut(site..behind)?.copy_from_slice(&distance.to_le_bytes());
+    Some(())
 }
 
 /// A relocation whose target is one of our own names ([`name`]).

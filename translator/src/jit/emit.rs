@@ -38,12 +38,18 @@ pub enum Helper {
     Store,
     /// Resolve a read-modify-write: (linear, bytes).
     Modify,
+    /// Resolve a load that must be of one page: (linear, bytes).
+    Find,
     /// Evaluate an instruction: (instruction, page instruction pointer).
     Evaluate,
     /// Fold deferred flags into their words.
     Fold,
     /// Make the guest's MXCSR the host's.
     LoadFp,
+    /// Evaluate instructions: (the first of them, page instruction pointer, how many).
+    EvaluateRun,
+    /// Make the guest's x87 control and status words the host's.
+    LoadX87,
 }
 
 /// What relocations of a region refer to: namespaces of its external names.
@@ -56,6 +62,8 @@ pub mod name {
     pub const INSN: u32 = 2;
     /// The address of the region's bridge number `index` ([`crate::jit::bridge`]).
     pub const BRIDGE: u32 = 3;
+    /// Piece number `index` of host code ([`super::Emitted::pieces`]).
+    pub const PIECE: u32 = 4;
 }
 
 /// What the code of a region refers to outside itself.
@@ -67,6 +75,8 @@ pub struct Emitted {
     pub insns: Vec<Insn>,
     /// How many bridges there are.
     pub bridges: usize,
+    /// Pieces of host code that Cranelift has no form of, called from the region's.
+    pub pieces: Vec<Vec<u8>>,
 }
 
 /// What is known of the flags at a point of the emission.
@@ -300,12 +310,19 @@ impl<'a> JitEmit<'a> {
             self.low.clear();
             self.fp_ready = false;
             self.fp_unused = (self.dirty.x, self.dirty.y);
-            for (n, i) in block.insns.iter().enumerate() {
+            let mut rest = &block.insns[..];
+            while let Some((i, behind)) = rest.split_first() {
                 self.off = u64::from(i.off);
-                self.done = n as i64;
+                self.done = (block.insns.len() - rest.len()) as i64;
                 self.rmw_host = None;
                 (self.fp_result, self.fp_read) = (false, (0, 0));
-                self.instruction(i);
+                rest = match self.x87_run(rest) {
+                    Some(behind) => behind,
+                    None => {
+                        self.instruction(i);
+                        behind
+                    }
+                };
             }
             if !self.ended {
                 self.done = block.insns.len() as i64;
@@ -339,8 +356,7 @@ impl<'a> JitEmit<'a> {
     pub(super) fn helper_instruction(&mut self, i: &Insn) {
         self.write_through();
         self.store_flags();
-        let insn = self.address(name::INSN, self.emitted.insns.len());
-        self.emitted.insns.push(*i);
+        let insn = self.keep_insns(std::slice::from_ref(i));
         let page_ip = self.page_ip;
         self.call(Helper::Evaluate, insn, page_ip, None);
         let status = self.b.ins().load(I64, aligned(), self.cpu, at!(jit.exit_reason));
@@ -367,6 +383,13 @@ impl<'a> JitEmit<'a> {
             let count = self.b.ins().iadd_imm_s(count, -1);
             self.b.def_var(var, count);
         }
+    }
+
+    /// Keeps instructions for a helper; the address of the first.
+    pub(super) fn keep_insns(&mut self, insns: &[Insn]) -> Value {
+        let first = self.address(name::INSN, self.emitted.insns.len());
+        self.emitted.insns.extend(insns);
+        first
     }
 
     pub(super) fn external(&mut self, namespace: u32, index: usize) -> ExternalName {
@@ -400,7 +423,7 @@ impl<'a> JitEmit<'a> {
 
     /// Leaves the region after a helper has evaluated an instruction: for where RIP leads now if `status` says that
     /// nothing else has to be done first.
-    fn leave_behind_helper(&mut self, status: Value) {
+    pub(super) fn leave_behind_helper(&mut self, status: Value) {
         // The helper counts its own instruction.
         self.add_count(self.done);
         let onward = self.b.ins().icmp_imm_u(IntCC::Equal, status, reason::ONWARD as i64);

@@ -4,7 +4,9 @@ use crate::cpu::Cpu;
 use crate::emit::{Bin, Flags};
 use crate::flags;
 use crate::simd::fp::FpEnv;
+use crate::state::cr;
 use crate::width::{W8, W16, W32, W64, Width};
+use crate::x87::{ambient, status};
 
 /// Why compiled code returned to the dispatch loop.
 #[allow(missing_docs)]
@@ -58,11 +60,23 @@ pub mod lazy {
     }
 }
 
+/// Fields of [`JitFrame::x87_state`].
+pub mod x87 {
+    /// Bit `i` is set when ST(i) is not empty.
+    pub const TAGS: u64 = 0xff;
+    /// The unit is loaded.
+    pub const LOADED: u64 = 1 << 8;
+    /// Where TOP is, so that 16 bits to the right of it is the offset of ST(0) in the registers' array.
+    pub const TOP_AT: u32 = 20;
+    /// TOP.
+    pub const TOP: u64 = 7 << TOP_AT;
+}
+
 /// How many helpers there are ([`crate::jit::emit::Helper`]).
-pub const HELPERS: usize = 6;
-/// Thunks: one a helper, and one each for the loads, stores and modifications of sites ([`crate::mmu::tlb::Sites`]), in
-/// the order of the helpers that they fall back on.
-pub const THUNKS: usize = HELPERS + 3;
+pub const HELPERS: usize = 9;
+/// Thunks: one a helper, and one each for the accesses of sites ([`crate::mmu::tlb::Sites`]), in the order of the helpers
+/// that they fall back on.
+pub const THUNKS: usize = HELPERS + 4;
 
 /// State shared with compiled code.
 #[repr(C)]
@@ -88,6 +102,15 @@ pub struct JitFrame {
     pub bounce: [u64; 4],
     /// Whether the host's MXCSR has the guest's controls and collects its flags.
     pub fp_loaded: u64,
+    /// Whether the host's x87 unit has the guest's control word and collects its flags, and TOP and the tags then
+    /// ([`x87`]); 0 if it has not.
+    pub x87_state: u64,
+    /// The guest's status word then, but for TOP.
+    pub x87_status: u16,
+    /// A later status word, of whose C1 nothing is known.
+    pub x87_late: u16,
+    /// CF, ZF and PF as a comparison set them.
+    pub x87_flags: [u8; 4],
     /// Kind of the deferred flags ([`lazy`]).
     pub lazy_kind: u64,
     /// Deferred flags: first operand.
@@ -111,9 +134,43 @@ pub struct JitFrame {
 }
 
 impl Cpu {
+    /// Gives Rust code the host's floating-point units back, and the CPU state what they have collected.
+    #[inline]
+    pub(crate) fn unload_units(&mut self) {
+        self.unload_fp();
+        self.unload_x87();
+    }
+
+    /// Makes the guest's x87 control and status words the host's, if the guest may use the unit and masks every
+    /// exception.
+    pub(crate) fn load_x87(&mut self) {
+        let unit = &self.s.x87;
+        let masked = unit.fcw & status::EXCEPTIONS == status::EXCEPTIONS && !unit.pending_exception();
+        if self.jit.x87_state != 0 || !masked || self.s.cr0 & (cr::CR0_EM | cr::CR0_TS) != 0 {
+            return;
+        }
+        ambient::load(unit.fcw, unit.fsw);
+        let tags = unit.ftw.rotate_right(unit.top().into());
+        self.jit.x87_status = unit.fsw;
+        self.jit.x87_state = u64::from(tags) | x87::LOADED | u64::from(unit.top()) << x87::TOP_AT;
+    }
+
+    /// Takes TOP, the tags and the status word back.
+    #[inline]
+    fn unload_x87(&mut self) {
+        let state = std::mem::take(&mut self.jit.x87_state);
+        if state == 0 {
+            return;
+        }
+        ambient::unload();
+        let top = (state >> x87::TOP_AT & 7) as u16;
+        self.s.x87.fsw = self.jit.x87_status & !status::TOP | top << 11;
+        self.s.x87.ftw = (state as u8).rotate_left(top.into());
+    }
+
     /// Takes the guest's floating-point flags back from the host, and the default controls into use.
     #[inline]
-    pub(crate) fn unload_fp(&mut self) {
+    fn unload_fp(&mut self) {
         if self.jit.fp_loaded != 0 {
             self.jit.fp_loaded = 0;
             let mut env = FpEnv::new(self.s.mxcsr);

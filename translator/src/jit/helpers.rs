@@ -21,9 +21,12 @@ impl Cpu {
             load as *const () as u64,
             store as *const () as u64,
             modify as *const () as u64,
+            find as *const () as u64,
             evaluate as *const () as u64,
             fold as *const () as u64,
             load_fp as *const () as u64,
+            evaluate_run as *const () as u64,
+            load_x87 as *const () as u64,
         ];
     }
 
@@ -120,10 +123,32 @@ extern "C" fn modify(cpu: &mut Cpu, linear: u64, bytes: u64, _: u64) {
     cpu.jit.slow_result = host.map_or(0, |p| p as u64);
 }
 
+/// As [`load`], but an access to two pages has no address.
+extern "C" fn find(cpu: &mut Cpu, linear: u64, bytes: u64, _: u64) {
+    cpu.jit.slow_paths += 1;
+    cpu.jit.slow_result = cpu.resolve(linear, bytes, false).map_or(0, |p| p as u64);
+}
+
+extern "C" fn load_x87(cpu: &mut Cpu, _: u64, _: u64, _: u64) {
+    cpu.load_x87();
+}
+
+/// Evaluates `count` instructions of the running region, up to one behind which the region may not go on.
+extern "C" fn evaluate_run(cpu: &mut Cpu, first: *const Insn, page_ip: u64, count: u64) {
+    for n in 0..count as usize {
+        // SAFETY: compiled code gives the address of the first of so many instructions that its region keeps, one
+        // behind the other.
+        evaluate(cpu, unsafe { &*first.add(n) }, page_ip, 0);
+        if cpu.jit.exit_reason != reason::NEXT {
+            return;
+        }
+    }
+}
+
 /// Evaluates an instruction of the running region: `exit_reason` says whether the region may go on.
 extern "C" fn evaluate(cpu: &mut Cpu, insn: &Insn, page_ip: u64, _: u64) {
     cpu.jit.helper_calls += 1;
-    cpu.unload_fp();
+    cpu.unload_units();
     if cpu.journal.is_some() && (insn.ends_block || reads_outside(insn)) {
         // In lock-step nothing may happen twice.
         cpu.s.rip = cpu.cut_ip(page_ip.wrapping_add(u64::from(insn.off)));

@@ -19,6 +19,7 @@ pub mod region;
 pub mod usage;
 mod values;
 pub mod vector;
+pub mod x87;
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -406,7 +407,7 @@ impl Jit {
         // soft-TLB entries, and the helpers.
         let enter: extern "C" fn(*mut Cpu, u64) = unsafe { std::mem::transmute(self.enter.code as usize) };
         enter(cpu, code);
-        cpu.unload_fp();
+        cpu.unload_units();
     }
 }
 

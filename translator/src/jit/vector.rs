@@ -14,7 +14,7 @@ use cranelift_codegen::ir::{InstBuilder, MemFlagsData, Type, Value};
 use crate::cpu::Cpu;
 use crate::emit::{Emit, Flags, FpArgs, FpCall, LaneOp};
 use crate::jit::Unsupported;
-use crate::jit::emit::{Helper, JitEmit};
+use crate::jit::emit::{FlagVal, Helper, JitEmit};
 use crate::jit::host::Host;
 use crate::simd::fp::{CvtOp, FmaKind, FpFmt, FpOp};
 use crate::simd::{VecImmOp, VecOp, VecTerOp, VecUnOp};
@@ -621,6 +621,21 @@ impl JitEmit<'_> {
         let equal = self.b.ins().fcmp(FloatCC::Equal, a, b);
         self.set_flags::<W8>(Flags::Ordered { less, equal });
         Ok(())
+    }
+
+    /// Makes words of flags that are the host's comparison of numbers: that happens where its outcome is used, and
+    /// behind a helper the host's MXCSR is not the guest's.
+    pub(super) fn settle_comparison(&mut self) {
+        fn compares(flags: &FlagVal) -> bool {
+            match flags {
+                FlagVal::Op(f, _) => matches!(f, Flags::Ordered { .. }),
+                FlagVal::Partial(f, _, before) => matches!(f, Flags::Ordered { .. }) || compares(before),
+                FlagVal::Memory | FlagVal::Raw(..) => false,
+            }
+        }
+        if compares(&self.flags) {
+            self.flags_raw();
+        }
     }
 
     pub(super) fn emit_from_int(&mut self, fmt: FpFmt, wide: bool, a: Value, v: Value) -> Result<Value, Unsupported> {

@@ -50,13 +50,14 @@ pub struct TlbEntry {
 
 /// Accesses of compiled loops that remember where they were last ([`Sites`]), of each kind. Regions share them.
 pub const SITES: usize = 128;
-/// Kinds of accesses: loads and stores, of 1, 2, 4, 8, 16 and 32 bytes.
-const SITE_KINDS: usize = 2 * 6;
+/// Kinds of accesses: loads and stores, of 1, 2, 4, 8, 16, 32 and 10 bytes.
+const SITE_KINDS: usize = 2 * 7;
 const ALL_SITES: usize = SITES * SITE_KINDS;
 
 /// The site that is number `n` of its kind. What one kind may do at an address, another may not.
 pub fn site(n: usize, store: bool, bytes: u64) -> usize {
-    let kind = 2 * bytes.trailing_zeros() as usize + usize::from(store);
+    let size = if bytes == 10 { 6 } else { bytes.trailing_zeros() as usize };
+    let kind = 2 * size + usize::from(store);
     kind * SITES + n % SITES
 }
 

@@ -53,11 +53,12 @@ pub type UsageHandler = fn(&mut Usage, &Insn) -> Result<(), Unsupported>;
 pub struct Sem {
     /// Evaluation on numbers.
     pub run: Handler,
-    /// Emission of host code; `None` for what only the interpreter evaluates.
+    /// Emission of host code; `None` for what only the interpreter evaluates, and for x87 instructions, of which the
+    /// compiler takes several at once ([`crate::jit::x87`]).
     pub jit: Option<JitHandler>,
-    /// Emission of quick host code; `None` as for `jit`.
+    /// Emission of quick host code; `None` as for `jit`, and for what only regions have a form of.
     pub quick: Option<QuickHandler>,
-    /// What the instruction reads, writes and may fault on; `None` as for `jit`.
+    /// What the instruction reads, writes and may fault on; `None` for what only the interpreter evaluates.
     pub usage: Option<UsageHandler>,
     /// Whether the block must end here although control flow goes on: mode, mapping or interrupt state may change.
     pub ends: bool,

@@ -6,19 +6,35 @@ use iced_x86::{CpuidFeature, Mnemonic};
 use crate::cpu::Cpu;
 use crate::emit::Emit;
 use crate::exception::{Exception, Trap, vector};
-use crate::insn::{Insn, Mode};
-use crate::semantics::{Form, Sem, interp};
+use crate::insn::{Handler, Insn, Mode};
+use crate::semantics::{Form, Sem, no_aux};
 use crate::state::{cr, gpr, seg};
 use crate::width::W16;
 use crate::x87::{Layout, Memory, Op, StateImage};
 
+/// Semantics of which compiled code does several instructions at once ([`crate::jit::x87`]).
+macro_rules! by_run {
+    ($f:ident) => {
+        const { &Sem { run: $f, jit: None, quick: None, usage: Some(crate::jit::x87::usage), ends: false, aux: no_aux } }
+    };
+}
+
+/// What an instruction of this group does; FWAIT is one that does nothing.
+pub fn operation(i: &Insn) -> Option<Op> {
+    let is = |f: Handler| std::ptr::fn_addr_eq(i.run, f);
+    if is(wait) {
+        return Some(Op::LegacyNop);
+    }
+    if is(x87) { Op::decode(i.aux) } else { None }
+}
+
 /// The group's semantics.
 pub fn lookup(form: &Form<'_>) -> Option<&'static Sem> {
     if form.instr.mnemonic() == Mnemonic::Wait {
-        return Some(interp!(wait));
+        return Some(by_run!(wait));
     }
     let classes = [CpuidFeature::FPU, CpuidFeature::FPU287, CpuidFeature::FPU387, CpuidFeature::SSE3];
-    (form.fop.is_some() && form.instr.cpuid_features().iter().any(|f| classes.contains(f))).then_some(interp!(x87))
+    (form.fop.is_some() && form.instr.cpuid_features().iter().any(|f| classes.contains(f))).then_some(by_run!(x87))
 }
 
 fn not_available(cpu: &mut Cpu) -> Result<(), Trap> {

@@ -141,11 +141,14 @@ pub(crate) fn part(code: &[u8], i: &Instruction, info: &mut InstructionInfoFacto
 }
 
 /// All parts of programs of 32 or of 64 bits, by kind: integer instructions, vector instructions, those of x87 and MMX,
-/// and bundles.rs's.
+/// bundles.rs's, and those of x87 alone.
 pub(crate) struct Parts {
     bits: u32,
-    pools: [Pool; 4],
+    pools: [Pool; 5],
 }
+
+/// Which of the pools are the x87's.
+const X87: usize = 4;
 
 /// Parts of one kind.
 #[derive(Default)]
@@ -177,7 +180,7 @@ impl Pool {
 
 pub(crate) fn parts(r: &mut Random, bits: u32) -> Parts {
     let mut info = InstructionInfoFactory::new();
-    let mut pools = [const { Vec::new() }; 4];
+    let mut pools = [const { Vec::new() }; 5];
     let here = |i: &Instruction| i.cpuid_features().iter().all(|&f| host_has(f));
     if bits == 64 {
         integer::each(r, |r, _, _, code, i| {
@@ -209,6 +212,9 @@ pub(crate) fn parts(r: &mut Random, bits: u32) -> Parts {
             }
         } else if unit || of(Register::is_mm) || i.mnemonic() == Mnemonic::Emms {
             pools[2].extend(part(code, i, &mut info, bits));
+            if unit {
+                pools[X87].extend(part(code, i, &mut info, bits));
+            }
         } else if of(Register::is_xmm) || of(Register::is_ymm) {
             pools[1].extend(part(code, i, &mut info, bits));
         } else {
@@ -246,8 +252,13 @@ fn elsewhere(i: &Instruction, base: Register) -> Option<(Vec<u8>, Instruction)> 
 }
 
 fn pick(r: &mut Random, parts: &Parts, rsi: Rsi, stack: &mut usize) -> Part {
+    let pool = [0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 3, 3][r.below(12) as usize];
+    pick_from(r, parts, pool, rsi, stack)
+}
+
+fn pick_from(r: &mut Random, parts: &Parts, pool: usize, rsi: Rsi, stack: &mut usize) -> Part {
     loop {
-        let pool = &parts.pools[[0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 3, 3][r.below(12) as usize]];
+        let pool = &parts.pools[pool];
         let part = pool.pick(r);
         if part.stack && *stack == STACK || part.rsi.is_some_and(|r| r != rsi) {
             continue;
@@ -275,6 +286,10 @@ pub(crate) fn program(r: &mut Random, parts: &Parts) -> Program {
             0..4 => steps.push(Step::Branch(r.below(16) as u8, several(r))),
             4 => steps.push(Step::Branch(16 + r.below(BRANCHES.len() as u64) as u8, several(r))),
             5 => steps.push(Step::Call(r.below(2) == 0, several(r))),
+            6 => {
+                let of_unit = |_| Step::Part(pick_from(r, parts, X87, rsi, &mut stack));
+                steps.extend((0..some).map(of_unit));
+            }
             _ => {
                 steps.push(Step::Part(pick(r, parts, rsi, &mut stack)));
                 left -= 1;
@@ -284,6 +299,15 @@ pub(crate) fn program(r: &mut Random, parts: &Parts) -> Program {
         left -= some;
     }
     Program { bits: parts.bits, rounds, rsi, steps }
+}
+
+/// A program of x87 instructions, perhaps in a loop.
+#[cfg(test)]
+pub(crate) fn x87_program(r: &mut Random, parts: &Parts) -> Program {
+    let rounds = (r.below(2) == 0).then(|| 1 + r.below(4) as u8);
+    let length = 2 + r.below(20);
+    let steps = (0..length).map(|_| Step::Part(pick_from(r, parts, X87, Rsi::Base, &mut 0))).collect();
+    Program { bits: parts.bits, rounds, rsi: Rsi::Base, steps }
 }
 
 /// A state that a program can run from.
@@ -307,6 +331,11 @@ pub(crate) fn state(r: &mut Random, program: &Program) -> Machine {
         m.fpu.control |= 0x3f;
         m.flags &= !flag::AC;
     }
+    if r.below(2) == 0 {
+        // Room in the x87 stack, and numbers.
+        let top = u32::from(m.fpu.status >> 11 & 7);
+        m.fpu.tags = (0xffu8 >> r.below(8)).rotate_left(top);
+    }
     // Some accesses fault.
     match r.below(20) {
         0 => m.gpr[3] = ABSENT - r.below(24),
@@ -318,7 +347,7 @@ pub(crate) fn state(r: &mut Random, program: &Program) -> Machine {
 
 #[test]
 fn there_are_many_parts() {
-    for (bits, least) in [(64, [5000, 1500, 700, 600]), (32, [1500, 1500, 600, 600])] {
+    for (bits, least) in [(64, [5000, 1500, 700, 600, 300]), (32, [1500, 1500, 600, 600, 300])] {
         let parts = parts(&mut Random::new(7), bits);
         let counts = parts.pools.each_ref().map(|p| p.parts.len());
         assert!(counts.iter().zip(least).all(|(n, least)| *n > least), "{bits}: {counts:?}");

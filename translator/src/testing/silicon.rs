@@ -8,6 +8,8 @@ use iced_x86::Code;
 
 use super::bench::{Bench, Case};
 use super::program::Program;
+#[cfg(test)]
+use super::sequences::x87_program;
 use super::sequences::{parts, program, state};
 use super::shrink::{Failure, shrink};
 use super::{Machine, Random};
@@ -142,5 +144,23 @@ fn as_the_processor_does() {
     match run(options, |_| ()) {
         Ok(done) => assert!(done.completed > done.cases / 4, "{done:?}"),
         Err(mismatch) => panic!("{mismatch}"),
+    }
+}
+
+#[test]
+fn runs_of_x87_instructions_are_what_the_interpreter_does() {
+    let Some(mut bench) = Bench::new() else { return };
+    let mut r = Random::new(11);
+    let parts = [64, 32].map(|bits| parts(&mut r, bits));
+    let mut agree = |f: &Failure| bench.agree(f.program.bits, &f.program.assemble().code, &f.states);
+    for n in 0..2000 {
+        let program = x87_program(&mut r, &parts[n % 2]);
+        let states = (0..STATES).map(|_| state(&mut r, &program)).collect();
+        let failure = Failure { program, states };
+        if agree(&failure).is_err() {
+            let shrunk = shrink(failure, |f| agree(f).is_err());
+            let why = agree(&shrunk).err().unwrap_or_default();
+            panic!("program {n}:\n{}{why}", shrunk.program.assemble().listing());
+        }
     }
 }

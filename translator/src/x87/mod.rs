@@ -13,6 +13,7 @@
 //! What computes is an [`Engine`]. [`Soft`] is exact everywhere for operations of IEEE kind; on x86-64 hosts the
 //! transcendentals are the host's own, elsewhere they are [`Soft`]'s, which may differ from silicon in the last bit.
 
+pub mod ambient;
 mod engine;
 mod env;
 mod f80;
