@@ -142,6 +142,7 @@ impl Cpu {
             jit: crate::jit::frame::JitFrame::default(),
             counts: CpuCounts::default(),
         };
+        cpu.jit.tables = cpu.mmu.tlb.addresses();
         cpu.mode_changed();
         cpu
     }
@@ -195,14 +196,15 @@ impl Cpu {
         // The 16 redundant bits of canonical addresses all equal bit 47, which keys keep: keys of distinct addresses
         // or distinct salts stay distinct.
         let here = u64::from(mode) | u64::from(self.s.cpl == 3) << 6;
-        self.salts = [(here | u64::from(self.mmu.tlb.tag()) << 7) << 48, (here | 1 << 15) << 48];
+        let tag = u64::from(self.mmu.tlb.tag());
+        self.salts = [(here | tag << 7) << 48 | tag_offset(tag), (here | 1 << 15) << 48];
         self.stop_block = true;
     }
 
     /// Recomputes what is derived from CPL, CR4.SMAP and RFLAGS.AC for data accesses.
     pub fn access_class_changed(&mut self) {
         self.class = self.access_class();
-        self.jit.tlb = self.mmu.tlb.table(self.class).address();
+        self.jit.tlb = self.jit.tables[self.class as usize];
     }
 
     /// Whether instructions must run one by one: single-stepping, breakpoints, or an interrupt shadow. (RF matters only
@@ -283,6 +285,12 @@ impl Cpu {
     pub fn tsc(&mut self) -> u64 {
         self.platform.tsc().wrapping_add(self.s.tsc_offset)
     }
+}
+
+/// What of a salt makes the same address of different address spaces fall into different entries: some of the bits from
+/// 12 on, of which both caches' indices are made. Keys stay distinct, as the tag stands in them besides.
+fn tag_offset(tag: u64) -> u64 {
+    (tag * 0x9e5 & 0x3fff) << 12
 }
 
 /// [`Cpu::cut_ip`] for a mode that has been left.

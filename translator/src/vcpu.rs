@@ -201,8 +201,8 @@ impl Vcpu {
             }
             let code = self.blocks.get(id).code;
             if code != 0 {
-                let linear = self.linear_rip();
-                let e = &mut self.jump[jump_index(linear)];
+                let key = self.cpu.code_key(self.linear_rip());
+                let e = &mut self.jump[jump_index(key)];
                 if e.code == jit.stub() && e.block == id && self.cpu.journal.is_none() {
                     // The region is younger than the entry.
                     e.code = code;
@@ -522,7 +522,7 @@ impl Vcpu {
     fn find_block(&mut self) -> Result<BlockId, Trap> {
         let linear = self.linear_rip();
         let key = self.cpu.code_key(linear);
-        let e = self.jump[jump_index(linear)];
+        let e = self.jump[jump_index(key)];
         if e.key == key {
             return Ok(e.block);
         }
@@ -554,7 +554,8 @@ impl Vcpu {
             }
         }
         let stub = self.jit.as_ref().map_or(0, Jit::stub);
-        let index = jump_index(linear);
+        let key = self.cpu.code_key(linear);
+        let index = jump_index(key);
         let block = self.blocks.get_mut(id);
         let code = if block.code != 0 && self.cpu.journal.is_none() { block.code } else { stub };
         block.cached = match block.cached {
@@ -566,7 +567,7 @@ impl Vcpu {
             Cached::Anywhere => Cached::Anywhere,
             _ => Cached::At(index as u32),
         };
-        self.jump[index] = JumpEntry { key: self.cpu.code_key(linear), code, block: id };
+        self.jump[index] = JumpEntry { key, code, block: id };
         Ok(id)
     }
 
@@ -713,8 +714,8 @@ pub enum Event {
 pub struct TripleFault;
 
 #[inline(always)]
-fn jump_index(linear: u64) -> usize {
-    (linear ^ linear >> 12) as usize & (JUMP_ENTRIES - 1)
+fn jump_index(key: u64) -> usize {
+    (key ^ key >> 12) as usize & (JUMP_ENTRIES - 1)
 }
 
 /// Whether an instruction that clears TF is not single-stepped: software interrupts, whose delivery clears it, and

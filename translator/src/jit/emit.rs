@@ -78,6 +78,16 @@ pub(super) enum FlagVal {
     Partial(Flags<Value>, u64, Box<FlagVal>),
 }
 
+/// Signatures of what a region calls and jumps to.
+pub struct Signatures {
+    /// Code that preserves every register.
+    pub helper: SigRef,
+    /// A helper itself, called where no guest register is in a host register.
+    pub evaluate: SigRef,
+    /// Another region.
+    pub tail: SigRef,
+}
+
 /// Emits one region.
 pub struct JitEmit<'a> {
     /// The function being built.
@@ -99,6 +109,7 @@ pub struct JitEmit<'a> {
     /// Exit for "interpret the instruction at this offset": (offset, count).
     pub(super) side_exit: Block,
     pub(super) helper_sig: SigRef,
+    pub(super) evaluate_sig: SigRef,
     pub(super) tail_sig: SigRef,
     /// Registers that the CPU state does not have yet.
     pub(super) dirty: Regs,
@@ -180,7 +191,8 @@ pub(super) use at;
 
 impl<'a> JitEmit<'a> {
     /// Starts the function: declares variables for the registers that the region uses, and its blocks.
-    pub fn new(mut b: FunctionBuilder<'a>, plan: &'a Plan, helper_sig: SigRef, tail_sig: SigRef) -> JitEmit<'a> {
+    pub fn new(mut b: FunctionBuilder<'a>, plan: &'a Plan, signatures: Signatures) -> JitEmit<'a> {
+        let Signatures { helper: helper_sig, evaluate: evaluate_sig, tail: tail_sig } = signatures;
         let start = b.create_block();
         b.append_block_params_for_function_params(start);
         b.switch_to_block(start);
@@ -216,6 +228,7 @@ impl<'a> JitEmit<'a> {
             blocks,
             side_exit,
             helper_sig,
+            evaluate_sig,
             tail_sig,
             dirty: Regs::default(),
             flags: FlagVal::Memory,
@@ -340,8 +353,10 @@ impl<'a> JitEmit<'a> {
         let symbol = GlobalValueData::Symbol { name, offset: 0.into(), colocated: false, tls: false };
         let symbol = self.b.create_global_value(symbol);
         let insn = self.b.ins().symbol_value(I64, symbol);
-        let page_ip = self.page_ip;
-        self.call(Helper::Evaluate, insn, page_ip, None);
+        let (cpu, page_ip) = (self.cpu, self.page_ip);
+        // Registers are in the CPU state here, and come from there afterwards: nothing needs to be preserved.
+        let evaluate = self.load_frame(offset_of!(Cpu, jit.helpers) + 8 * Helper::Evaluate as usize);
+        self.b.ins().call_indirect(self.evaluate_sig, evaluate, &[cpu, insn, page_ip, page_ip]);
         let status = self.b.ins().load(I64, aligned(), self.cpu, at!(jit.exit_reason));
         if i.ends_block {
             self.leave_behind_helper(status);
@@ -650,10 +665,15 @@ impl<'a> JitEmit<'a> {
         self.ip_value(off)
     }
 
+    /// What other threads request now.
+    pub(super) fn kick(&mut self) -> Value {
+        let word = self.b.ins().load(I64, aligned(), self.cpu, at!(jit.kick));
+        self.b.ins().atomic_load(I32, MemFlagsData::trusted(), word)
+    }
+
     /// Returns to the dispatch loop at page offset `off` if a kick is pending. State must be written through.
     pub(super) fn poll(&mut self, off: i64) {
-        let word = self.b.ins().load(I64, aligned(), self.cpu, at!(jit.kick));
-        let kick = self.b.ins().atomic_load(I32, MemFlagsData::trusted(), word);
+        let kick = self.kick();
         let (out, go_on) = (self.b.create_block(), self.b.create_block());
         self.b.set_cold_block(out);
         self.b.ins().brif(kick, out, &[], go_on, &[]);
@@ -797,8 +817,8 @@ pub fn jump_by_cache(b: &mut FunctionBuilder<'_>, cpu: Value, rip: Value, tail_s
     let half = b.ins().iadd(cpu, half);
     let salt = b.ins().load(I64, aligned(), half, at!(salts));
     let key = b.ins().bxor(rip, salt);
-    let page = b.ins().ushr_imm_u(rip, 12);
-    let index = b.ins().bxor(rip, page);
+    let page = b.ins().ushr_imm_u(key, 12);
+    let index = b.ins().bxor(key, page);
     let index = b.ins().band_imm_u(index, JUMP_ENTRIES as i64 - 1);
     let index = b.ins().ishl_imm_u(index, i64::from(size_of::<JumpEntry>().trailing_zeros()));
     let jump = b.ins().load(I64, aligned(), cpu, at!(jit.jump));

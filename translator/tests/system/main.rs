@@ -3,6 +3,7 @@
 mod branches;
 mod control;
 mod debug;
+mod entry;
 mod exceptions;
 mod gates;
 mod machine;
