@@ -147,6 +147,7 @@ impl Cpu {
             jit: crate::jit::frame::JitFrame::default(),
             counts: CpuCounts::default(),
         };
+        cpu.jit.tables = cpu.mmu.tlb.addresses();
         cpu.mode_changed();
         cpu
     }
@@ -220,7 +221,7 @@ impl Cpu {
     /// Recomputes what is derived from CPL, CR4.SMAP and RFLAGS.AC for data accesses.
     pub fn access_class_changed(&mut self) {
         self.class = self.access_class();
-        self.jit.tlb = self.mmu.tlb.table(self.class).address();
+        self.jit.tlb = self.jit.tables[self.class as usize];
     }
 
     /// Whether instructions must run one by one: single-stepping, breakpoints, or an interrupt shadow. (RF matters only

@@ -2,8 +2,9 @@
 //!
 //! Semantics are functions generic over [`Emit`]. The interpreter implements it with numbers ([`crate::cpu::Cpu`],
 //! `V = u64`), the compiler with Cranelift values. A function must do everything that can fault (loads, stores,
-//! [`Emit::trap_if`], …) before it changes architectural state: both evaluators rely on that for precise faults.
+//! [`Emit::fault_if`], …) before it changes architectural state: both evaluators rely on that for precise faults.
 
+use crate::exception::Exception;
 use crate::insn::{Insn, Opnd};
 use crate::simd::fp::{CvtOp, FmaKind, FpFmt, FpOp};
 use crate::simd::{VecImmOp, VecOp, VecTerOp, VecUnOp};
@@ -185,6 +186,31 @@ pub enum Cond {
     G,
 }
 
+/// A word of the CPU's state besides registers and arithmetic flags, of at most 64 bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Word {
+    /// RFLAGS without the arithmetic flags; bit 1 is always set.
+    Flags,
+    /// The current privilege level.
+    Cpl,
+    /// CR0.
+    Cr0,
+    /// CR2.
+    Cr2,
+    /// CR3.
+    Cr3,
+    /// CR4.
+    Cr4,
+    /// PKRU.
+    Pkru,
+    /// The selector in a segment register.
+    Selector(u8),
+    /// The base of a segment register.
+    Base(u8),
+    /// IA32_KERNEL_GS_BASE.
+    KernelGsBase,
+}
+
 /// An operation on 128-bit lanes that neither faults nor touches flags ([`crate::simd`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LaneOp {
@@ -285,8 +311,14 @@ pub trait Emit: Sized {
     fn gpr_high(&mut self, r: u8) -> Self::V;
     /// Writes bits 15:8 of register 0–3.
     fn set_gpr_high(&mut self, r: u8, v: Self::V);
-    /// Base of a segment register, 64-bit.
-    fn seg_base(&mut self, seg: u8) -> Self::V;
+    /// A word of the state, as a 64-bit value.
+    fn word(&mut self, w: Word) -> Self::V;
+    /// Writes a word of 64 bits that nothing else is derived from: a base, or RFLAGS but for TF, AC and setting IF.
+    fn set_word(&mut self, w: Word, v: Self::V);
+    /// Sets RFLAGS.IF: an interrupt that waits is held back for one instruction.
+    fn enable_interrupts(&mut self) -> Result<(), Self::Trap>;
+    /// Sets or clears RFLAGS.AC at CPL 0.
+    fn set_ac(&mut self, on: bool);
     /// XMM register `r`.
     fn xmm(&mut self, r: u8) -> Self::X;
     /// Writes XMM register `r`, keeping bits 255:128 (legacy SSE).
@@ -400,8 +432,8 @@ pub trait Emit: Sized {
     fn jump_rel(&mut self, i: &Insn) -> Result<(), Self::Trap>;
     /// Sets RIP to the relative target if `c`, else to the next instruction.
     fn branch_rel(&mut self, i: &Insn, c: Self::V) -> Result<(), Self::Trap>;
-    /// Raises an exception without error code if `c`.
-    fn trap_if(&mut self, c: Self::V, vector: u8) -> Result<(), Self::Trap>;
+    /// Raises an exception if `c`, a W8 value, is not 0.
+    fn fault_if(&mut self, c: Self::V, e: Exception) -> Result<(), Self::Trap>;
     /// Evaluation that this evaluator has no form for: the interpreter never gets here with a reachable
     /// instruction (it raises #UD), the compiler falls back to the interpreter's evaluation of the instruction.
     fn unsupported(&mut self) -> Self::Trap;
@@ -445,6 +477,13 @@ pub trait Emit: Sized {
         let shifted = self.bin_imm::<W>(Bin::Shr, a, u64::from(n));
         let low = self.zext::<W, W8>(shifted);
         self.bin_imm::<W8>(Bin::And, low, 1)
+    }
+    /// Whether `a` has one of the bits `mask`.
+    #[inline(always)]
+    fn has_bits(&mut self, a: Self::V, mask: u64) -> Self::V {
+        let bits = self.bin_imm::<W64>(Bin::And, a, mask);
+        let zero = self.imm::<W64>(0);
+        self.cmp::<W64>(Cmp::Ne, bits, zero)
     }
     /// Whether `a` is zero.
     #[inline(always)]

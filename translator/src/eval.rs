@@ -2,13 +2,14 @@
 
 use crate::addr::is_canonical;
 use crate::cpu::Cpu;
-use crate::emit::{Bin, Cmp, Cond, Emit, Flags, FpArgs, FpCall, LaneOp, Un};
+use crate::emit::{Bin, Cmp, Cond, Emit, Flags, FpArgs, FpCall, LaneOp, Un, Word};
 use crate::exception::{Exception, Trap, vector};
 use crate::flags;
 use crate::insn::{Insn, Mode};
 use crate::simd;
 use crate::simd::fp::{self, FpEnv, FpFmt};
 use crate::state::{cr, flag, seg};
+use crate::vcpu::SHADOW_STI;
 use crate::width::{W16, W32, W64, Width};
 
 /// A two-operand operation on numbers.
@@ -178,8 +179,47 @@ impl Emit for Cpu {
     }
 
     #[inline(always)]
-    fn seg_base(&mut self, s: u8) -> u64 {
-        self.s.seg[usize::from(s)].base
+    fn word(&mut self, w: Word) -> u64 {
+        let s = &self.s;
+        match w {
+            Word::Flags => s.rflags,
+            Word::Cpl => s.cpl.into(),
+            Word::Cr0 => s.cr0,
+            Word::Cr2 => s.cr2,
+            Word::Cr3 => s.cr3,
+            Word::Cr4 => s.cr4,
+            Word::Pkru => s.pkru.into(),
+            Word::Selector(r) => s.seg[usize::from(r)].selector.into(),
+            Word::Base(r) => s.seg[usize::from(r)].base,
+            Word::KernelGsBase => s.msr.kernel_gs_base,
+        }
+    }
+
+    #[inline(always)]
+    fn set_word(&mut self, w: Word, v: u64) {
+        match w {
+            Word::Flags => self.s.rflags = v,
+            Word::Base(r) => self.s.seg[usize::from(r)].base = v,
+            Word::KernelGsBase => self.s.msr.kernel_gs_base = v,
+            _ => {}
+        }
+    }
+
+    fn enable_interrupts(&mut self) -> Result<(), Trap> {
+        if self.s.rflags & flag::IF == 0 {
+            self.s.rflags |= flag::IF;
+            // The shadow of one instruction holds back only what waits already.
+            if self.interrupt_possible() {
+                self.s.shadow = SHADOW_STI;
+                self.stop_block = true;
+            }
+        }
+        Ok(())
+    }
+
+    fn set_ac(&mut self, on: bool) {
+        self.s.rflags = self.s.rflags & !flag::AC | if on { flag::AC } else { 0 };
+        self.access_class_changed();
     }
 
     #[inline(always)]
@@ -393,8 +433,8 @@ impl Emit for Cpu {
     }
 
     #[inline(always)]
-    fn trap_if(&mut self, c: u64, vector: u8) -> Result<(), Trap> {
-        if c != 0 { Err(self.raise(Exception::plain(vector))) } else { Ok(()) }
+    fn fault_if(&mut self, c: u64, e: Exception) -> Result<(), Trap> {
+        if c != 0 { Err(self.raise(e)) } else { Ok(()) }
     }
 
     #[cold]

@@ -40,12 +40,12 @@ pub struct Exception {
 
 impl Exception {
     /// An exception without an error code.
-    pub fn plain(vector: u8) -> Exception {
+    pub const fn plain(vector: u8) -> Exception {
         Exception { vector, error: None, payload: 0 }
     }
 
     /// An exception with an error code.
-    pub fn with_error(vector: u8, error: u32) -> Exception {
+    pub const fn with_error(vector: u8, error: u32) -> Exception {
         Exception { vector, error: Some(error), payload: 0 }
     }
 

@@ -1,6 +1,7 @@
 //! The arithmetic flags in their lazy form ([`crate::state::CpuState`]), written once for both evaluators.
 
 use crate::emit::{Bin, Cmp, Cond, Emit, Flags, Un};
+use crate::state::flag;
 use crate::width::{W8, W64, Width};
 
 /// The lazy words (`cc_z`, `cc_sp`, `cc_co`) after an operation of width `W`.
@@ -144,6 +145,30 @@ fn overflow_of<E: Emit>(e: &mut E, co: E::V) -> E::V {
 #[inline(always)]
 pub fn carry<E: Emit>(e: &mut E) -> E::V {
     e.cond(Cond::B)
+}
+
+/// The six arithmetic flags where RFLAGS has them, as a 64-bit value.
+pub fn status<E: Emit>(e: &mut E) -> E::V {
+    let (z, sp, co) = e.flags_raw();
+    let cf = e.bin_imm::<W64>(Bin::Shr, co, 63);
+    let low = e.zext::<W64, W8>(sp);
+    let ones = e.un::<W8>(Un::Popcnt, low);
+    let even = e.bin_imm::<W8>(Bin::Xor, ones, 1);
+    let even = e.bin_imm::<W8>(Bin::And, even, 1);
+    let zero = e.is_zero::<W64>(z);
+    let overflow = overflow_of(e, co);
+    let mut all = cf;
+    for (flag, n) in [(even, 2), (zero, 6), (overflow, 11)] {
+        let flag = e.zext::<W8, W64>(flag);
+        let flag = e.bin_imm::<W64>(Bin::Shl, flag, n);
+        all = e.or::<W64>(all, flag);
+    }
+    let af = e.bin_imm::<W64>(Bin::Shl, co, 1);
+    let af = e.bin_imm::<W64>(Bin::And, af, flag::AF);
+    let sf = e.bin_imm::<W64>(Bin::Shr, sp, 56);
+    let sf = e.bin_imm::<W64>(Bin::And, sf, flag::SF);
+    let all = e.or::<W64>(all, af);
+    e.or::<W64>(all, sf)
 }
 
 /// A condition code from the lazy words.

@@ -70,6 +70,7 @@ impl Vcpu {
     /// Turns lock-step on. Compiled code then never reads clocks or devices: those instructions are interpreted.
     pub fn enable_lockstep(&mut self) {
         self.cpu.journal = Some(Journal::default());
+        self.cpu.jit.repeated = true;
         if let Some(jit) = &mut self.jit {
             jit.counted = true;
         }

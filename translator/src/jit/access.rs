@@ -10,7 +10,7 @@ use cranelift_codegen::ir::{Block, BlockArg, InstBuilder, SigRef, Type, Value};
 use cranelift_frontend::FunctionBuilder;
 
 use crate::addr::{PAGE_MASK, PAGE_SIZE};
-use crate::emit::Emit;
+use crate::emit::{Emit, Word};
 use crate::insn::{Insn, Mode};
 use crate::jit::Unsupported;
 use crate::jit::emit::{Helper, JitEmit, aligned, at, plain};
@@ -32,7 +32,7 @@ impl JitEmit<'_> {
             if !self.plan.mode.has(Mode::CODE64) {
                 return Err(Unsupported);
             }
-            let base = self.seg_base(s);
+            let base = self.word(Word::Base(s));
             return Ok(self.b.ins().iadd(base, ea));
         }
         // Outside 64-bit mode CS may not be written, and perhaps not read: `i.flat` says so.

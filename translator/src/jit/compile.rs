@@ -19,7 +19,7 @@ use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
 use crate::cpu::Cpu;
 use crate::insn::Insn;
 use crate::jit::access::site_thunk;
-use crate::jit::emit::{Emitted, Helper, JitEmit, name};
+use crate::jit::emit::{Emitted, Helper, JitEmit, Signatures, name};
 use crate::jit::frame::HELPERS;
 use crate::jit::host;
 use crate::jit::leave;
@@ -116,11 +116,15 @@ impl Compiler {
         let start = Instant::now();
         let signature = self.region_signature();
         let helper = self.helper_signature(CallConv::PreserveAll);
+        let evaluate = self.helper_signature(CallConv::SystemV);
         self.context.func = Function::with_name_signature(UserFuncName::default(), signature.clone());
         let mut b = FunctionBuilder::new(&mut self.context.func, &mut self.builder);
-        let helper = b.import_signature(helper);
-        let tail = b.import_signature(signature);
-        let (b, Emitted { links, insns, bridges, pieces }) = JitEmit::new(b, plan, helper, tail).emit();
+        let signatures = Signatures {
+            helper: b.import_signature(helper),
+            evaluate: b.import_signature(evaluate),
+            tail: b.import_signature(signature),
+        };
+        let (b, Emitted { links, insns, bridges, pieces }) = JitEmit::new(b, plan, signatures).emit();
         b.finalize(self.isa.frontend_config());
         let (code, relocations) = self.finish()?;
         if plan.blocks.len() > LARGE {

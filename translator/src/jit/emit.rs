@@ -92,6 +92,16 @@ pub(super) enum FlagVal {
     Partial(Flags<Value>, u64, Box<FlagVal>),
 }
 
+/// Signatures of what a region calls and jumps to.
+pub struct Signatures {
+    /// Code that preserves every register.
+    pub helper: SigRef,
+    /// A helper itself, called where no guest register is in a host register.
+    pub evaluate: SigRef,
+    /// Another region.
+    pub tail: SigRef,
+}
+
 /// Emits one region.
 pub struct JitEmit<'a> {
     /// The function being built.
@@ -113,6 +123,7 @@ pub struct JitEmit<'a> {
     /// Exit for "interpret the instruction at this offset": (offset, count).
     pub(super) side_exit: Block,
     pub(super) helper_sig: SigRef,
+    pub(super) evaluate_sig: SigRef,
     pub(super) tail_sig: SigRef,
     /// Registers that the CPU state does not have yet.
     pub(super) dirty: Regs,
@@ -194,7 +205,8 @@ pub(crate) use at;
 
 impl<'a> JitEmit<'a> {
     /// Starts the function: declares variables for the registers that the region uses, and its blocks.
-    pub fn new(mut b: FunctionBuilder<'a>, plan: &'a Plan, helper_sig: SigRef, tail_sig: SigRef) -> JitEmit<'a> {
+    pub fn new(mut b: FunctionBuilder<'a>, plan: &'a Plan, signatures: Signatures) -> JitEmit<'a> {
+        let Signatures { helper: helper_sig, evaluate: evaluate_sig, tail: tail_sig } = signatures;
         let start = b.create_block();
         b.append_block_params_for_function_params(start);
         b.switch_to_block(start);
@@ -230,6 +242,7 @@ impl<'a> JitEmit<'a> {
             blocks,
             side_exit,
             helper_sig,
+            evaluate_sig,
             tail_sig,
             dirty: Regs::default(),
             flags: FlagVal::Memory,
@@ -357,8 +370,10 @@ impl<'a> JitEmit<'a> {
         self.write_through();
         self.store_flags();
         let insn = self.keep_insns(std::slice::from_ref(i));
-        let page_ip = self.page_ip;
-        self.call(Helper::Evaluate, insn, page_ip, None);
+        let (cpu, page_ip) = (self.cpu, self.page_ip);
+        // Registers are in the CPU state here, and come from there afterwards: nothing needs to be preserved.
+        let evaluate = self.load_frame(offset_of!(Cpu, jit.helpers) + 8 * Helper::Evaluate as usize);
+        self.b.ins().call_indirect(self.evaluate_sig, evaluate, &[cpu, insn, page_ip, page_ip]);
         let status = self.b.ins().load(I64, aligned(), self.cpu, at!(jit.exit_reason));
         if i.ends_block {
             self.leave_behind_helper(status);
@@ -682,10 +697,15 @@ impl<'a> JitEmit<'a> {
         self.ip_value(off)
     }
 
+    /// What other threads request now.
+    pub(super) fn kick(&mut self) -> Value {
+        let word = self.b.ins().load(I64, aligned(), self.cpu, at!(jit.kick));
+        self.b.ins().atomic_load(I32, MemFlagsData::trusted(), word)
+    }
+
     /// Returns to the dispatch loop at page offset `off` if a kick is pending. State must be written through.
     pub(super) fn poll(&mut self, off: i64) {
-        let word = self.b.ins().load(I64, aligned(), self.cpu, at!(jit.kick));
-        let kick = self.b.ins().atomic_load(I32, MemFlagsData::trusted(), word);
+        let kick = self.kick();
         let (out, go_on) = (self.b.create_block(), self.b.create_block());
         self.b.set_cold_block(out);
         self.b.ins().brif(kick, out, &[], go_on, &[]);

@@ -84,6 +84,8 @@ pub const THUNKS: usize = HELPERS + 4;
 pub struct JitFrame {
     /// Address of the current soft-TLB table.
     pub tlb: u64,
+    /// Addresses of the soft-TLB tables of this address space, by [`Class`](crate::mmu::tlb::Class).
+    pub tables: [u64; 4],
     /// Address of the jump cache.
     pub jump: u64,
     /// Address of the kick word.
@@ -111,6 +113,8 @@ pub struct JitFrame {
     pub x87_late: u16,
     /// CF, ZF and PF as a comparison set them.
     pub x87_flags: [u8; 4],
+    /// Whether compiled code is repeated by the interpreter, so that what depends on other threads is left to that.
+    pub repeated: bool,
     /// Kind of the deferred flags ([`lazy`]).
     pub lazy_kind: u64,
     /// Deferred flags: first operand.

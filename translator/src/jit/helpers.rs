@@ -7,7 +7,6 @@ use crate::insn::{Insn, Rep};
 use crate::jit::frame::{THUNKS, reason};
 use crate::quick::ROUTINES;
 use crate::simd::fp::FpEnv;
-use crate::state::flag;
 
 impl Cpu {
     /// Points compiled code to the helpers and to what does not move.
@@ -86,7 +85,7 @@ impl Cpu {
     fn may_go_on(&self) -> bool {
         let asked = self.interrupt_possible() || self.late_fault || self.s.halted;
         let stale = self.flush_jump_cache || !self.smc.is_empty();
-        !(self.must_step() || self.s.rflags & flag::RF != 0 || asked || stale)
+        !(self.must_step() || asked || stale)
     }
 }
 
@@ -166,7 +165,11 @@ extern "C" fn evaluate(cpu: &mut Cpu, insn: &Insn, page_ip: u64, _: u64) {
             cpu.jit.count += 1;
             match cpu.stop_block || insn.ends_block {
                 false => reason::NEXT,
-                true if cpu.may_go_on() => reason::ONWARD,
+                true if cpu.may_go_on() => {
+                    // As the dispatch loop does before the next instruction, which an IRET may have set it for.
+                    cpu.begin_instruction();
+                    reason::ONWARD
+                }
                 true => reason::STOP,
             }
         }
@@ -181,5 +184,5 @@ extern "C" fn evaluate(cpu: &mut Cpu, insn: &Insn, page_ip: u64, _: u64) {
 fn reads_outside(insn: &Insn) -> bool {
     use iced_x86::Mnemonic::*;
     insn.rep != Rep::None
-        || matches!(insn.iced_code().mnemonic(), Rdtsc | Rdtscp | Rdrand | Rdseed | Sti | Popf | Popfd | Popfq)
+        || matches!(insn.iced_code().mnemonic(), Rdtsc | Rdtscp | Rdrand | Rdseed | Popf | Popfd | Popfq)
 }

@@ -17,7 +17,7 @@ mod leave;
 mod liveness;
 pub mod region;
 pub mod usage;
-mod values;
+pub(crate) mod values;
 pub mod vector;
 pub mod x87;
 

@@ -1,7 +1,8 @@
 //! A third evaluator of the semantics, whose values are nothing: it finds what an instruction reads, writes and may
 //! fault on, which is what the compiler's liveness needs.
 
-use crate::emit::{Bin, Cmp, Cond, Emit, Flags, FpArgs, FpCall, LaneOp, Un};
+use crate::emit::{Bin, Cmp, Cond, Emit, Flags, FpArgs, FpCall, LaneOp, Un, Word};
+use crate::exception::Exception;
 use crate::insn::Insn;
 use crate::jit::host::Host;
 use crate::jit::{Unsupported, vector};
@@ -166,7 +167,13 @@ impl Emit for Usage {
         self.note_read(Regs::gpr(r & 3));
         self.note_write(Regs::gpr(r & 3));
     }
-    fn seg_base(&mut self, _: u8) {}
+    fn word(&mut self, _: Word) {}
+    fn set_word(&mut self, _: Word, _: ()) {}
+    fn enable_interrupts(&mut self) -> Result<(), Unsupported> {
+        self.need_flags();
+        Ok(())
+    }
+    fn set_ac(&mut self, _: bool) {}
     fn xmm(&mut self, r: u8) {
         self.note_read(Regs::x(r));
     }
@@ -268,7 +275,7 @@ impl Emit for Usage {
     fn branch_rel(&mut self, i: &Insn, _: ()) -> Result<(), Unsupported> {
         uncut(i)
     }
-    fn trap_if(&mut self, _: (), _: u8) -> Result<(), Unsupported> {
+    fn fault_if(&mut self, _: (), _: Exception) -> Result<(), Unsupported> {
         self.need_flags();
         Ok(())
     }

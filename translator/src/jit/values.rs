@@ -3,16 +3,18 @@
 use std::mem::offset_of;
 
 use cranelift_codegen::ir::condcodes::IntCC;
-use cranelift_codegen::ir::immediates::Offset32;
 use cranelift_codegen::ir::types::{I8, I8X16, I16, I32, I64, I64X2};
 use cranelift_codegen::ir::{InstBuilder, InstructionData, MemFlagsData, Opcode, Type, Value};
 use cranelift_frontend::Variable;
 
-use crate::emit::{Bin, Cmp, Cond, Emit, Flags, FpArgs, FpCall, LaneOp, Un};
+use crate::emit::{Bin, Cmp, Cond, Emit, Flags, FpArgs, FpCall, LaneOp, Un, Word};
+use crate::exception::Exception;
 use crate::insn::{Insn, Mode};
 use crate::jit::Unsupported;
 use crate::jit::emit::{FlagVal, JitEmit, aligned, at, int_type, plain, ty};
+use crate::mmu::tlb::Class;
 use crate::simd::fp::FpFmt;
+use crate::state::{Segment, cr, flag};
 use crate::width::{W8, W16, W32, W64, Width};
 use crate::{eval, flags};
 
@@ -381,10 +383,54 @@ impl Emit for JitEmit<'_> {
         self.dirty.gpr |= 1 << (r & 3);
     }
 
-    fn seg_base(&mut self, s: u8) -> Value {
-        let offset = at!(s.seg) + i32::from(s) * size_of::<crate::state::Segment>() as i32;
-        let offset = offset + offset_of!(crate::state::Segment, base) as i32;
-        self.b.ins().load(I64, aligned(), self.cpu, Offset32::new(offset))
+    fn word(&mut self, w: Word) -> Value {
+        let (at, bytes) = word_at(w);
+        match bytes {
+            1 => self.b.ins().uload8(I64, aligned(), self.cpu, at),
+            2 => self.b.ins().uload16(I64, aligned(), self.cpu, at),
+            4 => self.b.ins().uload32(aligned(), self.cpu, at),
+            _ => self.b.ins().load(I64, aligned(), self.cpu, at),
+        }
+    }
+
+    fn set_word(&mut self, w: Word, v: Value) {
+        self.b.ins().store(aligned(), v, self.cpu, word_at(w).0);
+    }
+
+    fn enable_interrupts(&mut self) -> Result<(), Unsupported> {
+        // What else may have to be done is the interpreter's.
+        let irq = self.b.ins().uload8(I32, aligned(), self.cpu, at!(irq_maybe));
+        let nmi = self.b.ins().uload8(I32, aligned(), self.cpu, at!(nmi_maybe));
+        let repeated = self.b.ins().uload8(I32, aligned(), self.cpu, at!(jit.repeated));
+        let kick = self.kick();
+        let any = [nmi, repeated, kick].into_iter().fold(irq, |any, v| self.b.ins().bor(any, v));
+        self.side_exit_if(any);
+        let flags = self.word(Word::Flags);
+        let flags = self.bin_imm::<W64>(Bin::Or, flags, flag::IF);
+        self.set_word(Word::Flags, flags);
+        Ok(())
+    }
+
+    fn set_ac(&mut self, on: bool) {
+        let flags = self.word(Word::Flags);
+        let (flags, class) = if on {
+            let class = self.b.ins().iconst(I64, Class::Supervisor as i64);
+            (self.bin_imm::<W64>(Bin::Or, flags, flag::AC), class)
+        } else {
+            let cr4 = self.word(Word::Cr4);
+            let smap = self.b.ins().ushr_imm_u(cr4, i64::from(cr::CR4_SMAP.trailing_zeros()));
+            let smap = self.b.ins().band_imm_u(smap, 1);
+            // Supervisor and SupervisorSmap are neighbours.
+            let class = self.b.ins().iadd_imm_s(smap, Class::Supervisor as i64);
+            (self.bin_imm::<W64>(Bin::And, flags, !flag::AC), class)
+        };
+        self.set_word(Word::Flags, flags);
+        self.b.ins().istore8(aligned(), class, self.cpu, at!(class));
+        let offset = self.b.ins().ishl_imm_u(class, 3);
+        let cpu = self.b.ins().iadd(self.cpu, offset);
+        let table = self.b.ins().load(I64, aligned(), cpu, at!(jit.tables));
+        self.b.ins().store(aligned(), table, self.cpu, at!(jit.tlb));
+        self.b.def_var(self.tlb, table);
     }
 
     fn xmm(&mut self, r: u8) -> Value {
@@ -635,12 +681,29 @@ impl Emit for JitEmit<'_> {
         Ok(())
     }
 
-    fn trap_if(&mut self, c: Value, _: u8) -> Result<(), Unsupported> {
+    fn fault_if(&mut self, c: Value, _: Exception) -> Result<(), Unsupported> {
         self.side_exit_if(c);
         Ok(())
     }
 
     fn unsupported(&mut self) -> Unsupported {
         Unsupported
+    }
+}
+
+/// Where a word is in the CPU, and its size in bytes.
+pub(crate) fn word_at(w: Word) -> (i32, u32) {
+    let segment = |r: u8, field| at!(s.seg) + i32::from(r) * size_of::<Segment>() as i32 + field as i32;
+    match w {
+        Word::Flags => (at!(s.rflags), 8),
+        Word::Cpl => (at!(s.cpl), 1),
+        Word::Cr0 => (at!(s.cr0), 8),
+        Word::Cr2 => (at!(s.cr2), 8),
+        Word::Cr3 => (at!(s.cr3), 8),
+        Word::Cr4 => (at!(s.cr4), 8),
+        Word::Pkru => (at!(s.pkru), 4),
+        Word::Selector(r) => (segment(r, offset_of!(Segment, selector)), 2),
+        Word::Base(r) => (segment(r, offset_of!(Segment, base)), 8),
+        Word::KernelGsBase => (at!(s.msr.kernel_gs_base), 8),
     }
 }

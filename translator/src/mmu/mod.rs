@@ -242,6 +242,12 @@ impl Cpu {
             return Ok(());
         }
         self.probe(linear, out.len() as u64, Access::Read, self.class)?;
+        let room = (PAGE_SIZE - (linear & PAGE_MASK)) as usize;
+        if room < out.len() {
+            let (first, second) = out.split_at_mut(room);
+            self.load_bytes(linear, first)?;
+            return self.load_bytes(self.wrap_linear(linear.wrapping_add(room as u64)), second);
+        }
         let mut done = 0;
         while done < out.len() {
             let n = (out.len() - done).min(8);
@@ -263,6 +269,12 @@ impl Cpu {
             return Ok(());
         }
         self.probe(linear, bytes.len() as u64, Access::Write, self.class)?;
+        let room = (PAGE_SIZE - (linear & PAGE_MASK)) as usize;
+        if room < bytes.len() {
+            let (first, second) = bytes.split_at(room);
+            self.store_bytes(linear, first)?;
+            return self.store_bytes(self.wrap_linear(linear.wrapping_add(room as u64)), second);
+        }
         for (k, chunk) in bytes.chunks(8).enumerate() {
             let mut word = [0; 8];
             word[..chunk.len()].copy_from_slice(chunk);
@@ -476,7 +488,7 @@ impl Cpu {
     #[inline]
     pub fn translate_code(&mut self, linear: u64) -> Result<u64, Trap> {
         let key = self.code_key(linear & !PAGE_MASK);
-        let e = self.mmu.code[(linear >> 12) as usize & (CODE_ENTRIES - 1)];
+        let e = self.mmu.code[code_index(key)];
         if e.key == key {
             return Ok(e.gpa_page | linear & PAGE_MASK);
         }
@@ -492,8 +504,8 @@ impl Cpu {
         let w = walk(&self.ram, &self.paging(), linear, Access::Execute, self.s.cpl == 3, false)
             .map_err(|e| self.raise(e))?;
         self.mmu.fetched.note(linear, w.page_bits);
-        self.mmu.code[(linear >> 12) as usize & (CODE_ENTRIES - 1)] =
-            CodeEntry { key: self.code_key(linear & !PAGE_MASK), gpa_page: w.gpa & !PAGE_MASK };
+        let key = self.code_key(linear & !PAGE_MASK);
+        self.mmu.code[code_index(key)] = CodeEntry { key, gpa_page: w.gpa & !PAGE_MASK };
         self.mmu.private_upper |= linear >> 63 != 0 && !w.global;
         Ok(w.gpa)
     }
@@ -571,6 +583,7 @@ impl Cpu {
         if flush == JumpFlush::All || self.mmu.private_upper {
             self.flush_code_translations();
         }
+        self.jit.tables = self.mmu.tlb.addresses();
         self.mode_changed();
     }
 
@@ -599,6 +612,10 @@ impl Cpu {
         }
         Ok(d.base.wrapping_add(offset) & 0xffff_ffff)
     }
+}
+
+fn code_index(key: u64) -> usize {
+    (key >> 12) as usize & (CODE_ENTRIES - 1)
 }
 
 /// Whether a protected-mode data access through `d` is permitted by its type.

@@ -317,6 +317,11 @@ impl Tlb {
         &mut self.slots[self.current].tables[class as usize]
     }
 
+    /// Where compiled code finds the tables of the current address space, by [`Class`].
+    pub fn addresses(&self) -> [u64; 4] {
+        self.slots[self.current].tables.each_ref().map(Table::address)
+    }
+
     /// The jump-cache tag of the current address space.
     pub fn tag(&self) -> u8 {
         self.slots[self.current].tag

@@ -702,7 +702,12 @@ impl<'a> QuickEmit<'a> {
         self.addresses.push((at, Referent::Insn(self.insns.len())));
         self.insns.push(*i);
         self.a.mov(8, Gpr::RDX, rip);
-        self.a.call(thunk(Helper::Evaluate));
+        // Nothing else needs to be preserved.
+        self.a.push(CPU);
+        self.a.push(rip);
+        self.a.call(cpu(at!(jit.helpers) + 8 * Helper::Evaluate as i32));
+        self.a.pop(rip);
+        self.a.pop(CPU);
         self.forget();
         // The helper counts its own instruction.
         let done = self.done;

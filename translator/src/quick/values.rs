@@ -1,16 +1,17 @@
 //! [`Emit`] on registers and constants of quick code.
 
-use std::mem::offset_of;
-
-use crate::emit::{Bin, Cmp, Cond, Emit, Flags, FpArgs, FpCall, LaneOp, LowHigh, Un};
+use crate::emit::{Bin, Cmp, Cond, Emit, Flags, FpArgs, FpCall, LaneOp, LowHigh, Un, Word};
+use crate::exception::Exception;
 use crate::insn::Insn;
 use crate::jit::Unsupported;
 use crate::jit::emit::at;
+use crate::jit::values::word_at;
+use crate::mmu::tlb::Class;
 use crate::quick::asm::{Alu, Cc, Gpr, Mem, Shift, Unary, Xmm};
-use crate::quick::emit::{FlagVal, QuickEmit, Right, Val, counts, cpu, gpr_at, none};
+use crate::quick::emit::{CPU, FlagVal, QuickEmit, Right, Val, counts, cpu, gpr_at, none};
 use crate::quick::vector;
 use crate::simd::fp::FpFmt;
-use crate::state::{Segment, seg};
+use crate::state::{cr, flag, seg};
 use crate::width::{W8, W16, W32, W64, Width};
 use crate::{eval, flags};
 
@@ -136,7 +137,7 @@ impl QuickEmit<'_> {
             if !self.long() {
                 return none();
             }
-            let base = self.seg_base(s);
+            let base = self.word(Word::Base(s));
             return Ok(self.sum_of(ea, base));
         }
         // Outside 64-bit mode CS may not be written, and perhaps not read: `i.flat` says so.
@@ -416,11 +417,43 @@ impl Emit for QuickEmit<'_> {
         self.put(r & 3, to);
     }
 
-    fn seg_base(&mut self, s: u8) -> Val {
-        let offset = at!(s.seg) + i32::from(s) * size_of::<Segment>() as i32 + offset_of!(Segment, base) as i32;
-        let to = self.take(64);
-        self.a.load(8, to, cpu(offset));
+    fn word(&mut self, w: Word) -> Val {
+        let (at, bytes) = word_at(w);
+        let to = self.take(8 * bytes as u8);
+        match bytes {
+            8 => self.a.load(8, to, cpu(at)),
+            n => self.a.movzx(n.into(), to, cpu(at)),
+        }
         Val::Reg(to)
+    }
+
+    fn set_word(&mut self, w: Word, v: Val) {
+        let v = self.reg(v);
+        self.a.store(8, cpu(word_at(w).0), v);
+    }
+
+    fn enable_interrupts(&mut self) -> Result<(), Unsupported> {
+        none()
+    }
+
+    fn set_ac(&mut self, on: bool) {
+        let flags = self.word(Word::Flags);
+        let class = Gpr::RAX;
+        let flags = if on {
+            self.a.mov_imm(class, Class::Supervisor as u64);
+            self.bin_imm::<W64>(Bin::Or, flags, flag::AC)
+        } else {
+            self.a.load(8, class, cpu(word_at(Word::Cr4).0));
+            self.a.shift_imm(8, Shift::Shr, class, cr::CR4_SMAP.trailing_zeros() as u8);
+            self.a.alu_imm(4, Alu::And, class, 1);
+            // Supervisor and SupervisorSmap are neighbours.
+            self.a.alu_imm(4, Alu::Add, class, Class::Supervisor as i32);
+            self.bin_imm::<W64>(Bin::And, flags, !flag::AC)
+        };
+        self.set_word(Word::Flags, flags);
+        self.a.store(1, cpu(at!(class)), class);
+        self.a.load(8, class, Mem { base: Some(CPU), index: Some((class, 3)), disp: at!(jit.tables) });
+        self.a.store(8, cpu(at!(jit.tlb)), class);
     }
 
     fn xmm(&mut self, r: u8) -> Xmm {
@@ -657,7 +690,7 @@ impl Emit for QuickEmit<'_> {
         Ok(())
     }
 
-    fn trap_if(&mut self, c: Val, _: u8) -> Result<(), Unsupported> {
+    fn fault_if(&mut self, c: Val, _: Exception) -> Result<(), Unsupported> {
         match c {
             Val::Imm(0) => {}
             Val::Imm(_) => return none(),

@@ -3,12 +3,10 @@
 
 use iced_x86::Mnemonic;
 
-use crate::cpu::Cpu;
-use crate::emit::{Bin, Cond, Emit, Flags};
-use crate::exception::Trap;
+use crate::emit::{Bin, Cond, Emit, Flags, Word};
 use crate::insn::{Insn, Opnd};
 use crate::semantics::data::condition;
-use crate::semantics::{Form, Sem, both, interp};
+use crate::semantics::{Form, Sem, both};
 use crate::state::{flag, gpr};
 use crate::width::{W8, W16, W32, W64, Width};
 
@@ -54,8 +52,8 @@ pub fn lookup(form: &Form<'_>) -> Option<&'static Sem> {
         Mnemonic::Clc => both!(clc),
         Mnemonic::Stc => both!(stc),
         Mnemonic::Cmc => both!(cmc),
-        Mnemonic::Cld => interp!(cld),
-        Mnemonic::Std => interp!(std),
+        Mnemonic::Cld => both!(cld),
+        Mnemonic::Std => both!(std),
         _ => return None,
     })
 }
@@ -185,12 +183,16 @@ fn cmc<E: Emit>(e: &mut E, _: &Insn) -> Result<(), E::Trap> {
     Ok(())
 }
 
-fn cld(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
-    cpu.s.rflags &= !flag::DF;
+fn cld<E: Emit>(e: &mut E, _: &Insn) -> Result<(), E::Trap> {
+    let flags = e.word(Word::Flags);
+    let flags = e.bin_imm::<W64>(Bin::And, flags, !flag::DF);
+    e.set_word(Word::Flags, flags);
     Ok(())
 }
 
-fn std(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
-    cpu.s.rflags |= flag::DF;
+fn std<E: Emit>(e: &mut E, _: &Insn) -> Result<(), E::Trap> {
+    let flags = e.word(Word::Flags);
+    let flags = e.bin_imm::<W64>(Bin::Or, flags, flag::DF);
+    e.set_word(Word::Flags, flags);
     Ok(())
 }

@@ -6,6 +6,7 @@ use iced_x86::{ConditionCode, Mnemonic, OpKind};
 use crate::cpu::Cpu;
 use crate::emit::{Cmp, Cond, Emit, Flags, Un};
 use crate::exception::Trap;
+use crate::flags;
 use crate::insn::{Insn, Opnd};
 use crate::semantics::{Form, Sem, both, interp, sized};
 use crate::state::gpr::{RAX, RBX, RCX, RDX};
@@ -287,18 +288,9 @@ fn xlat<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
 
 /// SF, ZF, AF, PF, CF into AH, with bit 1 set.
 fn lahf<E: Emit>(e: &mut E, _: &Insn) -> Result<(), E::Trap> {
-    use crate::emit::Bin;
-    let (_, _, co) = e.flags_raw();
-    let af = e.bit::<W64>(co, 3);
-    let mut v = e.imm::<W8>(2);
-    let parts = [(Cond::B, 0), (Cond::P, 2), (Cond::E, 6), (Cond::S, 7)];
-    for (c, n) in parts {
-        let f = e.cond(c);
-        let f = e.bin_imm::<W8>(Bin::Shl, f, n);
-        v = e.or::<W8>(v, f);
-    }
-    let af = e.bin_imm::<W8>(Bin::Shl, af, 4);
-    let v = e.or::<W8>(v, af);
+    let status = flags::status(e);
+    let v = e.zext::<W64, W8>(status);
+    let v = e.bin_imm::<W8>(crate::emit::Bin::Or, v, 2);
     e.set_gpr_high(RAX, v);
     Ok(())
 }

@@ -3,12 +3,13 @@
 use iced_x86::{Mnemonic, OpKind};
 
 use crate::cpu::Cpu;
-use crate::emit::Emit;
-use crate::exception::Trap;
+use crate::emit::{Bin, Emit, Word};
+use crate::exception::{Exception, Trap, vector};
+use crate::flags;
 use crate::insn::{Insn, Opnd};
 use crate::semantics::{Form, Sem, both, interp};
 use crate::state::{flag, gpr, seg};
-use crate::width::{W16, W32, W64, Width};
+use crate::width::{W8, W16, W32, W64, Width};
 
 /// The group's semantics.
 pub fn lookup(form: &Form<'_>) -> Option<&'static Sem> {
@@ -26,7 +27,7 @@ pub fn lookup(form: &Form<'_>) -> Option<&'static Sem> {
         Mnemonic::Push if segment => interp!(push_seg),
         Mnemonic::Push => by_size!(push),
         Mnemonic::Pop if !segment => by_size!(pop),
-        Mnemonic::Pushf | Mnemonic::Pushfd | Mnemonic::Pushfq => interp!(pushf),
+        Mnemonic::Pushf | Mnemonic::Pushfd | Mnemonic::Pushfq => by_size!(pushf),
         Mnemonic::Pusha | Mnemonic::Pushad => interp!(pusha),
         Mnemonic::Popa | Mnemonic::Popad => interp!(popa),
         Mnemonic::Enter => interp!(enter),
@@ -53,7 +54,7 @@ fn pop<E: Emit, W: Width>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
     let mut ea = e.ea(i);
     for r in [i.base, i.index] {
         if r == gpr::RSP {
-            ea = e.bin_imm::<W64>(crate::emit::Bin::Add, ea, W::BYTES);
+            ea = e.bin_imm::<W64>(Bin::Add, ea, W::BYTES);
             ea = e.cut_address(i, ea);
         }
     }
@@ -77,12 +78,19 @@ fn push_seg(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     push_value(cpu, i, v)
 }
 
-fn pushf(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    if cpu.s.vm86() && cpu.s.rflags & flag::IOPL != flag::IOPL {
-        return Err(cpu.gp(0));
-    }
-    let v = cpu.s.flags() & !(flag::RF | flag::VM);
-    push_value(cpu, i, v)
+fn pushf<E: Emit, W: Width>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
+    let flags = e.word(Word::Flags);
+    // In virtual-8086 mode only with IOPL 3 (SDM vol. 3 §20.2.7).
+    let low_iopl = e.bin_imm::<W64>(Bin::Xor, flags, flag::IOPL);
+    let low_iopl = e.has_bits(low_iopl, flag::IOPL);
+    let vm86 = e.has_bits(flags, flag::VM);
+    let sensitive = e.and::<W8>(vm86, low_iopl);
+    e.fault_if(sensitive, Exception::with_error(vector::GP, 0))?;
+    let status = flags::status(e);
+    let flags = e.bin_imm::<W64>(Bin::And, flags, !(flag::RF | flag::VM));
+    let flags = e.or::<W64>(flags, status);
+    let flags = e.zext::<W64, W>(flags);
+    e.push::<W>(i, flags)
 }
 
 /// The block of eight registers that PUSHA stores: EDI at the lowest address.
@@ -165,7 +173,7 @@ fn leave<E: Emit, W: Width>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
     let bp = e.gpr::<W64>(gpr::RBP);
     let sp = e.cut_stack(i, bp);
     let v = e.load::<W>(i, seg::SS, sp)?;
-    let sp = e.bin_imm::<W64>(crate::emit::Bin::Add, sp, W::BYTES);
+    let sp = e.bin_imm::<W64>(Bin::Add, sp, W::BYTES);
     let sp = e.cut_stack(i, sp);
     e.set_stack_pointer(i, sp);
     e.set_gpr::<W>(gpr::RBP, v);

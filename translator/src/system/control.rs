@@ -10,7 +10,7 @@ use crate::insn::{Insn, Mode, Opnd};
 use crate::mmu::walk::{PHYSICAL_BITS, load_pdptes};
 use crate::state::{Segment, cr, flag, gpr, seg};
 use crate::system::descriptor::{is_null, kind};
-use crate::vcpu::{SHADOW_MOV_SS, SHADOW_STI};
+use crate::vcpu::SHADOW_MOV_SS;
 use crate::width::{W8, W16, W32, W64, Width};
 
 /// CR4 bits of features that CPUID reports on some model. VME and PVI it never does.
@@ -41,15 +41,11 @@ pub(crate) fn set_wide_gpr(cpu: &mut Cpu, r: u8, v: u64) {
     if cpu.mode.has(Mode::CODE64) { cpu.set_gpr::<W64>(r, v) } else { cpu.set_gpr::<W32>(r, v) }
 }
 
-/// MOV from CRn.
+/// MOV from CR8, and from those that do not exist.
 pub fn mov_from_cr(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     cpu.require_cpl0()?;
     let (Opnd::Gpr(r), Opnd::Cr(n)) = (i.op[0], i.op[1]) else { return Err(cpu.ud()) };
     let v = match n {
-        0 => cpu.s.cr0,
-        2 => cpu.s.cr2,
-        3 => cpu.s.cr3,
-        4 => cpu.s.cr4,
         8 => cpu.platform.cr8(),
         _ => return Err(cpu.ud()),
     };
@@ -357,13 +353,6 @@ fn global_system(cpu: &mut Cpu, selector: u16) -> Result<crate::system::descript
     if d.is_segment() || bad_high { Err(cpu.selector_fault(vector::GP, selector, false)) } else { Ok(d) }
 }
 
-/// MOV from a segment register.
-pub fn mov_from_seg(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    let Opnd::Seg(s) = i.op[1] else { return Err(cpu.ud()) };
-    let v = u64::from(cpu.s.seg[usize::from(s)].selector);
-    store_system_word(cpu, i, v)
-}
-
 /// MOV to a segment register.
 pub fn mov_to_seg(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     let Opnd::Seg(s) = i.op[0] else { return Err(cpu.ud()) };
@@ -465,31 +454,6 @@ fn iopl(cpu: &Cpu) -> u8 {
     (cpu.s.rflags >> 12 & 3) as u8
 }
 
-/// CLI. There are no virtual interrupts: CR4.VME and CR4.PVI are reserved.
-pub fn cli(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
-    if cpu.s.protected() && iopl(cpu) < cpu.s.cpl {
-        return Err(cpu.gp(0));
-    }
-    cpu.s.rflags &= !flag::IF;
-    Ok(())
-}
-
-/// STI.
-pub fn sti(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
-    if cpu.s.protected() && iopl(cpu) < cpu.s.cpl {
-        return Err(cpu.gp(0));
-    }
-    if cpu.s.rflags & flag::IF == 0 {
-        cpu.s.rflags |= flag::IF;
-        // The shadow of one instruction holds back only what waits already.
-        if cpu.interrupt_possible() {
-            cpu.s.shadow = SHADOW_STI;
-            cpu.stop_block = true;
-        }
-    }
-    Ok(())
-}
-
 /// POPF, POPFD, POPFQ.
 pub fn popf(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     if cpu.s.vm86() && iopl(cpu) < 3 {
@@ -526,26 +490,6 @@ pub fn popf(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     if enabled || merged & flag::TF != 0 {
         cpu.stop_block = true;
     }
-    Ok(())
-}
-
-/// CLAC.
-pub fn clac(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
-    if cpu.s.cpl != 0 {
-        return Err(cpu.ud());
-    }
-    cpu.s.rflags &= !flag::AC;
-    cpu.access_class_changed();
-    Ok(())
-}
-
-/// STAC.
-pub fn stac(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
-    if cpu.s.cpl != 0 {
-        return Err(cpu.ud());
-    }
-    cpu.s.rflags |= flag::AC;
-    cpu.access_class_changed();
     Ok(())
 }
 
@@ -610,38 +554,6 @@ pub fn arpl(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     Ok(())
 }
 
-/// SWAPGS.
-pub fn swapgs(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
-    cpu.require_cpl0()?;
-    let gs = &mut cpu.s.seg[usize::from(seg::GS)].base;
-    std::mem::swap(gs, &mut cpu.s.msr.kernel_gs_base);
-    Ok(())
-}
-
-/// RDFSBASE, RDGSBASE, WRFSBASE, WRGSBASE; `aux` is the segment register, plus 8 for writes.
-pub fn fs_gs_base(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
-    let Opnd::Gpr(r) = i.op[0] else { return Err(cpu.ud()) };
-    if cpu.s.cr4 & cr::CR4_FSGSBASE == 0 {
-        return Err(cpu.ud());
-    }
-    let s = usize::from(i.aux & 7);
-    if i.aux & 8 == 0 {
-        let base = cpu.s.seg[s].base;
-        if i.osize == 8 {
-            cpu.set_gpr::<W64>(r, base)
-        } else {
-            cpu.set_gpr::<W32>(r, base)
-        }
-        return Ok(());
-    }
-    let v = if i.osize == 8 { cpu.gpr::<W64>(r) } else { cpu.gpr::<W32>(r) };
-    if !is_canonical(v) {
-        return Err(cpu.gp(0));
-    }
-    cpu.s.seg[s].base = v;
-    Ok(())
-}
-
 /// INT n. In virtual-8086 mode it alone is sensitive to IOPL (SDM vol. 3 §20.3.3).
 pub fn int_n(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     if cpu.s.vm86() && iopl(cpu) < 3 {
@@ -692,15 +604,6 @@ pub fn rdtsc(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
     let tsc = cpu.tsc();
     cpu.set_gpr::<W64>(gpr::RAX, W32::zext(tsc));
     cpu.set_gpr::<W64>(gpr::RDX, tsc >> 32);
-    Ok(())
-}
-
-/// RDPKRU.
-pub fn rdpkru(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
-    protection_keys(cpu)?;
-    let v = cpu.s.pkru;
-    cpu.set_gpr::<W64>(gpr::RAX, v.into());
-    cpu.set_gpr::<W64>(gpr::RDX, 0);
     Ok(())
 }
 

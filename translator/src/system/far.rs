@@ -183,7 +183,7 @@ pub fn iret(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     Ok(())
 }
 
-/// The flags that an IRET at `cpl` may change (SDM vol. 2, IRET).
+/// The flags that an IRET at `cpl` may change (SDM vol. 2, IRET). Loading CS recomputes what is derived from them.
 fn load_flags(cpu: &mut Cpu, flags: u64, bytes: u8, cpl: u8) {
     let mut mask = flag::STATUS | flag::TF | flag::DF | flag::NT;
     if bytes != 2 {
@@ -201,7 +201,6 @@ fn load_flags(cpu: &mut Cpu, flags: u64, bytes: u8, cpl: u8) {
     }
     let merged = cpu.s.flags() & !mask | flags & mask;
     cpu.s.set_flags(merged);
-    cpu.mode_changed();
 }
 
 fn iret_real(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {

@@ -226,9 +226,12 @@ impl Cpu {
         }
         let flags = self.flags_for_push(d);
         let old_cs = self.s.seg[usize::from(seg::CS)].selector;
-        let mut frame = vec64(&[u64::from(old_ss.selector), old_rsp, flags, u64::from(old_cs), self.s.rip], d.error);
-        frame.reverse();
-        let bottom = rsp.wrapping_sub(8 * frame.len() as u64);
+        let error = u64::from(d.error.unwrap_or(0));
+        let words = [error, self.s.rip, u64::from(old_cs), flags, old_rsp, u64::from(old_ss.selector)];
+        let mut bytes = [0; 48];
+        bytes.chunks_exact_mut(8).zip(words).for_each(|(to, w)| to.copy_from_slice(&w.to_le_bytes()));
+        let frame = if d.error.is_some() { &bytes[..] } else { &bytes[8..] };
+        let bottom = rsp.wrapping_sub(frame.len() as u64);
         // The frame is written at the new level before anything changes: a fault here leaves the old state.
         let saved = (self.s.cpl, self.class);
         self.s.cpl = cpl;
@@ -239,10 +242,9 @@ impl Cpu {
         } else {
             Err(self.raise(Exception::with_error(vector::SS, u32::from(d.ext()))))
         };
-        let bytes: Vec<u8> = frame.iter().flat_map(|w| w.to_le_bytes()).collect();
         if result.is_ok() {
             self.through_ss = true;
-            result = self.store_bytes(bottom, &bytes);
+            result = self.store_bytes(bottom, frame);
         }
         (self.s.cpl, self.class) = saved;
         result?;
@@ -400,10 +402,6 @@ impl Descriptor {
 
 fn cs_ss_error(ss: &Option<Descriptor>, d: Delivery) -> u32 {
     ss.map_or(0, |s| s.error(d.ext()))
-}
-
-fn vec64(words: &[u64], error: Option<u32>) -> Vec<u64> {
-    words.iter().copied().chain(error.map(u64::from)).collect()
 }
 
 /// A stack being pushed to before it becomes the current one: nothing architectural changes until

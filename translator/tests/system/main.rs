@@ -4,6 +4,7 @@ mod branches;
 mod bridges;
 mod control;
 mod debug;
+mod entry;
 mod exceptions;
 mod gates;
 mod machine;

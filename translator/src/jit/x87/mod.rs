@@ -18,6 +18,7 @@ use cranelift_codegen::ir::{AbiParam, Block, BlockArg, ExtFuncData, InstBuilder,
 use cranelift_codegen::isa::CallConv;
 
 use crate::emit::{Emit, Flags};
+use crate::exception::{Exception, vector};
 use crate::insn::{Insn, Mode};
 use crate::jit::Unsupported;
 use crate::jit::emit::{FlagVal, Helper, JitEmit, aligned, at, name, plain};
@@ -44,7 +45,7 @@ fn compiled(i: &Insn, host: Host) -> Option<Op> {
 pub fn usage(u: &mut Usage, i: &Insn) -> Result<(), Unsupported> {
     let op = compiled(i, u.host).ok_or(Unsupported)?;
     if op.memory() == Memory::None {
-        u.trap_if((), 0)?;
+        u.fault_if((), Exception::plain(vector::NM))?;
     } else {
         u.ea(i);
         u.flush();

@@ -3,7 +3,7 @@
 use iced_x86::{CodeSize, Instruction, Mnemonic};
 
 use super::{get, is_wide, put};
-use crate::emit::{Bin, Emit};
+use crate::emit::{Bin, Emit, Word};
 use crate::insn::{Insn, Opnd};
 use crate::semantics::sse::{combine, logic_kind, low};
 use crate::semantics::{Sem, both};
@@ -45,7 +45,7 @@ fn odd_unless_aligned<E: Emit>(e: &mut E, i: &Insn, ea: E::V) -> E::V {
     let linear = if i.flat {
         ea
     } else {
-        let base = e.seg_base(i.seg);
+        let base = e.word(Word::Base(i.seg));
         e.add::<W64>(ea, base)
     };
     let bit = e.bin_imm::<W64>(Bin::Shr, linear, 4);
