@@ -92,13 +92,17 @@ impl Bench {
     /// Runs code of 32 or 64 bits from each state on the engines alone, of which processors that differ in what they do
     /// there are no judges.
     pub(crate) fn agree(&mut self, bits: u32, code: &[u8], states: &[Machine]) -> Result<(), String> {
-        let [interpreter, compiler] = &mut self.engines[usize::from(bits == 64)];
+        let [interpreter, compilers @ ..] = &mut self.engines[usize::from(bits == 64)];
         interpreter.load(code, &[])?;
-        compiler.load(code, &states[..states.len().min(3)])?;
+        for compiler in &mut *compilers {
+            compiler.load(code, &states[..states.len().min(3)])?;
+        }
         for before in states {
-            let both = [interpreter.run(before)?, compiler.run(before)?];
-            let [interpreted, compiled] = both.map(|m| normal(m, 0, true, bits));
-            compare(before, "interpreted", "compiled", &interpreted, &compiled)?;
+            let interpreted = normal(interpreter.run(before)?, 0, true, bits);
+            for (compiler, name) in compilers.iter_mut().zip(["quick", "compiled"]) {
+                let compiled = normal(compiler.run(before)?, 0, true, bits);
+                compare(before, "interpreted", name, &interpreted, &compiled)?;
+            }
         }
         Ok(())
     }
