@@ -77,6 +77,15 @@ impl Writable {
         self.0.0[at / 8].with(|p| unsafe { (*p).store(u64::from_le_bytes(quadword), Ordering::Release) });
         true
     }
+
+    pub fn replace_quadword(&mut self, at: usize, quadword: u64) -> bool {
+        if !at.is_multiple_of(8) || self.load(at / 8).is_none() {
+            return false;
+        }
+        // SAFETY: as above.
+        self.0.0[at / 8].with(|p| unsafe { (*p).store(quadword.to_le(), Ordering::Release) });
+        true
+    }
 }
 
 /// The view for instruction fetch.

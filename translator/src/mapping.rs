@@ -126,6 +126,18 @@ impl Writable {
         }
         true
     }
+
+    /// Replaces the quadword at `at` likewise. False, with nothing written, if it is not aligned or not of the view.
+    #[must_use]
+    pub fn replace_quadword(&mut self, at: usize, quadword: u64) -> bool {
+        if !at.is_multiple_of(8) || !self.0.holds(at, 8) {
+            return false;
+        }
+        // SAFETY: inside the mapping and aligned to 8; plain accesses need `self`.
+        let there = unsafe { AtomicU64::from_ptr(self.0.base.as_ptr().add(at).cast()) };
+        there.store(quadword.to_le(), Ordering::Release);
+        true
+    }
 }
 
 /// The view for instruction fetch.

@@ -28,12 +28,10 @@ pub enum Exit {
 const QUICK: u32 = 8;
 /// So many times more of a block whose end has led to several places of its page, as far as is known.
 const WATCHED: u32 = 16;
-/// Runs of quick code before its region is compiled.
+/// How often quick code goes on, back or elsewhere, before it asks for a region there.
 const PATIENCE: u32 = 20_000;
 /// How exits by [`reason`] are counted. Behind a miss ONWARD means what NEXT does.
 const EXITS: [usize; 8] = [0, 1, 2, 3, 0, 4, 0, 0];
-/// Runs left of a block whose region is on its way: it does not come to ask again.
-const ASKED: u32 = i32::MAX as u32;
 /// Invalidations of compiled code in a page after which its blocks must be twice as hot to be compiled again.
 const REWRITES: u32 = 8;
 
@@ -247,13 +245,19 @@ impl Vcpu {
             self.lead_bridge();
         }
         match self.cpu.jit.exit_reason {
-            reason::HOT => match self.find_block() {
-                Ok(id) => {
-                    self.request_region(id);
-                    Ok(())
+            reason::HOT => {
+                let countdown = self.cpu.jit.counted_down as u32;
+                if let Some(jit) = &mut self.jit {
+                    jit.count_down(countdown, self.threshold);
                 }
-                Err(Trap) => self.fault(),
-            },
+                match self.find_block() {
+                    Ok(id) => {
+                        self.request_region(id);
+                        Ok(())
+                    }
+                    Err(Trap) => self.fault(),
+                }
+            }
             reason::INTERPRET => match self.find_block() {
                 Ok(id) => self.interpret(id),
                 Err(Trap) => self.fault(),
@@ -289,7 +293,6 @@ impl Vcpu {
     fn follow_regions(&mut self) {
         let Some(jit) = &mut self.jit else { return };
         let stub = jit.stub();
-        let mut cool = Vec::new();
         for change in jit.changes() {
             match change {
                 Change::Code((gpa, mode), runs) => {
@@ -303,7 +306,6 @@ impl Vcpu {
                 Change::Cool((gpa, mode)) => {
                     if let Some(id) = self.blocks.find(gpa, Mode(mode)) {
                         self.blocks.get_mut(id).heat = 0;
-                        cool.push(id);
                     }
                 }
                 Change::Mark(page, granules) => {
@@ -313,9 +315,6 @@ impl Vcpu {
                 }
             }
         }
-        for id in cool {
-            jit.count_down(self.blocks.get(id).runs, self.threshold);
-        }
     }
 
     /// Asks for a region at a block that has become hot.
@@ -323,7 +322,8 @@ impl Vcpu {
     fn request_region(&mut self, id: BlockId) {
         let Some(jit) = &mut self.jit else { return };
         let block = self.blocks.get(id);
-        if !Jit::compiles(block.mode) {
+        // What has been asked for is on its way.
+        if !Jit::compiles(block.mode) || block.runs.in_region() || block.heat > self.threshold {
             return;
         }
         // A page that keeps being rewritten is interpreted for longer and longer.
@@ -331,36 +331,25 @@ impl Vcpu {
         let block = self.blocks.get_mut(id);
         block.postponed += 1;
         if block.postponed < patience {
-            self.ask_again(id, self.threshold);
+            block.heat = 0;
             return;
         }
         let block = self.blocks.get(id);
-        let heat = |block: &Block| jit.heat(block, self.threshold);
+        // Quick code has run often enough to be worth its place.
+        let heat = |block: &Block| if block.runs.countdown.is_some() { self.threshold } else { block.heat };
         let Some(mut plan) = Plan::grow(&self.blocks, block.gpa, block.mode, heat, jit.counted) else { return };
         plan.rip = self.cpu.s.rip;
         let keys: Vec<_> = plan.keys().collect();
         if !jit.request(plan) {
-            self.ask_again(id, self.threshold / 2);
+            let block = self.blocks.get_mut(id);
+            block.heat = block.heat.min(self.threshold / 2);
             return;
         }
         // None of them asks again while this region is on its way.
         for (gpa, mode) in keys {
             if let Some(id) = self.blocks.find(gpa, Mode(mode)) {
-                let block = self.blocks.get_mut(id);
-                match block.runs.countdown {
-                    Some(_) => jit.count_down(block.runs, ASKED),
-                    None => block.heat = self.threshold + 1,
-                }
+                self.blocks.get_mut(id).heat = self.threshold + 1;
             }
-        }
-    }
-
-    /// Has a block ask for a region after so many more runs.
-    fn ask_again(&mut self, id: BlockId, runs: u32) {
-        let block = self.blocks.get_mut(id);
-        match &mut self.jit {
-            Some(jit) if block.runs.countdown.is_some() => jit.count_down(block.runs, runs),
-            _ => block.heat = self.threshold - runs,
         }
     }
 

@@ -155,6 +155,17 @@ impl CodeArena {
         true
     }
 
+    /// Replaces the constant of 8 bytes at `at` in an instruction of x86-64 code; threads that run it meanwhile take
+    /// either the old one or the new one. Returns `false`, and changes nothing, when `at` is not a multiple of 8 or
+    /// outside the arena.
+    pub fn patch_constant(&self, at: usize, constant: u64) -> bool {
+        let done = self.writable.lock().replace_quadword(at, constant);
+        if done {
+            clean_to_fetch(self.executable.at(at), 8);
+        }
+        done
+    }
+
     /// Returns once every core that runs a thread of this process has discarded instructions it fetched before:
     /// branches patched earlier lead nowhere but to their new targets.
     ///

@@ -24,7 +24,7 @@ use dashmap::DashMap;
 use crate::addr::PAGE_MASK;
 use crate::address_map::{AddressHasher, AddressMap};
 use crate::code::{CodeArena, Slot};
-use crate::jit::bridge::Bridge;
+use crate::jit::bridge::{Bridge, NO_KEY};
 
 /// Where guest code is: physical address and mode.
 pub type Key = (u64, u8);
@@ -60,6 +60,9 @@ pub struct Unit<K> {
     pub countdown: Option<u32>,
     /// Its direct branches into other pages ([`crate::jit::bridge`]).
     pub bridges: Box<[Bridge]>,
+    /// Of each bridge, if its code holds what they lead to itself, where in `code` the key stands, 8 bytes at a multiple
+    /// of 8, and where the branch for it is.
+    pub crossings: Vec<(usize, usize)>,
     /// What the code refers to by address besides, kept for as long as it.
     pub kept: K,
 }
@@ -75,9 +78,21 @@ struct Region<K> {
     branches: Vec<(Key, usize)>,
     countdown: Option<u32>,
     bridges: Box<[Bridge]>,
+    /// As in [`Unit`], in the arena.
+    crossings: Vec<(usize, usize)>,
     /// Those of its bridges that lead somewhere, by index, and where.
     bridged: Vec<(usize, Key)>,
     _kept: K,
+}
+
+impl<K> Region<K> {
+    /// Has a bridge lead nowhere.
+    fn part(&self, index: usize, arena: &CodeArena) {
+        match self.crossings.get(index) {
+            Some(&(constant, _)) => _ = arena.patch_constant(constant, NO_KEY),
+            None => self.bridges[index].part(),
+        }
+    }
 }
 
 /// The way into a region.
@@ -262,6 +277,7 @@ impl<K> Cache<K> {
             branches,
             countdown,
             bridges: unit.bridges,
+            crossings: unit.crossings.iter().map(|&(key, site)| (start + key, start + site)).collect(),
             bridged: Vec::new(),
             _kept: unit.kept,
         };
@@ -287,7 +303,7 @@ impl<K> Cache<K> {
         }
         for (id, index) in self.bridged.remove(&key).into_iter().flatten() {
             if let Some(from) = self.regions.get_mut(&id) {
-                from.bridges[index].part();
+                from.part(index, &self.arena);
                 from.bridged.retain(|&(i, _)| i != index);
             }
         }
@@ -335,14 +351,24 @@ impl<K> Cache<K> {
     /// asks again, without a region there. The key comes with the second page, as the block there has it.
     pub fn lead(&mut self, name: u64, branch: u64, to: Option<(Key, Option<u64>)>) -> bool {
         let (id, index) = Bridge::place(name);
-        let to = to.map(|(key, second_page)| (key, self.find(key, second_page).code)).filter(|&(_, code)| code != 0);
+        let to = to.and_then(|(key, second_page)| {
+            let entry = self.entries.get(&key).filter(|e| e.second_page == second_page)?;
+            Some((key, entry.code, entry.tail))
+        });
         let Some(region) = self.regions.get_mut(&id) else { return false };
         let Some(bridge) = region.bridges.get(index) else { return false };
-        let Some((key, code)) = to else {
+        let Some((key, code, tail)) = to else {
             bridge.ask_again();
             return false;
         };
-        bridge.lead(branch, code);
+        match region.crossings.get(index) {
+            None => bridge.lead(branch, code),
+            Some(&(constant, site)) => {
+                self.arena.patch_constant(constant, NO_KEY);
+                self.arena.patch_branch(site, tail);
+                self.arena.patch_constant(constant, branch);
+            }
+        }
         let led = region.bridged.iter().position(|&(i, _)| i == index).map(|at| region.bridged.swap_remove(at).1);
         region.bridged.push((index, key));
         if let Some(old) = led {
@@ -365,8 +391,8 @@ impl<K> Cache<K> {
     /// Has no bridge lead anywhere.
     pub fn part_bridges(&mut self) {
         for region in self.regions.values_mut() {
-            for (index, _) in region.bridged.drain(..) {
-                region.bridges[index].part();
+            for (index, _) in std::mem::take(&mut region.bridged) {
+                region.part(index, &self.arena);
             }
         }
         self.bridged.clear();

@@ -56,6 +56,9 @@ pub struct Compiled {
     pub bridges: usize,
     /// Where the code holds an address, and of what: 8 bytes at this offset.
     pub addresses: Vec<(usize, Referent)>,
+    /// Of each bridge, where the code has its key, 8 bytes, and the site of the branch that it is for; none where
+    /// bridges themselves say where they lead.
+    pub crossings: Vec<(usize, usize)>,
     /// Time that it took.
     pub nanos: u64,
 }
@@ -130,7 +133,15 @@ impl Compiler {
         if plan.blocks.len() > LARGE {
             self.context = Context::new();
         }
-        let mut compiled = Compiled { code, branches: Vec::new(), insns, bridges, addresses: Vec::new(), nanos: 0 };
+        let mut compiled = Compiled {
+            code,
+            branches: Vec::new(),
+            insns,
+            bridges,
+            addresses: Vec::new(),
+            crossings: Vec::new(),
+            nanos: 0,
+        };
         let pieces = append(&mut compiled.code, &pieces);
         for Relocation { offset, kind, namespace, index } in relocations {
             match (namespace, kind) {

@@ -22,7 +22,7 @@ pub mod reason {
     /// A helper's instruction ended the block, RIP is where it leads, and the dispatch loop has nothing to do: compiled
     /// code goes on by the jump cache. Behind a miss it means the same as [`NEXT`].
     pub const ONWARD: u64 = 4;
-    /// The block at RIP, which has quick code, has run so often that it deserves a region.
+    /// Quick code has gone to RIP, or elsewhere, so often that the block there deserves a region.
     pub const HOT: u64 = 5;
 }
 
@@ -130,7 +130,9 @@ pub struct JitFrame {
     /// Addresses of the routines that quick code shares ([`crate::quick::Routine`]).
     pub quick: [u64; crate::quick::ROUTINES],
     /// Address of the countdowns of quick code, 4 bytes each.
-    pub heat: u64,
+    pub countdowns: u64,
+    /// The number of the one that has run out.
+    pub counted_down: u64,
     /// Slow paths taken, for statistics.
     pub slow_paths: u64,
     /// Instructions evaluated by helper, for statistics.

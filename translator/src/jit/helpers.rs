@@ -10,9 +10,9 @@ use crate::simd::fp::FpEnv;
 
 impl Cpu {
     /// Points compiled code to the helpers and to what does not move.
-    pub fn connect_jit(&mut self, jump: u64, heat: u64, thunks: [u64; THUNKS], quick: [u64; ROUTINES]) {
+    pub fn connect_jit(&mut self, jump: u64, countdowns: u64, thunks: [u64; THUNKS], quick: [u64; ROUTINES]) {
         self.jit.jump = jump;
-        self.jit.heat = heat;
+        self.jit.countdowns = countdowns;
         self.jit.quick = quick;
         self.jit.thunks = thunks;
         self.jit.kick = self.kick.as_ptr() as u64;

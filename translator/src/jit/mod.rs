@@ -118,7 +118,7 @@ pub struct Jit {
     /// Makes quick code, on hosts for which there is some.
     quick: Option<Quick>,
     routines: Vec<Stub>,
-    /// How many runs of quick code are left until it asks for a region. The code counts them down.
+    /// How often quick code has to go on, back or elsewhere, until it asks for a region there. The code counts it down.
     countdowns: Box<[i32]>,
     /// Names regions for Linux perf.
     perf: Option<PerfMap>,
@@ -182,22 +182,11 @@ impl Jit {
         self.countdowns.as_mut_ptr() as u64
     }
 
-    /// Has quick code ask for a region after so many runs from now.
-    pub fn count_down(&mut self, runs: Runs, left: u32) {
-        if let Some(n) = runs.countdown {
-            self.countdowns[n as usize] = left as i32;
+    /// Has the quick code with this number ask for a region after it has gone on elsewhere so often from now.
+    pub fn count_down(&mut self, countdown: u32, left: u32) {
+        if let Some(n) = self.countdowns.get_mut(countdown as usize) {
+            *n = left as i32;
         }
-    }
-
-    /// How often a block has run, where quick code asks for a region after `patience` runs.
-    pub fn heat(&self, block: &Block, patience: u32) -> u32 {
-        let quick = match block.runs.countdown.map(|n| self.countdowns[n as usize]) {
-            None => 0,
-            // It has asked already.
-            Some(left) if left > patience as i32 => patience,
-            Some(left) => patience.saturating_sub_signed(left),
-        };
-        block.heat.saturating_add(quick)
     }
 
     /// Whether this host has quick code.
@@ -205,7 +194,8 @@ impl Jit {
         self.quick.is_some()
     }
 
-    /// Gives a block quick code that asks for a region after so many runs; [`Self::changes`] says what that changed. No
+    /// Gives a block quick code, which asks for a region after it has gone on, back or elsewhere, so often;
+    /// [`Self::changes`] says what that changed. No
     /// vCPU may be in compiled code.
     pub fn quicken(&mut self, block: &Block, runs: u32) {
         let Some(quick) = self.quick.filter(|_| block.next_page.is_none()) else { return };
@@ -329,7 +319,7 @@ impl Jit {
 
     /// Completes code and puts it into the cache: where it is then, and how long.
     fn put(&mut self, id: RegionId, place: Place, compiled: Compiled) -> Option<(u64, usize)> {
-        let Compiled { mut code, branches, insns, bridges, addresses, .. } = compiled;
+        let Compiled { mut code, branches, insns, bridges, addresses, crossings, .. } = compiled;
         let insns = insns.into_boxed_slice();
         let bridges = Bridge::row(id, bridges);
         for (at, referent) in addresses {
@@ -340,7 +330,7 @@ impl Jit {
             code.get_mut(at..at + 8)?.copy_from_slice(&address.to_le_bytes());
         }
         let isa = self.cache.arena().isa();
-        let sites: Vec<usize> = branches.iter().map(|b| b.site).collect();
+        let sites: Vec<usize> = branches.iter().map(|b| b.site).chain(crossings.iter().map(|c| c.1)).collect();
         let tail = match isa {
             HostIsa::X86_64 if place.countdown.is_some() => FRAME_SETUP_LEN,
             HostIsa::X86_64 => elide_frame(&mut code, &sites)?,
@@ -351,8 +341,10 @@ impl Jit {
         let Place { extents, entries, blocks, second_page, countdown } = place;
         let &(first, mode) = blocks.first()?;
         let key = |Branch { to, .. }: Branch| to.map(|off| (first & !PAGE_MASK | off, mode));
-        let branches = sites.into_iter().zip(branches.into_iter().map(key)).collect();
-        let unit = Unit { code, tail, branches, extents, entries, blocks, second_page, countdown, bridges, kept: insns };
+        let crossings: Vec<_> = crossings.iter().map(|c| c.0).zip(sites[branches.len()..].iter().copied()).collect();
+        let keys = branches.into_iter().map(key).chain(crossings.iter().map(|_| None));
+        let branches = sites.into_iter().zip(keys).collect();
+        let unit = Unit { code, tail, branches, extents, entries, blocks, second_page, countdown, bridges, crossings, kept: insns };
         let Placed { code, evicted } = self.cache.place(id, unit)?;
         self.counts.evicted += evicted;
         Some((code, bytes))

@@ -409,6 +409,11 @@ impl Asm {
         self.op(None, 0, &[0xff], 4, target.into());
     }
 
+    /// Does nothing.
+    pub fn nop(&mut self) {
+        self.code.push(0x90);
+    }
+
     /// Returns.
     pub fn ret(&mut self) {
         self.code.push(0xc3);

@@ -25,7 +25,7 @@ use crate::jit::frame::{lazy, reason};
 use crate::jit::usage::Usage;
 use crate::quick::asm::{Alu, Asm, Cc, Gpr, Jump, Mem, Shift, Xmm};
 use crate::quick::{Quick, Routine};
-use crate::jit::bridge::Bridge;
+use crate::jit::bridge::NO_KEY;
 use crate::jump::{JUMP_ENTRIES, JumpEntry};
 use crate::width::{W8, W16, W32, W64};
 
@@ -100,6 +100,8 @@ pub struct QuickEmit<'a> {
     /// Page offset of the block.
     start: u64,
     counted: bool,
+    /// The number of its countdown to a region.
+    countdown: u32,
     registers: Registers,
     /// Vector registers in use by the instruction being emitted.
     vectors: u8,
@@ -117,12 +119,14 @@ pub struct QuickEmit<'a> {
     /// The instruction needs more registers than there are, or what this evaluator has not.
     pub(super) failed: bool,
     exits: Vec<SideExit>,
-    /// Jumps to where the dispatch loop is returned to.
+    /// Jumps to where the dispatch loop is returned to, and to where it is asked for a region.
     leaves: Vec<Jump>,
+    hot: Vec<Jump>,
     branches: Vec<Branch>,
     insns: Vec<Insn>,
     bridges: usize,
     addresses: Vec<(usize, Referent)>,
+    crossings: Vec<(usize, usize)>,
 }
 
 /// Where everything was before an instruction that may turn out to have no quick form.
@@ -135,7 +139,11 @@ struct Mark {
     exits: usize,
     last_exit: usize,
     leaves: usize,
+    hot: usize,
     branches: usize,
+    bridges: usize,
+    addresses: usize,
+    crossings: usize,
 }
 
 pub(super) fn cpu(offset: i32) -> Mem {
@@ -147,13 +155,14 @@ pub(super) fn gpr_at(r: u8) -> Mem {
 }
 
 impl<'a> QuickEmit<'a> {
-    pub(super) fn new(quick: &'a Quick, mode: Mode, start: u64, counted: bool) -> QuickEmit<'a> {
+    pub(super) fn new(quick: &'a Quick, mode: Mode, start: u64, counted: bool, countdown: u32) -> QuickEmit<'a> {
         QuickEmit {
             a: Asm::default(),
             quick,
             mode,
             start,
             counted,
+            countdown,
             registers: Registers { guests: [0; 16], at: [None; 16], bits: [64; 16], busy: 0, next: 0 },
             vectors: 0,
             flags: FlagVal::Memory,
@@ -166,21 +175,20 @@ impl<'a> QuickEmit<'a> {
             failed: false,
             exits: Vec::new(),
             leaves: Vec::new(),
+            hot: Vec::new(),
             branches: Vec::new(),
             insns: Vec::new(),
             bridges: 0,
             addresses: Vec::new(),
+            crossings: Vec::new(),
         }
     }
 
-    /// Emits the whole block; `heat` is the number of its countdown to being compiled better.
-    pub(super) fn emit(mut self, insns: &[Insn], heat: u32) -> Compiled {
+    /// Emits the whole block.
+    pub(super) fn emit(mut self, insns: &[Insn]) -> Compiled {
         self.a.push(Gpr::RBP);
         self.a.mov(8, Gpr::RBP, Gpr::RSP);
         debug_assert_eq!(self.a.code.len(), FRAME_SETUP_LEN);
-        self.a.load(8, Gpr::RAX, cpu(at!(jit.heat)));
-        self.a.alu_imm(4, Alu::Sub, Mem::at(Gpr::RAX, 4 * heat as i32), 1);
-        let hot = self.a.jcc(Cc::S);
         for i in insns {
             self.off = i.off;
             self.instruction(i);
@@ -194,14 +202,17 @@ impl<'a> QuickEmit<'a> {
         for exit in std::mem::take(&mut self.exits) {
             self.side_exit(exit);
         }
-        self.a.here(hot);
+        for hot in std::mem::take(&mut self.hot) {
+            self.a.here(hot);
+        }
         self.a.store_imm(8, cpu(at!(jit.exit_reason)), reason::HOT as i32);
+        self.a.store_imm(8, cpu(at!(jit.counted_down)), self.countdown as i32);
         for leave in std::mem::take(&mut self.leaves) {
             self.a.here(leave);
         }
         self.leave();
-        let QuickEmit { a, branches, insns, bridges, addresses, .. } = self;
-        Compiled { code: a.code, branches, insns, bridges, addresses, nanos: 0 }
+        let QuickEmit { a, branches, insns, bridges, addresses, crossings, .. } = self;
+        Compiled { code: a.code, branches, insns, bridges, addresses, crossings, nanos: 0 }
     }
 
     fn instruction(&mut self, i: &Insn) {
@@ -237,7 +248,11 @@ impl<'a> QuickEmit<'a> {
             exits: self.exits.len(),
             last_exit: self.exits.last().map_or(0, |e| e.jumps.len()),
             leaves: self.leaves.len(),
+            hot: self.hot.len(),
             branches: self.branches.len(),
+            bridges: self.bridges,
+            addresses: self.addresses.len(),
+            crossings: self.crossings.len(),
         }
     }
 
@@ -250,7 +265,11 @@ impl<'a> QuickEmit<'a> {
             exit.jumps.truncate(mark.last_exit);
         }
         self.leaves.truncate(mark.leaves);
+        self.hot.truncate(mark.hot);
         self.branches.truncate(mark.branches);
+        self.bridges = mark.bridges;
+        self.addresses.truncate(mark.addresses);
+        self.crossings.truncate(mark.crossings);
         self.ended = false;
     }
 
@@ -594,13 +613,20 @@ impl<'a> QuickEmit<'a> {
 
     /// Goes on at an offset from the block; flags are stored, and RIP is in its register.
     fn edge(&mut self, off: i64, done: i32) {
-        let rip = self.rip();
-        self.a.lea(if self.mode.has(Mode::CODE64) { 8 } else { 4 }, Gpr::RAX, Mem::at(rip, off as i32));
-        self.a.store(8, cpu(at!(s.rip)), Gpr::RAX);
-        self.count(done);
+        let bytes = if self.mode.has(Mode::CODE64) { 8 } else { 4 };
         let to = self.start as i64 + off;
         let inside = (0..=PAGE_MASK as i64).contains(&to);
+        match self.rip.filter(|_| inside) {
+            None if inside => self.a.alu_imm(bytes, Alu::Add, cpu(at!(s.rip)), off as i32),
+            _ => {
+                let rip = self.rip();
+                self.a.lea(bytes, Gpr::RAX, Mem::at(rip, off as i32));
+                self.a.store(8, cpu(at!(s.rip)), Gpr::RAX);
+            }
+        }
+        self.count(done);
         if !inside || off <= 0 {
+            self.count_down();
             self.poll();
         }
         if inside {
@@ -616,14 +642,19 @@ impl<'a> QuickEmit<'a> {
     fn cross(&mut self) {
         let (bridge, key) = (Gpr::RCX, Gpr::RDX);
         self.key(key, Gpr::RAX);
+        // The constant is at a multiple of 8, and the jump behind it where it can be patched.
+        while !(self.a.code.len() + 2).is_multiple_of(8) {
+            self.a.nop();
+        }
+        let constant = self.a.mov_imm64(bridge, NO_KEY);
+        self.a.alu(8, Alu::Cmp, key, bridge);
+        let miss = self.a.jcc(Cc::NE);
+        let Jump(site) = self.a.jmp();
+        self.crossings.push((constant, site));
+        self.a.here(miss);
         let at = self.a.mov_imm64(bridge, 0);
         self.addresses.push((at, Referent::Bridge(self.bridges)));
         self.bridges += 1;
-        self.a.alu(8, Alu::Cmp, key, Mem::at(bridge, offset_of!(Bridge, key) as i32));
-        let miss = self.a.jcc(Cc::NE);
-        self.a.pop(Gpr::RBP);
-        self.a.jmp_mem(Mem::at(bridge, offset_of!(Bridge, code) as i32));
-        self.a.here(miss);
         self.a.store(8, cpu(at!(jit.missed)), bridge);
         let Jump(site) = self.a.jmp();
         self.branches.push(Branch { site, to: None });
@@ -637,6 +668,14 @@ impl<'a> QuickEmit<'a> {
         self.a.alu(8, Alu::Xor, to, ip);
     }
 
+    /// Counts what may be a round of a loop, or a call. Changes RCX.
+    fn count_down(&mut self) {
+        self.a.load(8, Gpr::RCX, cpu(at!(jit.countdowns)));
+        self.a.alu_imm(4, Alu::Sub, Mem::at(Gpr::RCX, 4 * self.countdown as i32), 1);
+        let hot = self.a.jcc(Cc::S);
+        self.hot.push(hot);
+    }
+
     /// Returns to the dispatch loop if a kick is pending; the CPU state is exact. Changes RCX.
     fn poll(&mut self) {
         self.a.load(8, Gpr::RCX, cpu(at!(jit.kick)));
@@ -646,11 +685,14 @@ impl<'a> QuickEmit<'a> {
     }
 
     /// Goes on at a computed instruction pointer, by the jump cache.
-    pub(super) fn exit_to(&mut self, target: Val) {
+    pub(super) fn exit_to(&mut self, target: Val, returns: bool) {
         let target = self.reg(target);
         self.store_flags();
         self.a.store(8, cpu(at!(s.rip)), target);
         self.count(self.done + 1);
+        if !returns {
+            self.count_down();
+        }
         self.poll();
         self.jump_by_cache(target);
         self.ended = true;
@@ -675,7 +717,10 @@ impl<'a> QuickEmit<'a> {
     /// Takes one of two ways by a condition.
     pub(super) fn branch(&mut self, c: Val, taken: i64, next: i64) {
         self.store_flags();
-        self.rip();
+        let outside = |off: i64| !(0..=PAGE_MASK as i64).contains(&(self.start as i64 + off));
+        if outside(taken) || outside(next) {
+            self.rip();
+        }
         if let Val::Imm(c) = c {
             return self.edge(if c & 1 != 0 { taken } else { next }, self.done + 1);
         }

@@ -123,11 +123,11 @@ impl Quick {
         (isa == HostIsa::X86_64).then_some(Quick { counts_bits })
     }
 
-    /// The code of a block of instructions that lie in one page, from page offset `start`; `heat` is the number of its
-    /// countdown, `counted` whether it shall count the instructions it completes. Offsets of the instructions that
+    /// The code of a block of instructions that lie in one page, from page offset `start`; `countdown` is the number
+    /// of its countdown, `counted` whether it shall count the instructions it completes. Offsets of the instructions that
     /// helpers evaluate are from the start of the block.
-    pub fn compile(&self, insns: &[Insn], mode: Mode, start: u64, heat: u32, counted: bool) -> Compiled {
-        Emitter::new(self, mode, start, counted).emit(insns, heat)
+    pub fn compile(&self, insns: &[Insn], mode: Mode, start: u64, countdown: u32, counted: bool) -> Compiled {
+        Emitter::new(self, mode, start, counted, countdown).emit(insns)
     }
 
     /// `extern "C" fn(cpu, code)`: calls compiled code. Regions preserve the registers that C functions do; quick code

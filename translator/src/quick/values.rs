@@ -675,8 +675,8 @@ impl Emit for QuickEmit<'_> {
         Ok(())
     }
 
-    fn set_ip(&mut self, _: &Insn, target: Val) {
-        self.exit_to(target);
+    fn set_ip(&mut self, i: &Insn, target: Val) {
+        self.exit_to(target, i.iced_code().flow_control() == iced_x86::FlowControl::Return);
     }
 
     fn jump_rel(&mut self, i: &Insn) -> Result<(), Unsupported> {
