@@ -48,7 +48,10 @@ pub fn run(data: &[u8]) {
         let boards = [Board::default(), Board::default()];
         let mut interpreter = Vcpu::new(start.cpu(&rams[0], boards[0].clone()), None);
         let mut compiler = Vcpu::new(start.cpu(&rams[1], boards[1].clone()), Some(jit));
-        compiler.set_threshold(threshold);
+        match how & 16 {
+            0 => compiler.set_threshold(threshold),
+            _ => compiler.set_quick(1, 8 * threshold),
+        }
         for round in 0..2 + rounds % 3 {
             let state = if round == 0 { start.state.clone() } else { varied(&start.state, round) };
             interpreter.cpu.set_state(state.clone());

@@ -61,7 +61,10 @@ pub fn run(data: &[u8]) {
         start.fill(ram, code);
         let jit = JIT.take().unwrap_or_else(|| Jit::new(CODE_CACHE, 1).expect("this host compiles"));
         let mut vcpu = Vcpu::new(start.cpu(ram, Board::default()), Some(jit));
-        vcpu.set_threshold(threshold);
+        match how & 16 {
+            0 => vcpu.set_threshold(threshold),
+            _ => vcpu.set_quick(1, 8 * threshold),
+        }
         drive(&mut vcpu, way);
         assert_eq!(vcpu.difference, None);
         check_derived(&mut vcpu.cpu);

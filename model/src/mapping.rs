@@ -78,6 +78,8 @@ impl Writable {
         true
     }
 
+    /// Replaces the quadword at `at`, which is aligned, by a single store; false, with nothing written, if there is none.
+    #[must_use]
     pub fn replace_quadword(&mut self, at: usize, quadword: u64) -> bool {
         if !at.is_multiple_of(8) || self.load(at / 8).is_none() {
             return false;

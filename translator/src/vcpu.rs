@@ -25,9 +25,9 @@ pub enum Exit {
 }
 
 /// Interpreted runs of a block before it gets quick code.
-const QUICK: u32 = 8;
+const QUICK: u32 = 24;
 /// So many times more of a block whose end has led to several places of its page, as far as is known.
-const WATCHED: u32 = 16;
+const WATCHED: u32 = 8;
 /// How often quick code goes on, back or elsewhere, before it asks for a region there.
 const PATIENCE: u32 = 20_000;
 /// How exits by [`reason`] are counted. Behind a miss ONWARD means what NEXT does.
@@ -409,17 +409,16 @@ impl Vcpu {
     #[inline]
     fn warm_up(&mut self, id: BlockId) {
         let block = self.blocks.get(id);
-        let quick = self.quick.filter(|_| block.next_page.is_none() && Jit::compiles(block.mode));
-        match quick {
-            // Where the indirect branch at the end leads is seen only while the block is interpreted.
-            Some(runs) if block.targets[0] != NO_TARGET => {
-                if block.heat == runs * WATCHED {
+        match self.quick.filter(|_| block.next_page.is_none() && Jit::compiles(block.mode)) {
+            Some(runs) => {
+                // Where the indirect branch at the end leads is seen only while the block is interpreted.
+                let watched = block.targets[0] != NO_TARGET;
+                if block.heat == if watched { runs * WATCHED } else { runs } {
                     self.quicken(id);
                 }
             }
-            Some(runs) if block.heat == runs => self.quicken(id),
-            None if block.heat == self.threshold => self.request_region(id),
-            _ => {}
+            None if block.heat == self.threshold.min(THRESHOLD) => self.request_region(id),
+            None => {}
         }
     }
 

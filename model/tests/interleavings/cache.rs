@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use diglot_model::code::CodeArena;
-use diglot_model::jit::cache::{Cache, Change, Extent, Key, RegionId, Unit};
+use diglot_model::jit::cache::{Cache, Change, Extent, Key, RegionId, Runs, Unit};
 use diglot_model::jit::handover::Handover;
 use diglot_model::processor::{RETURN, run, unit};
 use loom::sync::Arc;
@@ -144,7 +144,10 @@ impl Vcpu {
             entries: keys.clone(),
             blocks: keys,
             second_page: None,
+            inner: 0,
+            countdown: None,
             bridges: Box::default(),
+            crossings: Vec::new(),
             kept: Kept(plan.number, self.alive.clone()),
         };
         self.evicted += self.cache.place(id, unit).expect("room for one").evicted;
@@ -153,13 +156,14 @@ impl Vcpu {
     fn follow(&mut self) {
         for change in self.cache.changes.drain(..) {
             match change {
-                Change::Code(key, 0) => {
+                Change::Code(key, Runs { code: 0, .. }) => {
                     self.blocks.remove(&key);
+                    self.jump.remove(&key);
                 }
-                Change::Code(key, code) => {
+                Change::Code(key, Runs { code, .. }) => {
                     self.blocks.insert(key, code);
+                    self.jump.entry(key).and_modify(|old| *old = code);
                 }
-                Change::Freed(range) => self.jump.retain(|_, code| !range.contains(code)),
                 Change::Cool(_) | Change::Mark(..) => {}
             }
         }
@@ -168,7 +172,7 @@ impl Vcpu {
     /// Runs the code at a block and what it leads to: each unit is of the bytes that are there now.
     fn run(&mut self, block: Block) {
         let key = key(block);
-        assert_eq!(self.cache.find(key, None), self.blocks.get(&key).copied());
+        assert_eq!(self.cache.find(key, None).code, self.blocks.get(&key).copied().unwrap_or(0));
         if let Some(&code) = self.blocks.get(&key) {
             self.jump.entry(key).or_insert(code);
         }
@@ -193,7 +197,8 @@ impl Vcpu {
     /// Which units are reached from a block, of which only the first few are looked at.
     fn reached(&self, block: Block) -> Vec<u32> {
         let mut reached = Vec::new();
-        if let Some(code) = self.cache.find(key(block), None) {
+        let code = self.cache.find(key(block), None).code;
+        if code != 0 {
             run(self.cache.arena().executable(), code as usize, |number| reached.push(number));
         }
         reached

@@ -44,6 +44,8 @@ pub struct Unit<K> {
     pub code: Vec<u8>,
     /// Where in `code` direct branches of other regions enter it; computed jumps and calls do at its start.
     pub tail: usize,
+    /// Where those of quick code do, which count for themselves: behind where quick code counts.
+    pub inner: usize,
     /// The sites of its direct branches in `code`, each patchable, and what they lead to: the region at a key, or
     /// wherever RIP says.
     pub branches: Vec<(usize, Option<Key>)>,
@@ -95,14 +97,25 @@ impl<K> Region<K> {
     }
 }
 
+/// A direct branch.
+#[derive(Clone, Copy)]
+struct Site {
+    /// Its site in the arena.
+    at: usize,
+    /// Whether it is quick code's.
+    quick: bool,
+}
+
 /// The way into a region.
 #[derive(Clone, Copy)]
 struct Entry {
     region: RegionId,
     /// Address of its code in the executable view, for calls and computed jumps.
     code: u64,
-    /// Offset in the arena that direct branches of other regions lead to.
+    /// Offset in the arena that direct branches of regions lead to.
     tail: usize,
+    /// The same of quick code's.
+    inner: usize,
     second_page: Option<u64>,
     countdown: Option<u32>,
 }
@@ -160,7 +173,7 @@ pub struct Cache<K> {
     regions: AddressMap<RegionId, Region<K>>,
     by_page: AddressMap<u64, Vec<RegionId>>,
     /// Sites of direct branches to a key, whether it has code now or not.
-    incoming: AddressMap<Key, Vec<usize>>,
+    incoming: AddressMap<Key, Vec<Site>>,
     /// Bridges that lead to the code at a key.
     bridged: AddressMap<Key, Vec<(RegionId, usize)>>,
     /// Regions by age, for eviction, and some that are gone.
@@ -250,8 +263,9 @@ impl<K> Cache<K> {
             let site = start + site;
             let mut target = self.lookup;
             if let Some(key) = to {
-                target = self.branch_target(self.entries.get(&key).as_deref());
-                self.incoming.entry(key).or_default().push(site);
+                let quick = unit.countdown.is_some();
+                target = self.branch_target(self.entries.get(&key).as_deref(), quick);
+                self.incoming.entry(key).or_default().push(Site { at: site, quick });
                 branches.push((key, site));
             }
             self.arena.patch_branch(site, target);
@@ -259,7 +273,8 @@ impl<K> Cache<K> {
         self.arena.publish(&slot);
         let code = self.arena.exec_ptr(start) as u64;
         let Unit { countdown, second_page, .. } = unit;
-        let entry = Entry { region: id, code, tail: start + unit.tail, second_page, countdown };
+        let entry =
+            Entry { region: id, code, tail: start + unit.tail, inner: start + unit.inner, second_page, countdown };
         self.changes.extend(unit.blocks.iter().copied().map(Change::Cool));
         for &(page, granules) in &unit.extents {
             self.changes.push(Change::Mark(page, granules));
@@ -297,9 +312,9 @@ impl<K> Cache<K> {
         };
         let runs = entry.map_or(Runs::default(), |e| Runs { code: e.code, countdown: e.countdown });
         self.changes.push(Change::Code(key, runs));
-        let target = self.branch_target(entry.as_ref());
-        for &site in self.incoming.get(&key).into_iter().flatten() {
-            self.arena.patch_branch(site, target);
+        let target = |quick| self.branch_target(entry.as_ref(), quick);
+        for site in self.incoming.get(&key).into_iter().flatten() {
+            self.arena.patch_branch(site.at, target(site.quick));
         }
         for (id, index) in self.bridged.remove(&key).into_iter().flatten() {
             if let Some(from) = self.regions.get_mut(&id) {
@@ -317,9 +332,10 @@ impl<K> Cache<K> {
         }
     }
 
-    /// Where direct branches to an entry lead.
-    fn branch_target(&self, entry: Option<&Entry>) -> usize {
-        entry.filter(|e| e.second_page.is_none()).map_or(self.lookup, |e| e.tail)
+    /// Where direct branches to an entry lead, those of quick code or the others.
+    fn branch_target(&self, entry: Option<&Entry>, quick: bool) -> usize {
+        let tail = |e: &Entry| if quick { e.inner } else { e.tail };
+        entry.filter(|e| e.second_page.is_none()).map_or(self.lookup, tail)
     }
 
     /// How what may be entered at a key runs; `second_page` as the block there has it.
@@ -353,11 +369,11 @@ impl<K> Cache<K> {
         let (id, index) = Bridge::place(name);
         let to = to.and_then(|(key, second_page)| {
             let entry = self.entries.get(&key).filter(|e| e.second_page == second_page)?;
-            Some((key, entry.code, entry.tail))
+            Some((key, entry.code, entry.inner))
         });
         let Some(region) = self.regions.get_mut(&id) else { return false };
         let Some(bridge) = region.bridges.get(index) else { return false };
-        let Some((key, code, tail)) = to else {
+        let Some((key, code, inner)) = to else {
             bridge.ask_again();
             return false;
         };
@@ -365,7 +381,7 @@ impl<K> Cache<K> {
             None => bridge.lead(branch, code),
             Some(&(constant, site)) => {
                 self.arena.patch_constant(constant, NO_KEY);
-                self.arena.patch_branch(site, tail);
+                self.arena.patch_branch(site, inner);
                 self.arena.patch_constant(constant, branch);
             }
         }
@@ -405,7 +421,7 @@ impl<K> Cache<K> {
         }
         for (key, site) in region.branches {
             if let Some(sites) = self.incoming.get_mut(&key) {
-                sites.retain(|&s| s != site);
+                sites.retain(|s| s.at != site);
                 if sites.is_empty() {
                     self.incoming.remove(&key);
                 }

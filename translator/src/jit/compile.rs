@@ -59,6 +59,8 @@ pub struct Compiled {
     /// Of each bridge, where the code has its key, 8 bytes, and the site of the branch that it is for; none where
     /// bridges themselves say where they lead.
     pub crossings: Vec<(usize, usize)>,
+    /// Where quick code is entered by quick code; 0 for regions.
+    pub inner: usize,
     /// Time that it took.
     pub nanos: u64,
 }
@@ -140,6 +142,7 @@ impl Compiler {
             bridges,
             addresses: Vec::new(),
             crossings: Vec::new(),
+            inner: 0,
             nanos: 0,
         };
         let pieces = append(&mut compiled.code, &pieces);

@@ -319,7 +319,7 @@ impl Jit {
 
     /// Completes code and puts it into the cache: where it is then, and how long.
     fn put(&mut self, id: RegionId, place: Place, compiled: Compiled) -> Option<(u64, usize)> {
-        let Compiled { mut code, branches, insns, bridges, addresses, crossings, .. } = compiled;
+        let Compiled { mut code, branches, insns, bridges, addresses, crossings, inner, .. } = compiled;
         let insns = insns.into_boxed_slice();
         let bridges = Bridge::row(id, bridges);
         for (at, referent) in addresses {
@@ -336,6 +336,7 @@ impl Jit {
             HostIsa::X86_64 => elide_frame(&mut code, &sites)?,
             HostIsa::Aarch64 => 0,
         };
+        let inner = inner.max(tail);
         let sites = add_link_cells(isa, &mut code, &sites)?;
         let bytes = code.len();
         let Place { extents, entries, blocks, second_page, countdown } = place;
@@ -344,7 +345,20 @@ impl Jit {
         let crossings: Vec<_> = crossings.iter().map(|c| c.0).zip(sites[branches.len()..].iter().copied()).collect();
         let keys = branches.into_iter().map(key).chain(crossings.iter().map(|_| None));
         let branches = sites.into_iter().zip(keys).collect();
-        let unit = Unit { code, tail, branches, extents, entries, blocks, second_page, countdown, bridges, crossings, kept: insns };
+        let unit = Unit {
+            code,
+            tail,
+            inner,
+            branches,
+            extents,
+            entries,
+            blocks,
+            second_page,
+            countdown,
+            bridges,
+            crossings,
+            kept: insns,
+        };
         let Placed { code, evicted } = self.cache.place(id, unit)?;
         self.counts.evicted += evicted;
         Some((code, bytes))

@@ -132,7 +132,7 @@ impl Cc {
     pub const G: Cc = Cc(15);
 
     /// The opposite.
-    pub fn not(self) -> Cc {
+    pub fn opposite(self) -> Cc {
         Cc(self.0 ^ 1)
     }
 

@@ -19,14 +19,14 @@ use crate::emit::{Bin, Emit, Flags};
 use crate::flags;
 use crate::insn::{Insn, Mode};
 use crate::jit::Unsupported;
+use crate::jit::bridge::NO_KEY;
 use crate::jit::compile::{Branch, Compiled, Referent};
 use crate::jit::emit::{Helper, at};
 use crate::jit::frame::{lazy, reason};
 use crate::jit::usage::Usage;
+use crate::jump::{JUMP_ENTRIES, JumpEntry};
 use crate::quick::asm::{Alu, Asm, Cc, Gpr, Jump, Mem, Shift, Xmm};
 use crate::quick::{Quick, Routine};
-use crate::jit::bridge::NO_KEY;
-use crate::jump::{JUMP_ENTRIES, JumpEntry};
 use crate::width::{W8, W16, W32, W64};
 
 /// Holds the CPU ([`Cpu`]).
@@ -189,6 +189,8 @@ impl<'a> QuickEmit<'a> {
         self.a.push(Gpr::RBP);
         self.a.mov(8, Gpr::RBP, Gpr::RSP);
         debug_assert_eq!(self.a.code.len(), FRAME_SETUP_LEN);
+        self.count_down();
+        let inner = self.a.code.len();
         for i in insns {
             self.off = i.off;
             self.instruction(i);
@@ -212,7 +214,7 @@ impl<'a> QuickEmit<'a> {
         }
         self.leave();
         let QuickEmit { a, branches, insns, bridges, addresses, crossings, .. } = self;
-        Compiled { code: a.code, branches, insns, bridges, addresses, crossings, nanos: 0 }
+        Compiled { code: a.code, branches, insns, bridges, addresses, crossings, inner, nanos: 0 }
     }
 
     fn instruction(&mut self, i: &Insn) {
@@ -668,7 +670,7 @@ impl<'a> QuickEmit<'a> {
         self.a.alu(8, Alu::Xor, to, ip);
     }
 
-    /// Counts what may be a round of a loop, or a call. Changes RCX.
+    /// Counts what enters from elsewhere, and what may be a round of a loop. Changes RCX.
     fn count_down(&mut self) {
         self.a.load(8, Gpr::RCX, cpu(at!(jit.countdowns)));
         self.a.alu_imm(4, Alu::Sub, Mem::at(Gpr::RCX, 4 * self.countdown as i32), 1);
@@ -685,14 +687,11 @@ impl<'a> QuickEmit<'a> {
     }
 
     /// Goes on at a computed instruction pointer, by the jump cache.
-    pub(super) fn exit_to(&mut self, target: Val, returns: bool) {
+    pub(super) fn exit_to(&mut self, target: Val) {
         let target = self.reg(target);
         self.store_flags();
         self.a.store(8, cpu(at!(s.rip)), target);
         self.count(self.done + 1);
-        if !returns {
-            self.count_down();
-        }
         self.poll();
         self.jump_by_cache(target);
         self.ended = true;

@@ -43,7 +43,7 @@ impl QuickEmit<'_> {
 
     /// A value to be changed: a copy of it.
     fn copy<W: Width>(&mut self, v: Val) -> Gpr {
-        let to = match v {
+        match v {
             Val::Reg(r) => {
                 let to = self.take(bits::<W>());
                 self.a.mov(size::<W>(), to, r);
@@ -56,8 +56,7 @@ impl QuickEmit<'_> {
             }
             // These are made anew each time.
             v => self.reg(v),
-        };
-        to
+        }
     }
 
     /// `v + k`, 64 bits.
@@ -189,7 +188,7 @@ impl Emit for QuickEmit<'_> {
             (Bin::And | Bin::Mul, Val::Imm(0)) => return Val::Imm(0),
             (Bin::Xor, Val::Imm(1)) if W::BITS == 8 => {
                 if let Val::Holds { cc, bytes, a, b } = x {
-                    return Val::Holds { cc: cc.not(), bytes, a, b };
+                    return Val::Holds { cc: cc.opposite(), bytes, a, b };
                 }
             }
             (Bin::And, Val::Imm(0xffff_ffff)) if W::BITS == 64 => return self.exact::<W32>(x),
@@ -374,7 +373,7 @@ impl Emit for QuickEmit<'_> {
             self.a.mov(W::BYTES, Gpr::RDX, hi);
             self.a.unary(W::BYTES, Unary::Div, d);
         }
-        Ok(self.quotient::<W>())
+        Ok(self.quotient())
     }
 
     fn gpr<W: Width>(&mut self, r: u8) -> Val {
@@ -433,7 +432,16 @@ impl Emit for QuickEmit<'_> {
     }
 
     fn enable_interrupts(&mut self) -> Result<(), Unsupported> {
-        none()
+        // What else may have to be done is the interpreter's.
+        let any = Gpr::RAX;
+        self.a.movzx(1, any, cpu(at!(irq_maybe)));
+        self.a.alu(1, Alu::Or, any, cpu(at!(nmi_maybe)));
+        self.a.alu(1, Alu::Or, any, cpu(at!(jit.repeated)));
+        self.a.load(8, Gpr::RCX, cpu(at!(jit.kick)));
+        self.a.alu(4, Alu::Or, any, Mem::at(Gpr::RCX, 0));
+        self.side_exit_if(Cc::NE);
+        self.a.alu_imm(8, Alu::Or, cpu(word_at(Word::Flags).0), flag::IF as i32);
+        Ok(())
     }
 
     fn set_ac(&mut self, on: bool) {
@@ -675,8 +683,8 @@ impl Emit for QuickEmit<'_> {
         Ok(())
     }
 
-    fn set_ip(&mut self, i: &Insn, target: Val) {
-        self.exit_to(target, i.iced_code().flow_control() == iced_x86::FlowControl::Return);
+    fn set_ip(&mut self, _: &Insn, target: Val) {
+        self.exit_to(target);
     }
 
     fn jump_rel(&mut self, i: &Insn) -> Result<(), Unsupported> {
@@ -763,7 +771,7 @@ impl QuickEmit<'_> {
     }
 
     /// The quotient in RAX and the remainder in RDX.
-    fn quotient<W: Width>(&mut self) -> (Val, Val) {
+    fn quotient(&mut self) -> (Val, Val) {
         let (q, r) = (self.take(64), self.take(64));
         self.a.mov(8, q, Gpr::RAX);
         self.a.mov(8, r, Gpr::RDX);
@@ -799,6 +807,6 @@ impl QuickEmit<'_> {
         }
         self.a.alu(8, Alu::Cmp, Gpr::RCX, Gpr::RAX);
         self.side_exit_if(Cc::NE);
-        Ok(self.quotient::<W>())
+        Ok(self.quotient())
     }
 }

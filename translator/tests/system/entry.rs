@@ -24,7 +24,8 @@ fn faults_are_precise() {
         m.s.cr4 |= cr::CR4_FSGSBASE;
         m
     };
-    let cases: [(fn() -> Machine, Body, u8); 20] = [
+    type Case = (fn() -> Machine, Body, u8);
+    let cases: [Case; 20] = [
         (user, |a| a.cli(), 13),
         (user, |a| a.sti(), 13),
         (user, |a| a.swapgs(), 13),
