@@ -6,6 +6,7 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use diglot_translator::cpu::Cpu;
 use diglot_translator::decode::{self, MAX_LEN};
 use diglot_translator::insn::Mode;
+use diglot_translator::jit::Jit;
 use diglot_translator::jit::compile::Compiler;
 use diglot_translator::jit::region::Plan;
 use diglot_translator::testing::bare::{self, CODE, DATA};
@@ -14,6 +15,10 @@ use diglot_translator::width::W64;
 use iced_x86::code_asm::*;
 
 const ROUNDS: u32 = 10_000;
+/// Bytes of code memory.
+const CODE_MEMORY: usize = 1 << 20;
+/// More runs than there will be.
+const FOR_EVER: u32 = 1 << 30;
 /// Instructions in a round of [`program`].
 const ROUND: u64 = 10;
 
@@ -98,6 +103,51 @@ fn compiling(c: &mut Criterion) {
     group.finish();
 }
 
+/// The program's loop as quick code and as a region: with the interpreter's, what a round costs in each tier.
+fn running(c: &mut Criterion) {
+    let mut group = c.benchmark_group("run");
+    group.throughput(Throughput::Elements(u64::from(ROUNDS) * ROUND));
+    for (name, quick) in [("the loop as quick code", true), ("the loop as a region", false)] {
+        let mut vcpu = Vcpu::new(cpu(), Some(Jit::new(CODE_MEMORY, 1).expect("code memory")));
+        if quick {
+            vcpu.set_quick(1, FOR_EVER);
+        } else {
+            vcpu.set_threshold(2);
+        }
+        let mut run = || {
+            vcpu.cpu.s.rip = CODE;
+            vcpu.run();
+            vcpu.jit.as_ref().map(Jit::drain)
+        };
+        run();
+        run();
+        group.bench_function(name, |b| b.iter(&mut run));
+    }
+    group.finish();
+}
+
+/// What the code cache does for a block: finds its code, takes code in and links it, drops it when its bytes change.
+fn caching(c: &mut Criterion) {
+    let mut vcpu = Vcpu::new(cpu(), None);
+    vcpu.run();
+    let mode = vcpu.cpu.mode;
+    let id = vcpu.blocks.find(CODE, mode).expect("the program's first block");
+    let block = vcpu.blocks.get(id);
+    let (page, granules) = block.extent().next().expect("a place");
+    let mut jit = Jit::new(CODE_MEMORY, 1).expect("code memory");
+    let mut group = c.benchmark_group("code cache");
+    group.bench_function("make, place and invalidate quick code", |b| {
+        b.iter(|| {
+            jit.quicken(block, FOR_EVER);
+            jit.invalidate(page, granules);
+            jit.changes().count()
+        });
+    });
+    jit.quicken(block, FOR_EVER);
+    group.bench_function("find", |b| b.iter(|| jit.find(black_box((CODE, mode.0)), None)));
+    group.finish();
+}
+
 fn translating_addresses(c: &mut Criterion) {
     let mut cpu = cpu();
     let mut group = c.benchmark_group("soft TLB");
@@ -106,12 +156,12 @@ fn translating_addresses(c: &mut Criterion) {
     let mut linear = DATA;
     group.bench_function("miss and page walk", |b| {
         b.iter(|| {
-            linear ^= 1 << 25;
+            linear ^= 1 << 26;
             cpu.load_linear::<W64>(black_box(linear)).is_ok()
         });
     });
     group.finish();
 }
 
-criterion_group!(parts, decoding, interpreting, compiling, translating_addresses);
+criterion_group!(parts, decoding, interpreting, compiling, running, caching, translating_addresses);
 criterion_main!(parts);
