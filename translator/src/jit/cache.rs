@@ -53,7 +53,7 @@ pub struct Unit<K> {
     pub extents: Vec<Extent>,
     /// Where it may be entered.
     pub entries: Vec<Key>,
-    /// Its blocks.
+    /// Its blocks; those that are entries need not be among them.
     pub blocks: Vec<Key>,
     /// The page into which the region's one instruction crosses. Only the jump cache and bridges, which know that
     /// the page is mapped behind the first one, lead there.
@@ -248,12 +248,8 @@ impl<K> Cache<K> {
         let mut slot = loop {
             match self.arena.alloc(unit.code.len()) {
                 Some(slot) => break slot,
-                None => {
-                    // Oldest first; what is still hot is compiled again.
-                    let oldest = self.oldest()?;
-                    self.remove(oldest);
-                    evicted += 1;
-                }
+                None if self.evict() => evicted += 1,
+                None => return None,
             }
         };
         self.arena.write(&mut slot, &unit.code).ok()?;
@@ -265,7 +261,7 @@ impl<K> Cache<K> {
             if let Some(key) = to {
                 let quick = unit.countdown.is_some();
                 target = self.branch_target(self.entries.get(&key).as_deref(), quick);
-                self.incoming.entry(key).or_default().push(Site { at: site, quick });
+                self.incoming.entry(key).or_insert_with(|| Vec::with_capacity(1)).push(Site { at: site, quick });
                 branches.push((key, site));
             }
             self.arena.patch_branch(site, target);
@@ -275,7 +271,7 @@ impl<K> Cache<K> {
         let Unit { countdown, second_page, .. } = unit;
         let entry =
             Entry { region: id, code, tail: start + unit.tail, inner: start + unit.inner, second_page, countdown };
-        self.changes.extend(unit.blocks.iter().copied().map(Change::Cool));
+        self.changes.extend(unit.entries.iter().chain(&unit.blocks).copied().map(Change::Cool));
         for &(page, granules) in &unit.extents {
             self.changes.push(Change::Mark(page, granules));
             self.by_page.entry(page).or_default().push(id);
@@ -353,6 +349,14 @@ impl<K> Cache<K> {
         })
     }
 
+    /// Removes the region that was placed first; what is still hot is compiled again. False if there is none. No vCPU
+    /// may be in compiled code.
+    pub fn evict(&mut self) -> bool {
+        let oldest = self.oldest();
+        oldest.into_iter().for_each(|id| self.remove(id));
+        oldest.is_some()
+    }
+
     /// The region that was placed first.
     fn oldest(&mut self) -> Option<RegionId> {
         while let Some(id) = self.order.pop_front() {
@@ -418,6 +422,7 @@ impl<K> Cache<K> {
         let Some(region) = self.regions.remove(&id) else { return };
         for key in region.entries {
             self.link(key, None);
+            self.changes.push(Change::Cool(key));
         }
         for (key, site) in region.branches {
             if let Some(sites) = self.incoming.get_mut(&key) {

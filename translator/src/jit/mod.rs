@@ -48,7 +48,7 @@ pub const THRESHOLD: u32 = 400;
 /// Name of the compile threads, whose panics are survived.
 pub const WORKER: &str = "compile";
 /// Blocks that may have quick code at once.
-const COUNTDOWNS: usize = 512 * 1024;
+const COUNTDOWNS: usize = 192 * 1024;
 /// Regions that may wait for a worker.
 const QUEUE: usize = 256;
 
@@ -199,17 +199,25 @@ impl Jit {
     /// vCPU may be in compiled code.
     pub fn quicken(&mut self, block: &Block, runs: u32) {
         let Some(quick) = self.quick.filter(|_| block.next_page.is_none()) else { return };
-        let Some(countdown) = self.cache.countdown(COUNTDOWNS as u32) else { return };
+        let countdown = loop {
+            match self.cache.countdown(COUNTDOWNS as u32) {
+                Some(countdown) => break countdown,
+                None if self.cache.evict() => self.counts.evicted += 1,
+                None => return,
+            }
+        };
         let start = Instant::now();
         self.countdowns[countdown as usize] = runs as i32;
         let made = quick.compile(&block.insns, block.mode, block.gpa & PAGE_MASK, countdown, self.counted);
-        let extents: Vec<_> = block.extent().collect();
+        // There are many of these: their vectors have no room to spare.
+        let mut extents: Vec<_> = block.extent().collect();
+        extents.shrink_to_fit();
         let key = (block.gpa, block.mode.0);
-        let id = self.cache.expect(extents.clone());
+        let id = self.cache.expect(Vec::new());
         self.cache.arrive(id);
         let bytes = made.code.len() as u64;
         let place =
-            Place { extents, entries: vec![key], blocks: vec![key], second_page: None, countdown: Some(countdown) };
+            Place { extents, entries: vec![key], blocks: Vec::new(), second_page: None, countdown: Some(countdown) };
         if self.put(id, place, made).is_some() {
             self.counts.quick_blocks += 1;
             self.counts.quick_bytes += bytes;
@@ -340,7 +348,7 @@ impl Jit {
         let sites = add_link_cells(isa, &mut code, &sites)?;
         let bytes = code.len();
         let Place { extents, entries, blocks, second_page, countdown } = place;
-        let &(first, mode) = blocks.first()?;
+        let &(first, mode) = entries.first()?;
         let key = |Branch { to, .. }: Branch| to.map(|off| (first & !PAGE_MASK | off, mode));
         let crossings: Vec<_> = crossings.iter().map(|c| c.0).zip(sites[branches.len()..].iter().copied()).collect();
         let keys = branches.into_iter().map(key).chain(crossings.iter().map(|_| None));
