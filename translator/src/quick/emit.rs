@@ -15,7 +15,7 @@ use std::mem::offset_of;
 use crate::addr::PAGE_MASK;
 use crate::code::FRAME_SETUP_LEN;
 use crate::cpu::Cpu;
-use crate::emit::{Bin, Emit, Flags};
+use crate::emit::{Bin, Cond, Emit, Flags};
 use crate::flags;
 use crate::insn::{Insn, Mode};
 use crate::jit::Unsupported;
@@ -439,10 +439,68 @@ impl<'a> QuickEmit<'a> {
 
     /// Flags that have no deferred form.
     fn note_words(&mut self, f: Flags<Val>, bytes: u64) {
-        let words = self.materialise(f, bytes);
-        self.store_words(words);
+        if let Flags::Result { r, cf, of } = f {
+            self.store_result(r, bytes, cf, of);
+        } else {
+            let words = self.materialise(f, bytes);
+            self.store_words(words);
+        }
         self.flags = FlagVal::Memory;
         self.dirty = false;
+    }
+
+    /// The words of a result with a carry and an overflow, for which there would not be enough registers otherwise.
+    fn store_result(&mut self, r: Val, bytes: u64, cf: Val, of: Val) {
+        let (carry, differ) = (Gpr::RAX, Gpr::RCX);
+        let r = self.reg(r);
+        self.boolean_into(carry, cf);
+        self.boolean_into(differ, of);
+        self.a.alu(4, Alu::Xor, differ, carry);
+        self.a.shift_imm(8, Shift::Shl, carry, 63);
+        self.a.shift_imm(8, Shift::Shl, differ, 62);
+        self.a.alu(8, Alu::Or, carry, differ);
+        self.a.store(8, cpu(at!(s.cc_co)), carry);
+        let wide = match bytes {
+            8 => r,
+            _ => {
+                self.a.movsx(bytes, carry, r);
+                carry
+            }
+        };
+        self.a.store(8, cpu(at!(s.cc_z)), wide);
+        self.a.store(8, cpu(at!(s.cc_sp)), wide);
+        self.a.store_imm(8, cpu(at!(jit.lazy_kind)), 0);
+    }
+
+    /// A boolean in a given register that holds no value.
+    fn boolean_into(&mut self, to: Gpr, v: Val) {
+        match v {
+            Val::Imm(k) => self.a.mov_imm(to, k & 1),
+            Val::Holds { .. } => {
+                let cc = self.test(v);
+                self.a.setcc(cc, to);
+                self.a.movzx(1, to, to);
+            }
+            v => {
+                let r = self.reg(v);
+                self.a.movzx(1, to, r);
+            }
+        }
+    }
+
+    /// A condition of flags that stand in the CPU state, if it is one of a single word.
+    pub(super) fn holds_in_memory(&mut self, c: Cond) -> Option<Val> {
+        let (offset, cc) = match Cond::from_bits(c as u8 & !1) {
+            Cond::E => (at!(s.cc_z), Cc::E),
+            Cond::S => (at!(s.cc_sp), Cc::L),
+            Cond::B => (at!(s.cc_co), Cc::L),
+            _ => return None,
+        };
+        self.fold();
+        let a = self.take(64);
+        self.a.load(8, a, cpu(offset));
+        let cc = if c as u8 & 1 == 0 { cc } else { cc.opposite() };
+        Some(Val::Holds { cc, bytes: 8, a, b: Right::Imm(0) })
     }
 
     /// Flags with the difference that a comparison does not keep.

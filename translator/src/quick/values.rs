@@ -562,7 +562,9 @@ impl Emit for QuickEmit<'_> {
     }
 
     fn cond(&mut self, c: Cond) -> Val {
-        let FlagVal::Op(f, n) = self.flags else { return flags::condition(self, c) };
+        let FlagVal::Op(f, n) = self.flags else {
+            return self.holds_in_memory(c).unwrap_or_else(|| flags::condition(self, c));
+        };
         let base = Cond::from_bits(c as u8 & !1);
         if counts(&f) && !matches!(base, Cond::E | Cond::S) {
             return flags::condition(self, c);
