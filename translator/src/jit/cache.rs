@@ -478,7 +478,7 @@ impl<K> Cache<K> {
             here.copied().filter(|id| self.regions.get(id).is_some_and(|r| touched(&r.extents))).collect();
         for &id in &gone {
             // Quick code costs little to make again.
-            rewrites += u32::from(self.regions[&id].countdown.is_none());
+            rewrites += u32::from(self.regions.get(&id).is_some_and(|r| r.countdown.is_none()));
             self.remove(id);
         }
         if rewrites != 0 {
