@@ -478,6 +478,13 @@ pub trait Emit: Sized {
         let low = self.zext::<W, W8>(shifted);
         self.bin_imm::<W8>(Bin::And, low, 1)
     }
+    /// Whether a 64-bit address is not canonical.
+    #[inline(always)]
+    fn is_not_canonical(&mut self, address: Self::V) -> Self::V {
+        let up = self.bin_imm::<W64>(Bin::Shl, address, 16);
+        let back = self.bin_imm::<W64>(Bin::Sar, up, 16);
+        self.cmp::<W64>(Cmp::Ne, back, address)
+    }
     /// Whether `a` has one of the bits `mask`.
     #[inline(always)]
     fn has_bits(&mut self, a: Self::V, mask: u64) -> Self::V {

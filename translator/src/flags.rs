@@ -2,7 +2,7 @@
 
 use crate::emit::{Bin, Cmp, Cond, Emit, Flags, Un};
 use crate::state::flag;
-use crate::width::{W8, W64, Width};
+use crate::width::{W8, W16, W32, W64, Width};
 
 /// The lazy words (`cc_z`, `cc_sp`, `cc_co`) after an operation of width `W`.
 #[inline(always)]
@@ -84,6 +84,16 @@ pub fn materialise<E: Emit, W: Width>(e: &mut E, f: Flags<E::V>) -> (E::V, E::V,
             (z, odd, co)
         }
         Flags::Raw { z, sp, co } => (z, sp, co),
+    }
+}
+
+/// As [`materialise`], of operands of so many bytes.
+pub fn materialise_sized<E: Emit>(e: &mut E, f: Flags<E::V>, bytes: u64) -> (E::V, E::V, E::V) {
+    match bytes {
+        1 => materialise::<E, W8>(e, f),
+        2 => materialise::<E, W16>(e, f),
+        4 => materialise::<E, W32>(e, f),
+        _ => materialise::<E, W64>(e, f),
     }
 }
 
@@ -288,6 +298,16 @@ pub fn fused<E: Emit, W: Width>(e: &mut E, f: &Flags<E::V>, c: Cond) -> Option<E
         _ => return None,
     };
     Some(if not { e.bin_imm::<W8>(Bin::Xor, positive, 1) } else { positive })
+}
+
+/// As [`fused`], of operands of so many bytes.
+pub fn fused_sized<E: Emit>(e: &mut E, f: &Flags<E::V>, c: Cond, bytes: u64) -> Option<E::V> {
+    match bytes {
+        1 => fused::<E, W8>(e, f, c),
+        2 => fused::<E, W16>(e, f, c),
+        4 => fused::<E, W32>(e, f, c),
+        _ => fused::<E, W64>(e, f, c),
+    }
 }
 
 impl Cond {

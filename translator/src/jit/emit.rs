@@ -18,7 +18,7 @@ use cranelift_frontend::{FunctionBuilder, Variable};
 
 use crate::addr::PAGE_MASK;
 use crate::cpu::Cpu;
-use crate::emit::{Bin, Cond, Emit, Flags};
+use crate::emit::{Cond, Emit, Flags};
 use crate::flags;
 use crate::insn::{Insn, Mode};
 use crate::jit::frame::{lazy, reason};
@@ -27,7 +27,7 @@ use crate::jit::liveness::{dirty_on_entry, flags_live_on_entry, flags_read_on_en
 use crate::jit::region::Plan;
 use crate::jit::usage::{Regs, Usage};
 use crate::mmu::tlb::SITES;
-use crate::width::{W8, W16, W32, W64, Width};
+use crate::width::Width;
 
 /// Index of a helper's address in [`crate::jit::frame::JitFrame::helpers`].
 #[derive(Clone, Copy)]
@@ -536,41 +536,25 @@ impl<'a> JitEmit<'a> {
 
     /// The stores of [`Self::store_flags`], without noting that they are done.
     pub(super) fn store_flags_copy(&mut self) {
-        let (op, n, operands) = match self.flags.clone() {
+        let (f, n, before) = match self.flags.clone() {
             FlagVal::Memory => return,
-            FlagVal::Op(Flags::Cmp { a, b, .. }, n) => (lazy::CMP, n, [Some(a), Some(b), None]),
-            FlagVal::Op(Flags::Add { a, b, r }, n) => (lazy::ADD, n, [Some(a), Some(b), Some(r)]),
-            FlagVal::Op(Flags::Sub { a, b, r }, n) => (lazy::SUB, n, [Some(a), Some(b), Some(r)]),
-            FlagVal::Op(Flags::Logic { r }, n) => (lazy::LOGIC, n, [None, None, Some(r)]),
-            FlagVal::Op(Flags::Shift { op, a, n: count, r }, n) => {
-                let op = match op {
-                    Bin::Shl => lazy::SHL,
-                    Bin::Shr => lazy::SHR,
-                    _ => lazy::SAR,
-                };
-                let count = self.b.ins().iconst(I64, i64::from(count));
-                (op, n, [Some(a), Some(count), Some(r)])
-            }
-            FlagVal::Partial(f @ (Flags::Inc { a, r } | Flags::Dec { a, r }), n, before) => {
-                let down = matches!(f, Flags::Dec { .. });
-                match *before {
-                    FlagVal::Memory => {
-                        self.settle_carry();
-                        let op = if down { lazy::DEC_ONLY } else { lazy::INC_ONLY };
-                        (op, n, [Some(a), None, Some(r)])
-                    }
-                    before => {
-                        let now = std::mem::replace(&mut self.flags, before);
-                        let carry = self.cond(Cond::B);
-                        self.flags = now;
-                        let carry = self.b.ins().uextend(I64, carry);
-                        let op = if down { lazy::DEC } else { lazy::INC };
-                        (op, n, [Some(a), Some(carry), Some(r)])
-                    }
-                }
-            }
+            FlagVal::Op(f, n) => (f, n, None),
+            FlagVal::Partial(f @ (Flags::Inc { .. } | Flags::Dec { .. }), n, before) => (f, n, Some(*before)),
             _ => return self.store_words(),
         };
+        let count = |n: u32| self.b.ins().iconst(I64, i64::from(n));
+        let Some((mut op, mut operands)) = lazy::deferred(f, count) else { return self.store_words() };
+        match before {
+            None => {}
+            Some(FlagVal::Memory) => self.settle_carry(),
+            Some(before) => {
+                let now = std::mem::replace(&mut self.flags, before);
+                let carry = self.cond(Cond::B);
+                self.flags = now;
+                op = if op == lazy::DEC_ONLY { lazy::DEC } else { lazy::INC };
+                operands[1] = Some(self.b.ins().uextend(I64, carry));
+            }
+        }
         let kind = self.b.ins().iconst(I64, lazy::kind(op, n) as i64);
         self.b.ins().store(aligned(), kind, self.cpu, at!(jit.lazy_kind));
         for (v, offset) in operands.into_iter().zip([at!(jit.lazy_a), at!(jit.lazy_b), at!(jit.lazy_r)]) {
@@ -610,24 +594,15 @@ impl<'a> JitEmit<'a> {
         match self.flags.clone() {
             FlagVal::Raw(z, sp, co) => (z, sp, co),
             FlagVal::Memory => self.words_from_memory(),
-            FlagVal::Op(f, n) => self.materialise(f, n),
+            FlagVal::Op(f, n) => flags::materialise_sized(self, f, n),
             FlagVal::Partial(f, n, before) => {
                 let now = std::mem::replace(&mut self.flags, *before);
                 let (z, sp, co) = self.words();
                 self.flags = FlagVal::Raw(z, sp, co);
-                let words = self.materialise(f, n);
+                let words = flags::materialise_sized(self, f, n);
                 self.flags = now;
                 words
             }
-        }
-    }
-
-    pub(super) fn materialise(&mut self, f: Flags<Value>, bytes: u64) -> (Value, Value, Value) {
-        match bytes {
-            1 => flags::materialise::<Self, W8>(self, f),
-            2 => flags::materialise::<Self, W16>(self, f),
-            4 => flags::materialise::<Self, W32>(self, f),
-            _ => flags::materialise::<Self, W64>(self, f),
         }
     }
 

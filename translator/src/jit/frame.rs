@@ -28,6 +28,8 @@ pub mod reason {
 
 /// Which operation the lazy flag operands stand for; 0 means that the `cc_*` words are valid.
 pub mod lazy {
+    use crate::emit::{Bin, Flags};
+
     /// `Flags::Add`: a, b, r.
     pub const ADD: u64 = 1;
     /// `Flags::Sub`: a, b, r.
@@ -53,6 +55,28 @@ pub mod lazy {
     pub const DEC_ONLY: u64 = 0x81;
     /// Kind words from here on leave the carry in `cc_co`; so does 0.
     pub const CARRY_IN_WORDS: u64 = INC_ONLY << 8;
+
+    /// What stands for the flags of an operation: which one, and a, b and r. Increments leave the carry that stands in
+    /// its word; what has no deferred form is `None`.
+    pub fn deferred<V>(f: Flags<V>, count: impl FnOnce(u32) -> V) -> Option<(u64, [Option<V>; 3])> {
+        Some(match f {
+            Flags::Add { a, b, r } => (ADD, [Some(a), Some(b), Some(r)]),
+            Flags::Sub { a, b, r } => (SUB, [Some(a), Some(b), Some(r)]),
+            Flags::Cmp { a, b, .. } => (CMP, [Some(a), Some(b), None]),
+            Flags::Logic { r } => (LOGIC, [None, None, Some(r)]),
+            Flags::Inc { a, r } => (INC_ONLY, [Some(a), None, Some(r)]),
+            Flags::Dec { a, r } => (DEC_ONLY, [Some(a), None, Some(r)]),
+            Flags::Shift { op, a, n, r } => {
+                let op = match op {
+                    Bin::Shl => SHL,
+                    Bin::Shr => SHR,
+                    _ => SAR,
+                };
+                (op, [Some(a), Some(count(n)), Some(r)])
+            }
+            _ => return None,
+        })
+    }
 
     /// The kind word for an operation on `bytes`-wide operands.
     pub const fn kind(op: u64, bytes: u64) -> u64 {

@@ -15,7 +15,7 @@ use crate::jit::emit::{FlagVal, JitEmit, aligned, at, int_type, plain, ty};
 use crate::mmu::tlb::Class;
 use crate::simd::fp::FpFmt;
 use crate::state::{Segment, cr, flag};
-use crate::width::{W8, W16, W32, W64, Width};
+use crate::width::{W8, W64, Width};
 use crate::{eval, flags};
 
 impl JitEmit<'_> {
@@ -539,12 +539,7 @@ impl Emit for JitEmit<'_> {
                 self.flags = now;
                 Some(answer)
             }
-            FlagVal::Op(f, n) | FlagVal::Partial(f, n, _) => match n {
-                1 => flags::fused::<Self, W8>(self, &f, c),
-                2 => flags::fused::<Self, W16>(self, &f, c),
-                4 => flags::fused::<Self, W32>(self, &f, c),
-                _ => flags::fused::<Self, W64>(self, &f, c),
-            },
+            FlagVal::Op(f, n) | FlagVal::Partial(f, n, _) => flags::fused_sized(self, &f, c, n),
             _ => None,
         };
         fused.unwrap_or_else(|| flags::condition(self, c))
@@ -641,9 +636,7 @@ impl Emit for JitEmit<'_> {
     fn check_target(&mut self, _: &Insn, target: Value) -> Result<(), Unsupported> {
         // Outside 64-bit mode CS is flat, so every 32-bit target is inside it.
         if self.plan.mode.has(Mode::CODE64) {
-            let up = self.b.ins().ishl_imm_u(target, 16);
-            let back = self.b.ins().sshr_imm_u(up, 16);
-            let bad = self.b.ins().icmp(IntCC::NotEqual, back, target);
+            let bad = self.is_not_canonical(target);
             self.side_exit_if(bad);
         }
         Ok(())

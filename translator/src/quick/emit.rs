@@ -27,7 +27,7 @@ use crate::jit::usage::Usage;
 use crate::jump::{JUMP_ENTRIES, JumpEntry};
 use crate::quick::asm::{Alu, Asm, Cc, Gpr, Jump, Mem, Shift, Xmm};
 use crate::quick::{Quick, Routine};
-use crate::width::{W8, W16, W32, W64};
+use crate::width::W64;
 
 /// Holds the CPU ([`Cpu`]).
 pub(super) const CPU: Gpr = Gpr::RDI;
@@ -513,12 +513,7 @@ impl<'a> QuickEmit<'a> {
 
     fn materialise(&mut self, f: Flags<Val>, bytes: u64) -> (Val, Val, Val) {
         let f = self.whole(f);
-        match bytes {
-            1 => flags::materialise::<Self, W8>(self, f),
-            2 => flags::materialise::<Self, W16>(self, f),
-            4 => flags::materialise::<Self, W32>(self, f),
-            _ => flags::materialise::<Self, W64>(self, f),
-        }
+        flags::materialise_sized(self, f, bytes)
     }
 
     fn store_words(&mut self, (z, sp, co): (Val, Val, Val)) {
@@ -577,24 +572,9 @@ impl<'a> QuickEmit<'a> {
     }
 
     fn store_op(&mut self, f: Flags<Val>, bytes: u64) {
-        let (op, [a, b, r]) = match f {
-            Flags::Add { a, b, r } => (lazy::ADD, [Some(a), Some(b), Some(r)]),
-            Flags::Sub { a, b, r } => (lazy::SUB, [Some(a), Some(b), Some(r)]),
-            Flags::Cmp { a, b, .. } => (lazy::CMP, [Some(a), Some(b), None]),
-            Flags::Logic { r } => (lazy::LOGIC, [None, None, Some(r)]),
-            Flags::Inc { a, r } => (lazy::INC_ONLY, [Some(a), None, Some(r)]),
-            Flags::Dec { a, r } => (lazy::DEC_ONLY, [Some(a), None, Some(r)]),
-            Flags::Shift { op, a, n, r } => {
-                let op = match op {
-                    Bin::Shl => lazy::SHL,
-                    Bin::Shr => lazy::SHR,
-                    _ => lazy::SAR,
-                };
-                (op, [Some(a), Some(Val::Imm(u64::from(n))), Some(r)])
-            }
-            // The others were stored as words.
-            _ => return,
-        };
+        // What has no deferred form was stored as words.
+        let count = |n: u32| Val::Imm(u64::from(n));
+        let Some((op, [a, b, r])) = lazy::deferred(f, count) else { return };
         if counts(&f) {
             self.fold();
         }

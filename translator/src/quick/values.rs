@@ -12,7 +12,7 @@ use crate::quick::emit::{CPU, FlagVal, QuickEmit, Right, Val, counts, cpu, gpr_a
 use crate::quick::vector;
 use crate::simd::fp::FpFmt;
 use crate::state::{cr, flag, seg};
-use crate::width::{W8, W16, W32, W64, Width};
+use crate::width::{W16, W32, W64, Width};
 use crate::{eval, flags};
 
 /// The operand size that computes values of `W`: narrow ones are computed as words of 32 bits.
@@ -570,12 +570,7 @@ impl Emit for QuickEmit<'_> {
             return flags::condition(self, c);
         }
         let f = if base == Cond::S { self.whole(f) } else { f };
-        let fused = match n {
-            1 => flags::fused::<Self, W8>(self, &f, c),
-            2 => flags::fused::<Self, W16>(self, &f, c),
-            4 => flags::fused::<Self, W32>(self, &f, c),
-            _ => flags::fused::<Self, W64>(self, &f, c),
-        };
+        let fused = flags::fused_sized(self, &f, c, n);
         fused.unwrap_or_else(|| flags::condition(self, c))
     }
 

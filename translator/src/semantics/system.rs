@@ -204,9 +204,7 @@ fn fs_gs_base<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
         }
         (true, 8) => {
             let v = e.gpr::<W64>(r);
-            let up = e.bin_imm::<W64>(Bin::Shl, v, 16);
-            let back = e.bin_imm::<W64>(Bin::Sar, up, 16);
-            let bad = e.cmp::<W64>(Cmp::Ne, back, v);
+            let bad = e.is_not_canonical(v);
             e.fault_if(bad, GP0)?;
             e.set_word(base, v);
         }
