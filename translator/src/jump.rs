@@ -58,16 +58,6 @@ impl JumpCache {
         self.blocks[at] = id;
     }
 
-    /// Has the entry of a linear address lead to `code`, if it is that of block `id` and leads to `old`.
-    #[inline(always)]
-    pub fn replace_code(&mut self, linear: u64, id: BlockId, old: u64, code: u64) {
-        let at = index(linear);
-        let e = &mut self.entries[at];
-        if e.code == old && self.blocks[at] == id {
-            e.code = code;
-        }
-    }
-
     /// Has every entry of a block, which is entered there, lead to `code`.
     pub fn set_code(&mut self, id: BlockId, cached: Cached, code: u64) {
         let places = match cached {

@@ -30,8 +30,6 @@ const QUICK: u32 = 24;
 const WATCHED: u32 = 8;
 /// How often quick code goes on, back or elsewhere, before it asks for a region there.
 const PATIENCE: u32 = 20_000;
-/// How exits by [`reason`] are counted. Behind a miss ONWARD means what NEXT does.
-const EXITS: [usize; 8] = [0, 1, 2, 3, 0, 4, 0, 0];
 /// Invalidations of compiled code in a page after which its blocks must be twice as hot to be compiled again.
 const REWRITES: u32 = 8;
 
@@ -46,9 +44,8 @@ pub struct RunCounts {
     pub entries: u64,
     /// Bridges led to a region.
     pub bridged: u64,
-    /// Returns of compiled code: to go on elsewhere, to interpret an instruction, by a helper's exception, by a helper
-    /// that stops, and for a region.
-    pub exits: [u64; 5],
+    /// Returns of compiled code by [`reason`].
+    pub exits: [u64; reason::COUNT],
 }
 
 /// One vCPU with its code caches.
@@ -213,11 +210,6 @@ impl Vcpu {
             }
             let code = self.blocks.get(id).runs.code;
             if code != 0 {
-                if self.cpu.journal.is_none() {
-                    // The region may be younger than the entry.
-                    let linear = self.linear_rip();
-                    self.jump.replace_code(linear, id, jit.stub(), code);
-                }
                 return self.run_compiled(code);
             }
         }
@@ -240,7 +232,9 @@ impl Vcpu {
             jit.enter(&mut self.cpu, code);
             self.cpu.fold_flags();
         }
-        self.counts.exits[EXITS[self.cpu.jit.exit_reason as usize & 7]] += 1;
+        if let Some(count) = self.counts.exits.get_mut(self.cpu.jit.exit_reason as usize) {
+            *count += 1;
+        }
         if self.cpu.jit.asking != 0 {
             self.lead_bridge();
         }

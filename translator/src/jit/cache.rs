@@ -218,9 +218,15 @@ impl<K> Cache<K> {
     /// Expects a region of bytes that were read just now and are marked as code: stores to them are noticed from here
     /// on.
     pub fn expect(&mut self, extents: Vec<Extent>) -> RegionId {
+        let id = self.number();
+        self.expected.insert(id, Expected { extents, cancelled: false });
+        id
+    }
+
+    /// A number for a region that is placed at once.
+    pub fn number(&mut self) -> RegionId {
         let id = self.next_id;
         self.next_id += 1;
-        self.expected.insert(id, Expected { extents, cancelled: false });
         id
     }
 

@@ -24,6 +24,8 @@ pub mod reason {
     pub const ONWARD: u64 = 4;
     /// Quick code has gone to RIP, or elsewhere, so often that the block there deserves a region.
     pub const HOT: u64 = 5;
+    /// How many there are.
+    pub const COUNT: usize = 6;
 }
 
 /// Which operation the lazy flag operands stand for; 0 means that the `cc_*` words are valid.

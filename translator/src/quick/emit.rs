@@ -610,8 +610,7 @@ impl<'a> QuickEmit<'a> {
         }
         self.count(exit.done);
         if exit.off != 0 {
-            let bytes = if self.mode.has(Mode::CODE64) { 8 } else { 4 };
-            self.a.alu_imm(bytes, Alu::Add, cpu(at!(s.rip)), i32::from(exit.off));
+            self.a.alu_imm(self.ip_bytes(), Alu::Add, cpu(at!(s.rip)), i32::from(exit.off));
         }
         self.a.jmp_mem(self.quick.routine(Routine::Interpret));
     }
@@ -643,7 +642,7 @@ impl<'a> QuickEmit<'a> {
     pub(super) fn ip(&mut self, off: i64) -> Val {
         let rip = self.rip();
         let sum = Mem::at(rip, off as i32);
-        if self.mode.has(Mode::CODE64) {
+        if self.long() {
             return Val::Sum(sum);
         }
         let to = self.take(32);
@@ -651,27 +650,35 @@ impl<'a> QuickEmit<'a> {
         Val::Reg(to)
     }
 
-    /// Goes on at an offset from the block; flags are stored, and RIP is in its register.
+    /// Bytes of an instruction pointer.
+    fn ip_bytes(&self) -> u64 {
+        if self.long() { 8 } else { 4 }
+    }
+
+    /// The page offset at an offset from the block, if it is in the block's page.
+    fn inside(&self, off: i64) -> Option<u64> {
+        u64::try_from(self.start as i64 + off).ok().filter(|&to| to <= PAGE_MASK)
+    }
+
+    /// Goes on at an offset from the block; flags are stored.
     fn edge(&mut self, off: i64, done: i32) {
-        let bytes = if self.mode.has(Mode::CODE64) { 8 } else { 4 };
-        let to = self.start as i64 + off;
-        let inside = (0..=PAGE_MASK as i64).contains(&to);
-        match self.rip.filter(|_| inside) {
-            None if inside => self.a.alu_imm(bytes, Alu::Add, cpu(at!(s.rip)), off as i32),
-            _ => {
-                let rip = self.rip();
-                self.a.lea(bytes, Gpr::RAX, Mem::at(rip, off as i32));
-                self.a.store(8, cpu(at!(s.rip)), Gpr::RAX);
-            }
+        let bytes = self.ip_bytes();
+        let inside = self.inside(off);
+        if self.rip.is_none() && inside.is_some() {
+            self.a.alu_imm(bytes, Alu::Add, cpu(at!(s.rip)), off as i32);
+        } else {
+            let rip = self.rip();
+            self.a.lea(bytes, Gpr::RAX, Mem::at(rip, off as i32));
+            self.a.store(8, cpu(at!(s.rip)), Gpr::RAX);
         }
         self.count(done);
-        if !inside || off <= 0 {
+        if inside.is_none() || off <= 0 {
             self.count_down();
             self.poll();
         }
-        if inside {
+        if inside.is_some() {
             let Jump(site) = self.a.jmp();
-            self.branches.push(Branch { site, to: Some(to as u64) });
+            self.branches.push(Branch { site, to: inside });
         } else {
             self.cross();
         }
@@ -754,8 +761,8 @@ impl<'a> QuickEmit<'a> {
     /// Takes one of two ways by a condition.
     pub(super) fn branch(&mut self, c: Val, taken: i64, next: i64) {
         self.store_flags();
-        let outside = |off: i64| !(0..=PAGE_MASK as i64).contains(&(self.start as i64 + off));
-        if outside(taken) || outside(next) {
+        if self.inside(taken).is_none() || self.inside(next).is_none() {
+            // Both ways find it there.
             self.rip();
         }
         if let Val::Imm(c) = c {

@@ -1,9 +1,9 @@
 //! Quick code: what blocks run as between being interpreted and being part of a region.
 //!
-//! A block that has run a few times is turned into host code in one pass, on the vCPU's own thread, in about the time
-//! that interpreting it ten times takes. The code is small rather than fast: what it has to do about memory is done by
+//! A block that has run some times is turned into host code in one pass, on the vCPU's own thread. The code is small rather than fast: what it has to do about memory is done by
 //! [routines](Routine) that all of it shares, so that a program of which much is run but little often finds room in the
-//! host's caches. It counts down its own runs; those that go on get a region.
+//! host's caches. It counts down how often it is entered from elsewhere and
+//! goes back or to other pages; what that leads to gets a region in the end.
 //!
 //! There is quick code on x86-64 hosts. Elsewhere blocks are interpreted until they get a region.
 

@@ -150,17 +150,20 @@ fn epilogue(way: u64, at: u64) -> Result<Vec<u8>, IcedError> {
 }
 
 /// Whether this host's processor may judge what is its maker's to decide: undefined flags, what a failing operand leaves
-/// behind, the last bit of a transcendental.
+/// behind, the last bit of a transcendental. Says so if not.
 pub(crate) fn is_of_the_model_s_maker() -> bool {
     let leaf = std::arch::x86_64::__cpuid(0);
-    [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).concat() == b"AuthenticAMD"
+    let same = [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).concat() == b"AuthenticAMD";
+    if !same {
+        eprintln!("skipped: this processor is not AMD's, whom the model follows where makers differ");
+    }
+    same
 }
 
 impl Native {
     /// Takes the window; `None`, with the reason printed, where this host cannot serve.
     pub(crate) fn take() -> Option<Native> {
         if !is_of_the_model_s_maker() {
-            eprintln!("skipped: this processor is not AMD's, whom the model follows where makers differ");
             return None;
         }
         if !is_x86_feature_detected!("avx2") {

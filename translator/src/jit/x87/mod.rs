@@ -10,14 +10,12 @@ mod run;
 #[cfg(test)]
 mod tests;
 
-use std::mem::offset_of;
-
 use cranelift_codegen::ir::condcodes::IntCC;
 use cranelift_codegen::ir::types::{I16, I64};
 use cranelift_codegen::ir::{AbiParam, Block, BlockArg, ExtFuncData, InstBuilder, Signature, Value};
 use cranelift_codegen::isa::CallConv;
 
-use crate::emit::{Emit, Flags};
+use crate::emit::{Emit, Flags, Word};
 use crate::exception::{Exception, vector};
 use crate::insn::{Insn, Mode};
 use crate::jit::Unsupported;
@@ -25,8 +23,9 @@ use crate::jit::emit::{FlagVal, Helper, JitEmit, aligned, at, name, plain};
 use crate::jit::frame::x87::{LOADED, TAGS, TOP, TOP_AT};
 use crate::jit::host::Host;
 use crate::jit::usage::{Regs, Usage};
+use crate::jit::values::word_at;
 use crate::semantics::x87::operation;
-use crate::state::{Segment, gpr, seg};
+use crate::state::{gpr, seg};
 use crate::width::{W8, W16};
 use crate::x87::{F80, Memory, Op, control, status};
 use run::{Argument, Operand, Run, condition};
@@ -232,8 +231,7 @@ impl JitEmit<'_> {
         if self.plan.mode.has(Mode::CODE64) {
             return self.b.ins().iconst(I16, 0);
         }
-        let offset = at!(s.seg) + i32::from(s) * size_of::<Segment>() as i32;
-        self.b.ins().load(I16, plain(), self.cpu, offset + offset_of!(Segment, selector) as i32)
+        self.b.ins().load(I16, plain(), self.cpu, word_at(Word::Selector(s)).0)
     }
 
     /// Puts the status word together if it was taken in two parts, and stores it where the run ends by asking for it.
