@@ -124,7 +124,9 @@ fn keep_apart(region: &impl GuestMemoryRegion) {
     let Ok(start) = region.get_host_address(MemoryRegionAddress(0)) else { return };
     // SAFETY: the range is a whole mapping of ours, and the advice changes nothing of its content. A kernel that does
     // not know it refuses, which is as good.
-    unsafe { libc::madvise(start.cast(), region.len() as usize, libc::MADV_DONTDUMP) };
+    for advice in [libc::MADV_DONTDUMP, libc::MADV_HUGEPAGE] {
+        unsafe { libc::madvise(start.cast(), region.len() as usize, advice) };
+    }
 }
 
 /// First address behind the RAM that starts at 0; 0 when there is none.

@@ -30,8 +30,12 @@ pub fn map_twice(bytes: usize) -> Result<(Writable, Executable), MappingError> {
     let file = memory_file(len).map_err(MappingError::File)?;
     let writable = View::map(&file, len, libc::PROT_READ | libc::PROT_WRITE, "writable")?;
     let executable = View::map(&file, len, libc::PROT_READ | libc::PROT_EXEC, "executable")?;
-    Ok((Writable(writable), Executable(executable)))
+    Ok((Writable { view: writable, gathered: 0 }, Executable(executable)))
 }
+
+/// Bytes of a huge page, the usual size of one.
+const HUGE_PAGE: usize = 2 << 20;
+const RESERVED: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
 
 /// One mapping of the file.
 struct View {
@@ -47,12 +51,23 @@ unsafe impl Sync for View {}
 
 impl View {
     fn map(file: &OwnedFd, len: usize, protection: i32, view: &'static str) -> Result<Self, MappingError> {
-        // SAFETY: a fresh shared mapping of a file we own, at an address the kernel chooses, disturbs nothing.
-        let base = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, libc::MAP_SHARED, file.as_raw_fd(), 0) };
-        match NonNull::new(base.cast::<u8>()) {
-            Some(base) if base.as_ptr().cast::<libc::c_void>() != libc::MAP_FAILED => Ok(Self { base, len }),
-            _ => Err(MappingError::Map { view, source: io::Error::last_os_error() }),
+        let failed = || MappingError::Map { view, source: io::Error::last_os_error() };
+        let map = |at: *mut u8, len, protection, flags, fd| {
+            // SAFETY: a fresh mapping, at an address the kernel chooses or over one of ours that nobody has seen yet,
+            // disturbs nothing.
+            let base = unsafe { libc::mmap(at.cast(), len, protection, flags, fd, 0) };
+            NonNull::new(base.cast::<u8>()).filter(|b| b.as_ptr().cast() != libc::MAP_FAILED).ok_or_else(failed)
+        };
+        // Only an address that is a multiple of a huge page's size can be mapped by one.
+        let room = map(std::ptr::null_mut(), len + HUGE_PAGE, libc::PROT_NONE, RESERVED, -1)?;
+        let before = room.as_ptr().align_offset(HUGE_PAGE);
+        let base = room.as_ptr().wrapping_add(before);
+        let mapped = map(base, len, protection, libc::MAP_SHARED | libc::MAP_FIXED, file.as_raw_fd());
+        for (at, len) in [(room.as_ptr(), before), (base.wrapping_add(len), HUGE_PAGE - before)] {
+            // SAFETY: what is left of our own reservation on either side.
+            unsafe { libc::munmap(at.cast(), len) };
         }
+        mapped.map(|base| Self { base, len })
     }
 
     /// Whether `at..at + len` lies inside.
@@ -69,7 +84,11 @@ impl Drop for View {
 }
 
 /// The view for stores.
-pub struct Writable(View);
+pub struct Writable {
+    view: View,
+    /// Bytes from the start on that were made huge pages, or could not be.
+    gathered: usize,
+}
 
 impl Writable {
     /// Copies `bytes` to `at`, and follows them by `filler` up to `end`; false, with nothing written, if that is not
@@ -77,29 +96,40 @@ impl Writable {
     #[must_use]
     pub fn write(&mut self, at: usize, bytes: &[u8], end: usize, filler: u8) -> bool {
         let Some(rest) = end.checked_sub(at).and_then(|room| room.checked_sub(bytes.len())) else { return false };
-        if end > self.0.len {
+        if end > self.view.len {
             return false;
         }
         // SAFETY: `at..end` lies inside the mapping and holds both parts, by the checks above. Every access through
         // this view needs `self`, so nobody else makes one meanwhile.
         unsafe {
-            let start = self.0.base.as_ptr().add(at);
+            let start = self.view.base.as_ptr().add(at);
             start.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
             start.add(bytes.len()).write_bytes(filler, rest);
         }
+        self.gather(at);
         true
+    }
+
+    /// Has the kernel put what lies before `end` into huge pages, if it can: code that is much larger than what the
+    /// processor's TLB reaches with small pages runs up to twice as fast. Either view keeps its content meanwhile.
+    fn gather(&mut self, end: usize) {
+        while self.gathered + HUGE_PAGE <= end {
+            // SAFETY: the range lies inside the view; the advice moves what is there and changes none of it.
+            unsafe { libc::madvise(self.view.base.as_ptr().add(self.gathered).cast(), HUGE_PAGE, libc::MADV_COLLAPSE) };
+            self.gathered += HUGE_PAGE;
+        }
     }
 
     /// The byte at `at`.
     pub fn byte(&self, at: usize) -> Option<u8> {
         // SAFETY: inside the mapping, by the check; stores need `&mut self`.
-        self.0.holds(at, 1).then(|| unsafe { self.0.base.as_ptr().add(at).read() })
+        self.view.holds(at, 1).then(|| unsafe { self.view.base.as_ptr().add(at).read() })
     }
 
     /// The little-endian word at `at`.
     pub fn word(&self, at: usize) -> Option<u32> {
         // SAFETY: inside the mapping, by the check; stores need `&mut self`.
-        let bytes = self.0.holds(at, 4).then(|| unsafe { self.0.base.as_ptr().add(at).cast::<[u8; 4]>().read() });
+        let bytes = self.view.holds(at, 4).then(|| unsafe { self.view.base.as_ptr().add(at).cast::<[u8; 4]>().read() });
         bytes.map(u32::from_le_bytes)
     }
 
@@ -109,16 +139,16 @@ impl Writable {
     #[must_use]
     pub fn replace_word(&mut self, at: usize, word: u32) -> bool {
         let within = at % 8;
-        if within > 4 || !self.0.holds(at - within, 8) {
+        if within > 4 || !self.view.holds(at - within, 8) {
             return false;
         }
         if at.is_multiple_of(4) {
             // SAFETY: inside the mapping and aligned to 4 (the view begins at a page); plain accesses need `self`.
-            let word_there = unsafe { AtomicU32::from_ptr(self.0.base.as_ptr().add(at).cast()) };
+            let word_there = unsafe { AtomicU32::from_ptr(self.view.base.as_ptr().add(at).cast()) };
             word_there.store(word.to_le(), Ordering::Release);
         } else {
             // SAFETY: as above, for the aligned quadword around the word.
-            let around = unsafe { AtomicU64::from_ptr(self.0.base.as_ptr().add(at - within).cast()) };
+            let around = unsafe { AtomicU64::from_ptr(self.view.base.as_ptr().add(at - within).cast()) };
             // `&mut self` makes this load and store one step; the store is single, so fetch sees no mixture.
             let mut bytes = around.load(Ordering::Relaxed).to_ne_bytes();
             bytes[within..within + 4].copy_from_slice(&word.to_le_bytes());
@@ -130,11 +160,11 @@ impl Writable {
     /// Replaces the quadword at `at` likewise. False, with nothing written, if it is not aligned or not of the view.
     #[must_use]
     pub fn replace_quadword(&mut self, at: usize, quadword: u64) -> bool {
-        if !at.is_multiple_of(8) || !self.0.holds(at, 8) {
+        if !at.is_multiple_of(8) || !self.view.holds(at, 8) {
             return false;
         }
         // SAFETY: inside the mapping and aligned to 8; plain accesses need `self`.
-        let there = unsafe { AtomicU64::from_ptr(self.0.base.as_ptr().add(at).cast()) };
+        let there = unsafe { AtomicU64::from_ptr(self.view.base.as_ptr().add(at).cast()) };
         there.store(quadword.to_le(), Ordering::Release);
         true
     }
