@@ -72,9 +72,8 @@ impl Vcpu {
     pub fn new(mut cpu: Cpu, mut jit: Option<Jit>) -> Vcpu {
         let jump = JumpCache::default();
         let thunks = jit.as_ref().map(Jit::thunks).unwrap_or_default();
-        let routines = jit.as_ref().map(Jit::routines).unwrap_or_default();
         let countdowns = jit.as_mut().map_or(0, Jit::countdowns);
-        cpu.connect_jit(jump.address(), countdowns, thunks, routines);
+        cpu.connect_jit(jump.address(), countdowns, thunks);
         let quick = jit.as_ref().is_some_and(Jit::has_quick);
         Vcpu {
             cpu,

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use diglot_model::code::CodeArena;
-use diglot_model::jit::cache::{Cache, Change, Extent, Key, RegionId, Runs, Unit};
+use diglot_model::jit::cache::{Cache, Change, Extent, Key, Link, RegionId, Runs, Unit};
 use diglot_model::jit::handover::Handover;
 use diglot_model::processor::{RETURN, run, unit};
 use loom::sync::Arc;
@@ -139,12 +139,12 @@ impl Vcpu {
         let unit = Unit {
             code,
             tail: 0,
-            branches: vec![(site, Some(key(plan.next)))],
+            branches: vec![Link { site, to: Some(key(plan.next)), otherwise: None }],
+            calls: Vec::new(),
             extents: plan.blocks.iter().map(|&(b, _)| extent(b)).collect(),
-            entries: keys.clone(),
+            entries: keys.iter().map(|&k| (k, 0)).collect(),
             blocks: keys,
             second_page: None,
-            inner: 0,
             countdown: None,
             bridges: Box::default(),
             crossings: Vec::new(),

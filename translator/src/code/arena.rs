@@ -145,7 +145,10 @@ impl CodeArena {
         let Some(word) = patch::branch_word(self.isa, site, target) else { return false };
         let mut writable = self.writable.lock();
         let is_branch = match self.isa {
-            HostIsa::X86_64 => site.checked_sub(1).and_then(|at| writable.byte(at)) == Some(patch::X86_JMP_REL32),
+            HostIsa::X86_64 => {
+                let before = |n| site.checked_sub(n).and_then(|at| writable.byte(at)).unwrap_or(0);
+                patch::is_x86_branch([before(2), before(1)])
+            }
             HostIsa::Aarch64 => writable.word(site).is_some_and(patch::is_aarch64_b),
         };
         if !is_branch || !writable.replace_word(site, word) {

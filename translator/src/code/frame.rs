@@ -11,6 +11,9 @@
 /// Length of `push rbp; mov rbp, rsp`: how far past its start an elided unit is entered.
 pub const FRAME_SETUP_LEN: usize = FRAME_SETUP.len();
 
+/// Length of `push rbp` alone: how far past its start code that has changed `rbp` since enters an elided unit.
+pub const PUSH_LEN: usize = 1;
+
 const FRAME_SETUP: [u8; 4] = [0x55, 0x48, 0x89, 0xe5];
 /// `mov rsp, rbp; pop rbp; jmp rel32`, up to the displacement.
 const TAIL_JUMP: [u8; 5] = [0x48, 0x89, 0xec, 0x5d, 0xe9];

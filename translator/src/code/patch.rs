@@ -12,7 +12,7 @@
 use super::HostIsa;
 
 /// Opcode of `jmp rel32` (SDM vol. 2 `JMP`).
-pub(super) const X86_JMP_REL32: u8 = 0xe9;
+const X86_JMP_REL32: u8 = 0xe9;
 const AARCH64_B: u32 = 0x1400_0000;
 const AARCH64_B_MASK: u32 = 0xfc00_0000;
 
@@ -65,6 +65,12 @@ pub(super) fn branch_word(isa: HostIsa, site: usize, target: usize) -> Option<u3
             Some(AARCH64_B | (words as u32 & !AARCH64_B_MASK))
         }
     }
+}
+
+/// Whether a displacement of 32 bits is that of a direct x86-64 branch, by the two bytes before it: `jmp rel32` or
+/// `jcc rel32`.
+pub(super) fn is_x86_branch([first, second]: [u8; 2]) -> bool {
+    second == X86_JMP_REL32 || (first == 0x0f && second & 0xf0 == 0x80)
 }
 
 pub(super) fn is_aarch64_b(word: u32) -> bool {

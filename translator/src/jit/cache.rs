@@ -38,21 +38,31 @@ pub type RegionId = u64;
 /// Regions that are gone and that the order by age may have besides as many as there are.
 const ORDER_SLACK: usize = 1024;
 
+/// A direct branch of a region.
+pub struct Link {
+    /// Its site in the code, which is patchable.
+    pub site: usize,
+    /// What it leads to: the region at a key, or wherever RIP says.
+    pub to: Option<Key>,
+    /// Where in the code it leads while there is no region; `None` for wherever RIP says.
+    pub otherwise: Option<usize>,
+}
+
 /// A compiled region, to be placed.
 pub struct Unit<K> {
     /// Host code, complete but for its direct branches.
     pub code: Vec<u8>,
     /// Where in `code` direct branches of other regions enter it; computed jumps and calls do at its start.
     pub tail: usize,
-    /// Where those of quick code do, which count for themselves: behind where quick code counts.
-    pub inner: usize,
-    /// The sites of its direct branches in `code`, each patchable, and what they lead to: the region at a key, or
-    /// wherever RIP says.
-    pub branches: Vec<(usize, Option<Key>)>,
+    /// Its direct branches.
+    pub branches: Vec<Link>,
+    /// Displacements of 32 bits from where they stand in `code` to offsets in the arena.
+    pub calls: Vec<(usize, usize)>,
     /// Pages that its bytes lie in, and which granules of each.
     pub extents: Vec<Extent>,
-    /// Where it may be entered.
-    pub entries: Vec<Key>,
+    /// Where it may be entered, and where in `code` direct branches of quick code enter it there: these count for
+    /// themselves, and do not keep RIP.
+    pub entries: Vec<(Key, usize)>,
     /// Its blocks; those that are entries need not be among them.
     pub blocks: Vec<Key>,
     /// The page into which the region's one instruction crosses. Only the jump cache and bridges, which know that
@@ -102,8 +112,18 @@ impl<K> Region<K> {
 struct Site {
     /// Its site in the arena.
     at: usize,
+    /// Where in the arena it leads without a region.
+    otherwise: usize,
     /// Whether it is quick code's.
     quick: bool,
+}
+
+impl Site {
+    /// Where it is to lead, for what may be entered there.
+    fn target(&self, entry: Option<&Entry>) -> usize {
+        let tail = |e: &Entry| if self.quick { e.inner } else { e.tail };
+        entry.filter(|e| e.second_page.is_none()).map_or(self.otherwise, tail)
+    }
 }
 
 /// The way into a region.
@@ -249,7 +269,7 @@ impl<K> Cache<K> {
 
     /// Puts a region that has [arrived](Self::arrive) into the arena and links it with the others; `None` if it does
     /// not fit there. No vCPU may be in compiled code.
-    pub fn place(&mut self, id: RegionId, unit: Unit<K>) -> Option<Placed> {
+    pub fn place(&mut self, id: RegionId, mut unit: Unit<K>) -> Option<Placed> {
         let mut evicted = 0;
         let mut slot = loop {
             match self.arena.alloc(unit.code.len()) {
@@ -258,26 +278,28 @@ impl<K> Cache<K> {
                 None => return None,
             }
         };
-        self.arena.write(&mut slot, &unit.code).ok()?;
         let start = slot.offset();
+        for (at, to) in unit.calls {
+            let displacement = i32::try_from(to as i64 - (start + at + size_of::<i32>()) as i64).ok()?;
+            unit.code.get_mut(at..at + size_of::<i32>())?.copy_from_slice(&displacement.to_le_bytes());
+        }
+        self.arena.write(&mut slot, &unit.code).ok()?;
         let mut branches = Vec::with_capacity(unit.branches.len());
-        for (site, to) in unit.branches {
-            let site = start + site;
-            let mut target = self.lookup;
+        for Link { site, to, otherwise } in unit.branches {
+            let otherwise = otherwise.map_or(self.lookup, |at| start + at);
+            let site = Site { at: start + site, otherwise, quick: unit.countdown.is_some() };
             if let Some(key) = to {
-                let quick = unit.countdown.is_some();
-                target = self.branch_target(self.entries.get(&key).as_deref(), quick);
-                self.incoming.entry(key).or_insert_with(|| Vec::with_capacity(1)).push(Site { at: site, quick });
-                branches.push((key, site));
+                self.incoming.entry(key).or_insert_with(|| Vec::with_capacity(1)).push(site);
+                branches.push((key, site.at));
             }
-            self.arena.patch_branch(site, target);
+            let entry = to.and_then(|key| self.entries.get(&key));
+            self.arena.patch_branch(site.at, site.target(entry.as_deref()));
         }
         self.arena.publish(&slot);
         let code = self.arena.exec_ptr(start) as u64;
         let Unit { countdown, second_page, .. } = unit;
-        let entry =
-            Entry { region: id, code, tail: start + unit.tail, inner: start + unit.inner, second_page, countdown };
-        self.changes.extend(unit.entries.iter().chain(&unit.blocks).copied().map(Change::Cool));
+        let entries: Vec<Key> = unit.entries.iter().map(|e| e.0).collect();
+        self.changes.extend(entries.iter().chain(&unit.blocks).copied().map(Change::Cool));
         for &(page, granules) in &unit.extents {
             self.changes.push(Change::Mark(page, granules));
             self.by_page.entry(page).or_default().push(id);
@@ -289,7 +311,7 @@ impl<K> Cache<K> {
         let region = Region {
             slot,
             extents: unit.extents,
-            entries: unit.entries.clone(),
+            entries,
             blocks: unit.blocks,
             branches,
             countdown,
@@ -299,8 +321,9 @@ impl<K> Cache<K> {
             _kept: unit.kept,
         };
         self.regions.insert(id, region);
-        for key in unit.entries {
-            self.link(key, Some(entry));
+        for (key, inner) in unit.entries {
+            let (tail, inner) = (start + unit.tail, start + inner);
+            self.link(key, Some(Entry { region: id, code, tail, inner, second_page, countdown }));
         }
         Some(Placed { code, evicted })
     }
@@ -314,9 +337,8 @@ impl<K> Cache<K> {
         };
         let runs = entry.map_or(Runs::default(), |e| Runs { code: e.code, countdown: e.countdown });
         self.changes.push(Change::Code(key, runs));
-        let target = |quick| self.branch_target(entry.as_ref(), quick);
         for site in self.incoming.get(&key).into_iter().flatten() {
-            self.arena.patch_branch(site.at, target(site.quick));
+            self.arena.patch_branch(site.at, site.target(entry.as_ref()));
         }
         for (id, index) in self.bridged.remove(&key).into_iter().flatten() {
             if let Some(from) = self.regions.get_mut(&id) {
@@ -332,12 +354,6 @@ impl<K> Cache<K> {
                 self.remove(old.region);
             }
         }
-    }
-
-    /// Where direct branches to an entry lead, those of quick code or the others.
-    fn branch_target(&self, entry: Option<&Entry>, quick: bool) -> usize {
-        let tail = |e: &Entry| if quick { e.inner } else { e.tail };
-        entry.filter(|e| e.second_page.is_none()).map_or(self.lookup, tail)
     }
 
     /// How what may be entered at a key runs; `second_page` as the block there has it.

@@ -24,6 +24,7 @@ use crate::jit::frame::HELPERS;
 use crate::jit::host;
 use crate::jit::leave;
 use crate::jit::region::Plan;
+use crate::quick::Routine;
 
 /// A direct branch out of a region.
 #[derive(Clone, Copy, Debug)]
@@ -32,6 +33,8 @@ pub struct Branch {
     pub site: usize,
     /// The page offset it leads to; `None` for wherever RIP says.
     pub to: Option<u64>,
+    /// Where in the code it leads while nothing else runs at `to`; `None` for wherever RIP says.
+    pub otherwise: Option<usize>,
 }
 
 /// What code has the address of.
@@ -61,6 +64,8 @@ pub struct Compiled {
     pub crossings: Vec<(usize, usize)>,
     /// Where quick code is entered by quick code; 0 for regions.
     pub inner: usize,
+    /// Displacements of 32 bits to code that quick code shares.
+    pub calls: Vec<(usize, Routine)>,
     /// Time that it took.
     pub nanos: u64,
 }
@@ -143,16 +148,17 @@ impl Compiler {
             addresses: Vec::new(),
             crossings: Vec::new(),
             inner: 0,
+            calls: Vec::new(),
             nanos: 0,
         };
         let pieces = append(&mut compiled.code, &pieces);
         for Relocation { offset, kind, namespace, index } in relocations {
             match (namespace, kind) {
                 (name::LINK, Reloc::X86CallPCRel4 | Reloc::Arm64Call) => {
-                    compiled.branches.push(Branch { site: offset, to: links.get(index).copied() });
+                    compiled.branches.push(Branch { site: offset, to: links.get(index).copied(), otherwise: None });
                 }
                 (name::LOOKUP, Reloc::X86CallPCRel4 | Reloc::Arm64Call) => {
-                    compiled.branches.push(Branch { site: offset, to: None });
+                    compiled.branches.push(Branch { site: offset, to: None, otherwise: None });
                 }
                 (name::INSN, Reloc::Abs8) => compiled.addresses.push((offset, Referent::Insn(index))),
                 (name::BRIDGE, Reloc::Abs8) => compiled.addresses.push((offset, Referent::Bridge(index))),

@@ -153,8 +153,6 @@ pub struct JitFrame {
     pub helpers: [u64; HELPERS],
     /// Addresses of code that calls the helpers and preserves every register, which is what compiled code calls.
     pub thunks: [u64; THUNKS],
-    /// Addresses of the routines that quick code shares ([`crate::quick::Routine`]).
-    pub quick: [u64; crate::quick::ROUTINES],
     /// Address of the countdowns of quick code, 4 bytes each.
     pub countdowns: u64,
     /// The number of the one that has run out.

@@ -5,15 +5,13 @@ use crate::addr::{PAGE_MASK, PAGE_SIZE};
 use crate::cpu::Cpu;
 use crate::insn::{Insn, Rep};
 use crate::jit::frame::{THUNKS, reason};
-use crate::quick::ROUTINES;
 use crate::simd::fp::FpEnv;
 
 impl Cpu {
     /// Points compiled code to the helpers and to what does not move.
-    pub fn connect_jit(&mut self, jump: u64, countdowns: u64, thunks: [u64; THUNKS], quick: [u64; ROUTINES]) {
+    pub fn connect_jit(&mut self, jump: u64, countdowns: u64, thunks: [u64; THUNKS]) {
         self.jit.jump = jump;
         self.jit.countdowns = countdowns;
-        self.jit.quick = quick;
         self.jit.thunks = thunks;
         self.jit.kick = self.kick.as_ptr() as u64;
         self.jit.helpers = [

@@ -27,13 +27,13 @@ use std::time::Instant;
 
 use crate::addr::PAGE_MASK;
 use crate::block::Block;
-use crate::code::{ArenaError, CodeArena, FRAME_SETUP_LEN, HostIsa, PerfMap, Slot, add_link_cells, elide_frame};
+use crate::code::{ArenaError, CodeArena, HostIsa, PUSH_LEN, PerfMap, Slot, add_link_cells, elide_frame};
 use crate::cpu::Cpu;
 use crate::insn::{Insn, Mode};
 use crate::mem::GuestRam;
-use crate::quick::{Quick, ROUTINES, Routine};
+use crate::quick::{Library, Quick};
 use bridge::Bridge;
-use cache::{Cache, Change, Extent, Key, Placed, RegionId, Runs, Unit};
+use cache::{Cache, Change, Extent, Key, Link, Placed, RegionId, Runs, Unit};
 use compile::{Branch, Compiled, Compiler, Referent};
 use frame::THUNKS;
 use handover::Handover;
@@ -76,9 +76,16 @@ type Done = (RegionId, Plan, Result<Compiled, String>);
 
 /// A piece of code made once at the start.
 struct Stub {
-    _slot: Slot,
+    slot: Slot,
     code: u64,
     tail: usize,
+}
+
+impl Stub {
+    /// Where it begins in the arena.
+    fn start(&self) -> usize {
+        self.slot.offset()
+    }
 }
 
 /// What a unit of code is of ([`Unit`]).
@@ -117,7 +124,9 @@ pub struct Jit {
     pub counted: bool,
     /// Makes quick code, on hosts for which there is some.
     quick: Option<Quick>,
-    routines: Vec<Stub>,
+    /// What that shares, and where in the arena.
+    library: Library,
+    shared: Stub,
     /// How often quick code has to go on, back or elsewhere, until it asks for a region there. The code counts it down.
     countdowns: Box<[i32]>,
     /// Names regions for Linux perf.
@@ -137,13 +146,17 @@ impl Jit {
             arena.write(&mut slot, &code)?;
             arena.publish(&slot);
             let tail = slot.offset() + elide_frame(&mut code.clone(), &[]).unwrap_or(0);
-            Ok(Stub { code: arena.exec_ptr(slot.offset()) as u64, tail, _slot: slot })
+            Ok(Stub { code: arena.exec_ptr(slot.offset()) as u64, tail, slot })
         };
         let quick = Quick::new(arena.isa());
         let enter = install(quick.map_or_else(|| compiler.trampoline(), |quick| Ok(quick.trampoline())))?;
         let stub = install(compiler.stub())?;
         let lookup = install(compiler.lookup())?;
-        let routines = Routine::all().map(|r| install(Ok(r.code()))).collect::<Result<_, _>>()?;
+        let library = Library::new();
+        let shared = install(Ok(library.code.clone()))?;
+        for site in &library.lookups {
+            arena.patch_branch(shared.start() + site, lookup.start() + PUSH_LEN);
+        }
         let thunks = (0..THUNKS).map(|n| install(compiler.thunk(n))).collect::<Result<_, _>>()?;
         Ok(Jit {
             cache: Cache::new(arena, lookup.tail),
@@ -154,7 +167,8 @@ impl Jit {
             thunks,
             counted: false,
             quick,
-            routines,
+            library,
+            shared,
             // The host gives memory to what is used.
             countdowns: vec![0; COUNTDOWNS].into_boxed_slice(),
             perf: None,
@@ -170,11 +184,6 @@ impl Jit {
     /// Addresses of the code through which regions call helpers.
     pub fn thunks(&self) -> [u64; THUNKS] {
         std::array::from_fn(|n| self.thunks[n].code)
-    }
-
-    /// Addresses of the routines that quick code shares.
-    pub fn routines(&self) -> [u64; ROUTINES] {
-        std::array::from_fn(|n| self.routines[n].code)
     }
 
     /// Address of the countdowns of quick code.
@@ -326,7 +335,7 @@ impl Jit {
 
     /// Completes code and puts it into the cache: where it is then, and how long.
     fn put(&mut self, id: RegionId, place: Place, compiled: Compiled) -> Option<(u64, usize)> {
-        let Compiled { mut code, branches, insns, bridges, addresses, crossings, inner, .. } = compiled;
+        let Compiled { mut code, branches, insns, bridges, addresses, crossings, inner, calls, .. } = compiled;
         let insns = insns.into_boxed_slice();
         let bridges = Bridge::row(id, bridges);
         for (at, referent) in addresses {
@@ -337,26 +346,38 @@ impl Jit {
             code.get_mut(at..at + 8)?.copy_from_slice(&address.to_le_bytes());
         }
         let isa = self.cache.arena().isa();
-        let sites: Vec<usize> = branches.iter().map(|b| b.site).chain(crossings.iter().map(|c| c.1)).collect();
-        let tail = match isa {
-            HostIsa::X86_64 if place.countdown.is_some() => FRAME_SETUP_LEN,
-            HostIsa::X86_64 => elide_frame(&mut code, &sites)?,
-            HostIsa::Aarch64 => 0,
-        };
-        let inner = inner.max(tail);
-        let sites = add_link_cells(isa, &mut code, &sites)?;
-        let bytes = code.len();
+        let mut sites: Vec<usize> = branches.iter().map(|b| b.site).chain(crossings.iter().map(|c| c.1)).collect();
+        let mut tail = 0;
+        // Quick code is made with its frame elided and its sites patchable.
+        if place.countdown.is_some() {
+            tail = PUSH_LEN;
+        } else {
+            if isa == HostIsa::X86_64 {
+                tail = elide_frame(&mut code, &sites)?;
+            }
+            sites = add_link_cells(isa, &mut code, &sites)?;
+        }
         let Place { extents, entries, blocks, second_page, countdown } = place;
         let &(first, mode) = entries.first()?;
-        let key = |Branch { to, .. }: Branch| to.map(|off| (first & !PAGE_MASK | off, mode));
+        let mut enter = |key: Key| match self.quick {
+            Some(_) if countdown.is_none() => Quick::append_way_into(&mut code, key.0 & PAGE_MASK),
+            _ => inner,
+        };
+        let entries = entries.into_iter().map(|key| (key, enter(key))).collect();
+        let bytes = code.len();
         let crossings: Vec<_> = crossings.iter().map(|c| c.0).zip(sites[branches.len()..].iter().copied()).collect();
-        let keys = branches.into_iter().map(key).chain(crossings.iter().map(|_| None));
-        let branches = sites.into_iter().zip(keys).collect();
+        let link = |(site, Branch { to, otherwise, .. }): (usize, Branch)| Link {
+            site,
+            to: to.map(|off| (first & !PAGE_MASK | off, mode)),
+            otherwise,
+        };
+        let branches = sites.into_iter().zip(branches).map(link).collect();
+        let calls = calls.into_iter().map(|(at, r)| (at, self.shared.start() + self.library.offset(r))).collect();
         let unit = Unit {
             code,
             tail,
-            inner,
             branches,
+            calls,
             extents,
             entries,
             blocks,

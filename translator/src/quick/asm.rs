@@ -419,6 +419,25 @@ impl Asm {
         self.code.push(0xc3);
     }
 
+    /// Calls what a displacement says that stands where is given back.
+    pub fn call_rel(&mut self) -> usize {
+        self.code.push(0xe8);
+        let Jump(at) = self.displacement();
+        at
+    }
+
+    /// Jumps to where whoever patches the jump says, if a condition is given and holds or none is; its displacement lies
+    /// inside an aligned quadword, so that it can be patched while others run it.
+    pub fn link(&mut self, cc: Option<Cc>) -> Jump {
+        while (self.code.len() + 1 + usize::from(cc.is_some())) % 8 > 4 {
+            self.nop();
+        }
+        match cc {
+            Some(cc) => self.jcc(cc),
+            None => self.jmp(),
+        }
+    }
+
     /// Jumps, if a condition holds, to where [`Self::here`] says.
     pub fn jcc(&mut self, cc: Cc) -> Jump {
         self.code.extend([0x0f, 0x80 | cc.0]);

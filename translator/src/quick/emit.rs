@@ -8,12 +8,14 @@
 //! **Flags** are the operation that made them, as in regions, until something reads them, the block ends, or an access
 //! leaves for the interpreter.
 //!
-//! **RIP** in the CPU state is that of the block's first instruction until the block ends.
+//! **RIP** is not kept: RBP has the linear address of the page that runs, and where in it is known. The CPU state's RIP
+//! is right again where code is left, be it for a region. Only what comes from elsewhere, and so by the CPU state's RIP,
+//! loads RBP anew.
 
 use std::mem::offset_of;
 
 use crate::addr::PAGE_MASK;
-use crate::code::FRAME_SETUP_LEN;
+use crate::code::PUSH_LEN;
 use crate::cpu::Cpu;
 use crate::emit::{Bin, Cond, Emit, Flags};
 use crate::flags;
@@ -22,7 +24,7 @@ use crate::jit::Unsupported;
 use crate::jit::bridge::NO_KEY;
 use crate::jit::compile::{Branch, Compiled, Referent};
 use crate::jit::emit::{Helper, at};
-use crate::jit::frame::{lazy, reason};
+use crate::jit::frame::lazy;
 use crate::jit::usage::Usage;
 use crate::jump::{JUMP_ENTRIES, JumpEntry};
 use crate::quick::asm::{Alu, Asm, Cc, Gpr, Jump, Mem, Shift, Xmm};
@@ -31,6 +33,8 @@ use crate::width::W64;
 
 /// Holds the CPU ([`Cpu`]).
 pub(super) const CPU: Gpr = Gpr::RDI;
+/// Holds the linear address of the page that runs.
+pub(super) const PAGE: Gpr = Gpr::RBP;
 /// Registers that hold values. RAX, RCX, RDX and RSI are every operation's to use.
 const POOL: u16 = 1 << Gpr::RBX.0 | 0xff00;
 
@@ -108,8 +112,6 @@ pub struct QuickEmit<'a> {
     pub(super) flags: FlagVal,
     /// Whether the CPU state lacks them.
     dirty: bool,
-    /// Where the block's RIP is, once something has needed it.
-    rip: Option<Gpr>,
     /// The instruction's offset in the block, and how many are to be counted before it.
     off: u16,
     done: i32,
@@ -119,14 +121,18 @@ pub struct QuickEmit<'a> {
     /// The instruction needs more registers than there are, or what this evaluator has not.
     pub(super) failed: bool,
     exits: Vec<SideExit>,
-    /// Jumps to where the dispatch loop is returned to, and to where it is asked for a region.
-    leaves: Vec<Jump>,
-    hot: Vec<Jump>,
+    /// Jumps to where the dispatch loop is returned to at a page offset, or at RIP.
+    leaves: Vec<(Jump, Option<u64>)>,
+    /// Jumps to where it is asked for a region at a page offset, or at RIP.
+    hot: Vec<(Jump, Option<u64>)>,
+    /// Jumps behind a helper that ended the block, and how many instructions are to be counted.
+    ended_by_helper: Vec<(Jump, i32)>,
     branches: Vec<Branch>,
     insns: Vec<Insn>,
     bridges: usize,
     addresses: Vec<(usize, Referent)>,
     crossings: Vec<(usize, usize)>,
+    calls: Vec<(usize, Routine)>,
 }
 
 /// Where everything was before an instruction that may turn out to have no quick form.
@@ -135,11 +141,12 @@ struct Mark {
     registers: Registers,
     flags: FlagVal,
     dirty: bool,
-    rip: Option<Gpr>,
     exits: usize,
     last_exit: usize,
     leaves: usize,
     hot: usize,
+    ended_by_helper: usize,
+    calls: usize,
     branches: usize,
     bridges: usize,
     addresses: usize,
@@ -167,7 +174,6 @@ impl<'a> QuickEmit<'a> {
             vectors: 0,
             flags: FlagVal::Memory,
             dirty: false,
-            rip: None,
             off: 0,
             done: 0,
             rmw: None,
@@ -176,20 +182,23 @@ impl<'a> QuickEmit<'a> {
             exits: Vec::new(),
             leaves: Vec::new(),
             hot: Vec::new(),
+            ended_by_helper: Vec::new(),
             branches: Vec::new(),
             insns: Vec::new(),
             bridges: 0,
             addresses: Vec::new(),
             crossings: Vec::new(),
+            calls: Vec::new(),
         }
     }
 
     /// Emits the whole block.
     pub(super) fn emit(mut self, insns: &[Insn]) -> Compiled {
         self.a.push(Gpr::RBP);
-        self.a.mov(8, Gpr::RBP, Gpr::RSP);
-        debug_assert_eq!(self.a.code.len(), FRAME_SETUP_LEN);
-        self.count_down();
+        debug_assert_eq!(self.a.code.len(), PUSH_LEN);
+        self.count_down(None);
+        self.a.load(8, PAGE, cpu(at!(s.rip)));
+        self.a.alu_imm(8, Alu::And, PAGE, !(PAGE_MASK as i32));
         let inner = self.a.code.len();
         for i in insns {
             self.off = i.off;
@@ -199,22 +208,65 @@ impl<'a> QuickEmit<'a> {
         if let Some(last) = insns.last().filter(|_| !self.ended) {
             self.begin();
             self.settle_flags();
-            self.edge(last.next_off() as i64, self.done);
+            self.count(self.done);
+            self.edge(last.next_off() as i64);
         }
+        self.cold_ways();
+        let QuickEmit { a, branches, insns, bridges, addresses, crossings, calls, .. } = self;
+        Compiled { code: a.code, branches, insns, bridges, addresses, crossings, inner, calls, nanos: 0 }
+    }
+
+    /// What the block jumps to and seldom comes by.
+    fn cold_ways(&mut self) {
         for exit in std::mem::take(&mut self.exits) {
             self.side_exit(exit);
         }
-        for hot in std::mem::take(&mut self.hot) {
-            self.a.here(hot);
+        for (jump, to) in std::mem::take(&mut self.hot) {
+            self.a.here(jump);
+            self.a.mov_imm(Gpr::RCX, self.countdown.into());
+            self.go_to(to, Routine::HotAt, Routine::Hot);
         }
-        self.a.store_imm(8, cpu(at!(jit.exit_reason)), reason::HOT as i32);
-        self.a.store_imm(8, cpu(at!(jit.counted_down)), self.countdown as i32);
-        for leave in std::mem::take(&mut self.leaves) {
-            self.a.here(leave);
+        for (jump, done) in std::mem::take(&mut self.ended_by_helper) {
+            self.a.here(jump);
+            self.count(done);
+            self.jump_to(Routine::Behind);
         }
-        self.leave();
-        let QuickEmit { a, branches, insns, bridges, addresses, crossings, .. } = self;
-        Compiled { code: a.code, branches, insns, bridges, addresses, crossings, inner, nanos: 0 }
+        for n in 0..self.branches.len() {
+            self.branches[n].otherwise = Some(self.a.code.len());
+            self.go_to(self.branches[n].to, Routine::Onward, Routine::Lookup);
+        }
+        let (at_rip, elsewhere): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.leaves).into_iter().partition(|leave| leave.1.is_none());
+        for (jump, to) in elsewhere {
+            self.a.here(jump);
+            self.go_to(to, Routine::Leave, Routine::Leave);
+        }
+        if !at_rip.is_empty() {
+            at_rip.into_iter().for_each(|(jump, _)| self.a.here(jump));
+            self.a.pop(Gpr::RBP);
+            self.a.ret();
+        }
+    }
+
+    /// Goes to a routine with a page offset, or to another without.
+    fn go_to(&mut self, off: Option<u64>, with: Routine, without: Routine) {
+        match off {
+            Some(off) => {
+                self.a.mov_imm(Gpr::RAX, off);
+                self.jump_to(with);
+            }
+            None => self.jump_to(without),
+        }
+    }
+
+    fn jump_to(&mut self, routine: Routine) {
+        let Jump(at) = self.a.jmp();
+        self.calls.push((at, routine));
+    }
+
+    fn call(&mut self, routine: Routine) {
+        let at = self.a.call_rel();
+        self.calls.push((at, routine));
     }
 
     fn instruction(&mut self, i: &Insn) {
@@ -246,11 +298,12 @@ impl<'a> QuickEmit<'a> {
             registers: self.registers.clone(),
             flags: self.flags,
             dirty: self.dirty,
-            rip: self.rip,
             exits: self.exits.len(),
             last_exit: self.exits.last().map_or(0, |e| e.jumps.len()),
             leaves: self.leaves.len(),
             hot: self.hot.len(),
+            ended_by_helper: self.ended_by_helper.len(),
+            calls: self.calls.len(),
             branches: self.branches.len(),
             bridges: self.bridges,
             addresses: self.addresses.len(),
@@ -261,13 +314,15 @@ impl<'a> QuickEmit<'a> {
     fn rewind(&mut self, mark: Mark) {
         self.a.code.truncate(mark.code);
         self.registers = mark.registers;
-        (self.flags, self.dirty, self.rip) = (mark.flags, mark.dirty, mark.rip);
+        (self.flags, self.dirty) = (mark.flags, mark.dirty);
         self.exits.truncate(mark.exits);
         if let Some(exit) = self.exits.last_mut() {
             exit.jumps.truncate(mark.last_exit);
         }
         self.leaves.truncate(mark.leaves);
         self.hot.truncate(mark.hot);
+        self.ended_by_helper.truncate(mark.ended_by_helper);
+        self.calls.truncate(mark.calls);
         self.branches.truncate(mark.branches);
         self.bridges = mark.bridges;
         self.addresses.truncate(mark.addresses);
@@ -277,14 +332,13 @@ impl<'a> QuickEmit<'a> {
 
     // ---- registers ----
 
-    /// The registers that flags, and the block's RIP, are in.
+    /// The registers that flags are in.
     fn pinned(&self) -> u16 {
         let bit = |v: &Val| if let Val::Reg(r) = v { 1 << r.0 } else { 0 };
-        let flags = match &self.flags {
+        match &self.flags {
             FlagVal::Memory => 0,
             FlagVal::Op(f, _) => operands(f).iter().flatten().fold(0, |set, v| set | bit(v)),
-        };
-        flags | self.rip.map_or(0, |r| 1 << r.0)
+        }
     }
 
     /// A register to hold a value of the instruction, of `bits` bits.
@@ -469,7 +523,7 @@ impl<'a> QuickEmit<'a> {
         };
         self.a.store(8, cpu(at!(s.cc_z)), wide);
         self.a.store(8, cpu(at!(s.cc_sp)), wide);
-        self.a.store_imm(8, cpu(at!(jit.lazy_kind)), 0);
+        self.lazy_kind(0);
     }
 
     /// A boolean in a given register that holds no value.
@@ -521,7 +575,7 @@ impl<'a> QuickEmit<'a> {
             let r = self.reg(v);
             self.a.store(8, cpu(offset), r);
         }
-        self.a.store_imm(8, cpu(at!(jit.lazy_kind)), 0);
+        self.lazy_kind(0);
     }
 
     /// The flags' words, as they stand in the CPU state from here on.
@@ -549,10 +603,7 @@ impl<'a> QuickEmit<'a> {
 
     /// Turns flags that are deferred in the CPU state into words.
     fn fold(&mut self) {
-        self.a.alu_imm(8, Alu::Cmp, cpu(at!(jit.lazy_kind)), 0);
-        let words = self.a.jcc(Cc::E);
-        self.a.call(thunk(Helper::Fold));
-        self.a.here(words);
+        self.call(Routine::Fold);
     }
 
     /// Stores the flags if the CPU state lacks them.
@@ -571,6 +622,11 @@ impl<'a> QuickEmit<'a> {
         self.flags = FlagVal::Memory;
     }
 
+    /// Says what the deferred flags are of; what is above 32 bits stays 0.
+    fn lazy_kind(&mut self, kind: i32) {
+        self.a.store_imm(4, cpu(at!(jit.lazy_kind)), kind);
+    }
+
     fn store_op(&mut self, f: Flags<Val>, bytes: u64) {
         // What has no deferred form was stored as words.
         let count = |n: u32| Val::Imm(u64::from(n));
@@ -578,7 +634,7 @@ impl<'a> QuickEmit<'a> {
         if counts(&f) {
             self.fold();
         }
-        self.a.store_imm(8, cpu(at!(jit.lazy_kind)), lazy::kind(op, bytes) as i32);
+        self.lazy_kind(lazy::kind(op, bytes) as i32);
         for (v, offset) in [(a, at!(jit.lazy_a)), (b, at!(jit.lazy_b)), (r, at!(jit.lazy_r))] {
             match v {
                 Some(Val::Reg(r)) => self.a.store(8, cpu(offset), r),
@@ -609,16 +665,7 @@ impl<'a> QuickEmit<'a> {
             self.store_op(f, bytes);
         }
         self.count(exit.done);
-        if exit.off != 0 {
-            self.a.alu_imm(self.ip_bytes(), Alu::Add, cpu(at!(s.rip)), i32::from(exit.off));
-        }
-        self.a.jmp_mem(self.quick.routine(Routine::Interpret));
-    }
-
-    /// Returns to the dispatch loop.
-    fn leave(&mut self) {
-        self.a.pop(Gpr::RBP);
-        self.a.ret();
+        self.go_to(Some(self.start + u64::from(exit.off)), Routine::Interpret, Routine::Interpret);
     }
 
     fn count(&mut self, done: i32) {
@@ -627,27 +674,20 @@ impl<'a> QuickEmit<'a> {
         }
     }
 
-    /// The register that has the block's RIP.
-    pub(super) fn rip(&mut self) -> Gpr {
-        if let Some(r) = self.rip {
-            return r;
-        }
-        let r = self.take(64);
-        self.a.load(8, r, cpu(at!(s.rip)));
-        self.rip = Some(r).filter(|_| !self.failed);
-        r
-    }
-
     /// The instruction pointer at an offset from the block.
     pub(super) fn ip(&mut self, off: i64) -> Val {
-        let rip = self.rip();
-        let sum = Mem::at(rip, off as i32);
+        let sum = Mem::at(PAGE, self.page_offset(off));
         if self.long() {
             return Val::Sum(sum);
         }
         let to = self.take(32);
         self.a.lea(4, to, sum);
         Val::Reg(to)
+    }
+
+    /// The offset from the page that runs of what is at an offset from the block.
+    fn page_offset(&self, off: i64) -> i32 {
+        (self.start as i64 + off) as i32
     }
 
     /// Bytes of an instruction pointer.
@@ -660,51 +700,52 @@ impl<'a> QuickEmit<'a> {
         u64::try_from(self.start as i64 + off).ok().filter(|&to| to <= PAGE_MASK)
     }
 
-    /// Goes on at an offset from the block; flags are stored.
-    fn edge(&mut self, off: i64, done: i32) {
-        let bytes = self.ip_bytes();
-        let inside = self.inside(off);
-        if self.rip.is_none() && inside.is_some() {
-            self.a.alu_imm(bytes, Alu::Add, cpu(at!(s.rip)), off as i32);
-        } else {
-            let rip = self.rip();
-            self.a.lea(bytes, Gpr::RAX, Mem::at(rip, off as i32));
+    /// Goes on at an offset from the block; flags are stored, and instructions counted.
+    fn edge(&mut self, off: i64) {
+        self.ended = true;
+        let to = self.inside(off);
+        if to.is_none() {
+            self.a.lea(self.ip_bytes(), Gpr::RAX, Mem::at(PAGE, self.page_offset(off)));
             self.a.store(8, cpu(at!(s.rip)), Gpr::RAX);
         }
-        self.count(done);
-        if inside.is_none() || off <= 0 {
-            self.count_down();
-            self.poll();
+        if to.is_none() || off <= 0 {
+            self.count_down(to);
+            self.poll(to);
         }
-        if inside.is_some() {
-            let Jump(site) = self.a.jmp();
-            self.branches.push(Branch { site, to: inside });
-        } else {
-            self.cross();
+        match to {
+            Some(_) => self.link(None, to),
+            None => self.cross(off),
         }
-        self.ended = true;
     }
 
-    /// Goes on at RIP, which is in RAX, in another page: by a bridge, or else by the jump cache.
-    fn cross(&mut self) {
+    /// Jumps to a page offset, if a condition is given and holds or none is.
+    fn link(&mut self, cc: Option<Cc>, to: Option<u64>) {
+        let Jump(site) = self.a.link(cc);
+        self.branches.push(Branch { site, to, otherwise: None });
+    }
+
+    /// Goes on at RIP, which is in RAX, in another page: by what the code knows of where it leads, or else by the jump
+    /// cache.
+    fn cross(&mut self, off: i64) {
         let (bridge, key) = (Gpr::RCX, Gpr::RDX);
         self.key(key, Gpr::RAX);
-        // The constant is at a multiple of 8, and the jump behind it where it can be patched.
+        // The constant is at a multiple of 8.
         while !(self.a.code.len() + 2).is_multiple_of(8) {
             self.a.nop();
         }
         let constant = self.a.mov_imm64(bridge, NO_KEY);
         self.a.alu(8, Alu::Cmp, key, bridge);
         let miss = self.a.jcc(Cc::NE);
-        let Jump(site) = self.a.jmp();
+        let pages = self.page_offset(off) & !(PAGE_MASK as i32);
+        self.a.lea(self.ip_bytes(), PAGE, Mem::at(PAGE, pages));
+        let Jump(site) = self.a.link(None);
         self.crossings.push((constant, site));
         self.a.here(miss);
         let at = self.a.mov_imm64(bridge, 0);
         self.addresses.push((at, Referent::Bridge(self.bridges)));
         self.bridges += 1;
         self.a.store(8, cpu(at!(jit.missed)), bridge);
-        let Jump(site) = self.a.jmp();
-        self.branches.push(Branch { site, to: None });
+        self.jump_to(Routine::Lookup);
     }
 
     /// The key of an instruction pointer ([`Cpu::code_key`]).
@@ -715,20 +756,22 @@ impl<'a> QuickEmit<'a> {
         self.a.alu(8, Alu::Xor, to, ip);
     }
 
-    /// Counts what enters from elsewhere, and what may be a round of a loop. Changes RCX.
-    fn count_down(&mut self) {
+    /// Counts what enters from elsewhere, and what may be a round of a loop: it is to go on at a page offset, or at RIP.
+    /// Changes RCX.
+    fn count_down(&mut self, to: Option<u64>) {
         self.a.load(8, Gpr::RCX, cpu(at!(jit.countdowns)));
         self.a.alu_imm(4, Alu::Sub, Mem::at(Gpr::RCX, 4 * self.countdown as i32), 1);
         let hot = self.a.jcc(Cc::S);
-        self.hot.push(hot);
+        self.hot.push((hot, to));
     }
 
-    /// Returns to the dispatch loop if a kick is pending; the CPU state is exact. Changes RCX.
-    fn poll(&mut self) {
+    /// Returns to the dispatch loop if a kick is pending, for it to go on at a page offset or at RIP; the rest of the CPU
+    /// state is exact. Changes RCX.
+    fn poll(&mut self, to: Option<u64>) {
         self.a.load(8, Gpr::RCX, cpu(at!(jit.kick)));
         self.a.alu_imm(4, Alu::Cmp, Mem::at(Gpr::RCX, 0), 0);
         let out = self.a.jcc(Cc::NE);
-        self.leaves.push(out);
+        self.leaves.push((out, to));
     }
 
     /// Goes on at a computed instruction pointer, by the jump cache.
@@ -737,7 +780,7 @@ impl<'a> QuickEmit<'a> {
         self.store_flags();
         self.a.store(8, cpu(at!(s.rip)), target);
         self.count(self.done + 1);
-        self.poll();
+        self.poll(None);
         self.jump_by_cache(target);
         self.ended = true;
     }
@@ -753,7 +796,7 @@ impl<'a> QuickEmit<'a> {
         self.a.alu(8, Alu::Add, rax, cpu(at!(jit.jump)));
         self.a.alu(8, Alu::Cmp, rcx, Mem::at(rax, offset_of!(JumpEntry, key) as i32));
         let miss = self.a.jcc(Cc::NE);
-        self.leaves.push(miss);
+        self.leaves.push((miss, None));
         self.a.pop(Gpr::RBP);
         self.a.jmp_mem(Mem::at(rax, offset_of!(JumpEntry, code) as i32));
     }
@@ -761,24 +804,30 @@ impl<'a> QuickEmit<'a> {
     /// Takes one of two ways by a condition.
     pub(super) fn branch(&mut self, c: Val, taken: i64, next: i64) {
         self.store_flags();
-        if self.inside(taken).is_none() || self.inside(next).is_none() {
-            // Both ways find it there.
-            self.rip();
-        }
+        self.count(self.done + 1);
         if let Val::Imm(c) = c {
-            return self.edge(if c & 1 != 0 { taken } else { next }, self.done + 1);
+            return self.edge(if c & 1 != 0 { taken } else { next });
         }
         let cc = self.test(c);
-        let other = self.a.jcc(cc);
-        self.edge(next, self.done + 1);
-        self.a.here(other);
-        self.edge(taken, self.done + 1);
+        match self.inside(taken).filter(|_| taken > 0) {
+            Some(to) => {
+                self.link(Some(cc), Some(to));
+                self.edge(next);
+            }
+            None => {
+                let other = self.a.jcc(cc);
+                self.edge(next);
+                self.a.here(other);
+                self.edge(taken);
+            }
+        }
     }
 
     /// Goes on at an offset from the block.
     pub(super) fn jump(&mut self, off: i64) {
         self.store_flags();
-        self.edge(off, self.done + 1);
+        self.count(self.done + 1);
+        self.edge(off);
     }
 
     // ---- helpers ----
@@ -786,41 +835,23 @@ impl<'a> QuickEmit<'a> {
     /// Calls the interpreter's evaluation of an instruction.
     fn by_helper(&mut self, i: &Insn) {
         self.settle_flags();
-        let rip = self.rip();
         let at = self.a.mov_imm64(Gpr::RSI, 0);
         self.addresses.push((at, Referent::Insn(self.insns.len())));
         self.insns.push(*i);
-        self.a.mov(8, Gpr::RDX, rip);
-        // Nothing else needs to be preserved.
-        self.a.push(CPU);
-        self.a.push(rip);
-        self.a.call(cpu(at!(jit.helpers) + 8 * Helper::Evaluate as i32));
-        self.a.pop(rip);
-        self.a.pop(CPU);
+        self.a.lea(self.ip_bytes(), Gpr::RDX, Mem::at(PAGE, self.page_offset(0)));
+        self.call(Routine::Evaluate);
         self.forget();
         // The helper counts its own instruction.
         let done = self.done;
         self.done -= 1;
         if i.ends_block {
-            self.behind_helper(done);
+            self.count(done);
+            self.jump_to(Routine::Behind);
             self.ended = true;
             return;
         }
-        self.a.alu_imm(4, Alu::Cmp, cpu(at!(jit.exit_reason)), 0);
-        let go_on = self.a.jcc(Cc::E);
-        self.behind_helper(done);
-        self.a.here(go_on);
-        self.a.store(8, cpu(at!(s.rip)), rip);
-    }
-
-    /// Goes where RIP leads now, if the helper has said that nothing else has to be done first.
-    fn behind_helper(&mut self, done: i32) {
-        self.count(done);
-        self.a.alu_imm(4, Alu::Cmp, cpu(at!(jit.exit_reason)), reason::ONWARD as i32);
         let out = self.a.jcc(Cc::NE);
-        self.leaves.push(out);
-        let Jump(site) = self.a.jmp();
-        self.branches.push(Branch { site, to: None });
+        self.ended_by_helper.push((out, done));
     }
 
     /// Calls a routine for an access at `linear`; its host address is in RAX then.
@@ -831,7 +862,7 @@ impl<'a> QuickEmit<'a> {
 
     /// Calls a routine for an access at RSI.
     pub(super) fn find(&mut self, bytes: u64, write: bool) {
-        self.a.call(self.quick.routine(Routine::access(bytes, write)));
+        self.call(Routine::access(bytes, write));
         self.side_exit_if(Cc::E);
     }
 

@@ -14,23 +14,41 @@ mod vector;
 
 use std::mem::offset_of;
 
-use crate::code::HostIsa;
+use crate::code::{HostIsa, PUSH_LEN};
 use crate::insn::{Insn, Mode};
 use crate::jit::compile::Compiled;
 use crate::jit::emit::{Helper, at};
 use crate::jit::frame::reason;
 use crate::mmu::tlb::{TlbEntry, Translations};
-use asm::{Alu, Asm, Cc, Gpr, Mem, Shift};
+use asm::{Alu, Asm, Cc, Gpr, Jump, Mem, Shift};
 
 /// Emits quick code for an instruction.
 pub type QuickHandler = fn(&mut Emitter<'_>, &Insn) -> Result<(), crate::jit::Unsupported>;
 pub use emit::QuickEmit as Emitter;
 
-/// Code that all quick code shares.
+/// Code that all quick code shares. PAGE is the register that has the linear address of the page that runs
+/// ([`emit::PAGE`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Routine {
-    /// Returns to the dispatch loop for it to interpret the instruction at RIP.
+    /// Returns to the dispatch loop for it to interpret the instruction at PAGE + RAX.
     Interpret,
+    /// Returns to the dispatch loop, RIP being PAGE + RAX.
+    Leave,
+    /// Returns to the dispatch loop to ask for a region at PAGE + RAX, as countdown ECX has run out.
+    HotAt,
+    /// The same for a region at RIP.
+    Hot,
+    /// Goes on at PAGE + RAX, where there was no code when the branch was linked.
+    Onward,
+    /// Goes on where RIP says, by the jump cache.
+    Lookup,
+    /// Has the interpreter's evaluation of the instruction at RSI called for a block at RDX; sets ZF if the block may go
+    /// on. Changes everything but PAGE.
+    Evaluate,
+    /// Goes where RIP says behind an evaluation that ended the block, if nothing else has to be done first.
+    Behind,
+    /// Turns flags that are deferred in the CPU state into words.
+    Fold,
     /// Finds the host address, in RAX, of 1 << `log2` bytes at the linear address in RSI that are to be read or written;
     /// sets ZF if the interpreter has to do it. Changes RCX and RDX.
     Find {
@@ -43,14 +61,16 @@ pub enum Routine {
 
 /// Widths of accesses.
 const WIDTHS: usize = 6;
-/// How many routines there are.
-pub const ROUTINES: usize = 1 + 2 * WIDTHS;
+/// Routines that find nothing.
+const PLAIN: usize = 9;
 
 impl Routine {
     /// All of them, by number.
-    pub fn all() -> impl Iterator<Item = Routine> {
-        let find = |write| (0..WIDTHS as u8).map(move |log2| Routine::Find { log2, write });
-        std::iter::once(Routine::Interpret).chain(find(false)).chain(find(true))
+    fn all() -> impl Iterator<Item = Routine> {
+        use Routine::*;
+        let plain: [Routine; PLAIN] = [Interpret, Leave, HotAt, Hot, Onward, Lookup, Evaluate, Behind, Fold];
+        let find = |write| (0..WIDTHS as u8).map(move |log2| Find { log2, write });
+        plain.into_iter().chain(find(false)).chain(find(true))
     }
 
     /// The one for an access of so many bytes.
@@ -59,24 +79,120 @@ impl Routine {
     }
 
     fn number(self) -> usize {
-        match self {
-            Routine::Interpret => 0,
-            Routine::Find { log2, write } => 1 + usize::from(log2) + if write { WIDTHS } else { 0 },
-        }
+        Routine::all().position(|r| r == self).unwrap_or(0)
+    }
+}
+
+/// The routines' code.
+pub struct Library {
+    /// Host code.
+    pub code: Vec<u8>,
+    /// The sites of its direct branches to where code goes on by the jump cache.
+    pub lookups: Vec<usize>,
+    /// Where each routine begins.
+    offsets: [usize; PLAIN + 2 * WIDTHS],
+}
+
+impl Library {
+    /// Makes it. Helpers are found by [`crate::jit::frame::JitFrame`].
+    pub fn new() -> Library {
+        let mut a = Asm::default();
+        let mut lookups = Vec::new();
+        let offsets = std::array::from_fn(|n| {
+            while !a.code.len().is_multiple_of(ROUTINE_ALIGNMENT) {
+                a.nop();
+            }
+            let start = a.code.len();
+            if let Some(routine) = Routine::all().nth(n) {
+                lookups.extend(routine.emit(&mut a));
+            }
+            start
+        });
+        Library { code: a.code, lookups, offsets }
     }
 
-    /// Its code, which finds helpers by [`crate::jit::frame::JitFrame`].
-    pub fn code(self) -> Vec<u8> {
-        let mut a = Asm::default();
+    /// Where a routine begins.
+    pub fn offset(&self, routine: Routine) -> usize {
+        self.offsets[routine.number()]
+    }
+}
+
+impl Default for Library {
+    fn default() -> Self {
+        Library::new()
+    }
+}
+
+/// Bytes of which the start of a routine is a multiple.
+const ROUTINE_ALIGNMENT: usize = 16;
+
+impl Routine {
+    /// Emits it; the site of its branch to the jump cache if it has one.
+    fn emit(self, a: &mut Asm) -> Option<usize> {
+        let at_offset = |a: &mut Asm| {
+            a.alu(8, Alu::Add, Gpr::RAX, emit::PAGE);
+            a.store(8, emit::cpu(at!(s.rip)), Gpr::RAX);
+        };
+        let lookup = |a: &mut Asm| {
+            let Jump(site) = a.link(None);
+            Some(site)
+        };
         match self {
             Routine::Interpret => {
+                at_offset(a);
                 a.store_imm(8, emit::cpu(at!(jit.exit_reason)), reason::INTERPRET as i32);
-                a.pop(Gpr::RBP);
             }
-            Routine::Find { log2, write } => find(&mut a, 1 << log2, write),
+            Routine::Leave => at_offset(a),
+            Routine::HotAt | Routine::Hot => {
+                if self == Routine::HotAt {
+                    at_offset(a);
+                }
+                a.store(8, emit::cpu(at!(jit.counted_down)), Gpr::RCX);
+                a.store_imm(8, emit::cpu(at!(jit.exit_reason)), reason::HOT as i32);
+            }
+            Routine::Onward => {
+                at_offset(a);
+                return lookup(a);
+            }
+            Routine::Lookup => return lookup(a),
+            Routine::Evaluate => {
+                a.push(emit::CPU);
+                a.call(emit::cpu(at!(jit.helpers) + 8 * Helper::Evaluate as i32));
+                a.pop(emit::CPU);
+                a.alu_imm(4, Alu::Cmp, emit::cpu(at!(jit.exit_reason)), reason::NEXT as i32);
+                a.ret();
+                return None;
+            }
+            Routine::Behind => {
+                a.alu_imm(4, Alu::Cmp, emit::cpu(at!(jit.exit_reason)), reason::ONWARD as i32);
+                let out = a.jcc(Cc::NE);
+                let site = lookup(a);
+                a.here(out);
+                a.pop(Gpr::RBP);
+                a.ret();
+                return site;
+            }
+            Routine::Fold => {
+                a.alu_imm(4, Alu::Cmp, emit::cpu(at!(jit.lazy_kind)), 0);
+                let deferred = a.jcc(Cc::NE);
+                a.ret();
+                a.here(deferred);
+                // For the stack's alignment.
+                a.push(emit::CPU);
+                a.call(emit::thunk(Helper::Fold));
+                a.pop(emit::CPU);
+                a.ret();
+                return None;
+            }
+            Routine::Find { log2, write } => {
+                find(a, 1 << log2, write);
+                a.ret();
+                return None;
+            }
         }
+        a.pop(Gpr::RBP);
         a.ret();
-        a.code
+        None
     }
 }
 
@@ -130,6 +246,20 @@ impl Quick {
         Emitter::new(self, mode, start, counted, countdown).emit(insns)
     }
 
+    /// Appends the way from quick code into a region whose entry is at a page offset: which of its entries is meant a
+    /// region learns from RIP. Where it begins.
+    pub fn append_way_into(region: &mut Vec<u8>, off: u64) -> usize {
+        let start = region.len();
+        let mut a = Asm { code: std::mem::take(region) };
+        a.mov_imm(Gpr::RAX, off);
+        a.alu(8, Alu::Add, Gpr::RAX, emit::PAGE);
+        a.store(8, emit::cpu(at!(s.rip)), Gpr::RAX);
+        let jump = a.jmp();
+        a.lead(jump, PUSH_LEN);
+        *region = a.code;
+        start
+    }
+
     /// `extern "C" fn(cpu, code)`: calls compiled code. Regions preserve the registers that C functions do; quick code
     /// does not.
     pub fn trampoline(&self) -> Vec<u8> {
@@ -140,9 +270,5 @@ impl Quick {
         saved.iter().rev().for_each(|&r| a.pop(r));
         a.ret();
         a.code
-    }
-
-    fn routine(&self, routine: Routine) -> Mem {
-        emit::cpu(at!(jit.quick) + 8 * routine.number() as i32)
     }
 }

@@ -193,6 +193,8 @@ impl Emit for QuickEmit<'_> {
             }
             (Bin::And, Val::Imm(0xffff_ffff)) if W::BITS == 64 => return self.exact::<W32>(x),
             (Bin::And, Val::Imm(k)) if W::zext(k) == W::MASK => return x,
+            (Bin::And | Bin::Or, Val::Reg(y)) if matches!(x, Val::Reg(x) if x == y) => return x,
+            (Bin::Xor | Bin::Sub, Val::Reg(y)) if matches!(x, Val::Reg(x) if x == y) => return Val::Imm(0),
             (Bin::Mul, _) | (Bin::And, _) => {}
             (_, Val::Imm(0)) => return x,
             _ => {}
