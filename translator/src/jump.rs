@@ -3,8 +3,12 @@
 use crate::block::{Block, BlockId, Cached};
 use crate::jit::bridge::NO_KEY;
 
-/// Entries of the jump cache.
-pub const JUMP_ENTRIES: usize = 32768;
+/// Entries of the jump cache at first.
+const FEWEST: usize = 1 << 14;
+/// Entries of one that has been found too small.
+const MOST: usize = 1 << 17;
+/// log2 of an entry's size.
+pub const ENTRY_SHIFT: u32 = size_of::<JumpEntry>().trailing_zeros();
 
 /// What compiled code reads of an entry.
 #[repr(C, align(16))]
@@ -20,40 +24,74 @@ const NO_ENTRY: JumpEntry = JumpEntry { key: NO_KEY, code: 0 };
 
 /// The jump cache.
 pub struct JumpCache {
-    entries: Box<[JumpEntry; JUMP_ENTRIES]>,
+    entries: Box<[JumpEntry]>,
     /// The block of each entry that has one.
-    blocks: Box<[BlockId; JUMP_ENTRIES]>,
+    blocks: Box<[BlockId]>,
+    /// Entries that took the place of another that was still of use, since it has been this large.
+    displaced: usize,
 }
 
 impl Default for JumpCache {
     fn default() -> JumpCache {
-        JumpCache { entries: Box::new([NO_ENTRY; JUMP_ENTRIES]), blocks: Box::new([0; JUMP_ENTRIES]) }
+        JumpCache::with(FEWEST)
     }
 }
 
 impl JumpCache {
+    fn with(entries: usize) -> JumpCache {
+        JumpCache { entries: vec![NO_ENTRY; entries].into(), blocks: vec![0; entries].into(), displaced: 0 }
+    }
+
     /// Where compiled code finds it.
     pub fn address(&self) -> u64 {
         self.entries.as_ptr() as u64
     }
 
+    /// The bits of an offset into it that the linear address decides.
+    pub fn mask(&self) -> u64 {
+        ((self.entries.len() - 1) << ENTRY_SHIFT) as u64
+    }
+
+    /// Where the entry of a linear address is. Addresses that differ in nothing but their offset in a page have different
+    /// places, as [`crate::cpu::Cpu::next_generation`] asks.
+    #[inline(always)]
+    fn index(&self, linear: u64) -> usize {
+        (linear ^ linear >> 12) as usize & (self.entries.len() - 1)
+    }
+
+    /// A place that is known by its index.
+    fn place(&self, at: u32) -> usize {
+        at as usize & (self.entries.len() - 1)
+    }
+
+    /// Makes it larger, and empty, if it has been found too small; whether it is elsewhere now.
+    pub fn grow(&mut self) -> bool {
+        let wanted = self.displaced > self.entries.len() && self.entries.len() < MOST;
+        if wanted {
+            *self = JumpCache::with(2 * self.entries.len());
+        }
+        wanted
+    }
+
     /// The block at a linear address with this key.
     #[inline(always)]
     pub fn find(&self, linear: u64, key: u64) -> Option<BlockId> {
-        let at = index(linear);
+        let at = self.index(linear);
         (self.entries[at].key == key).then(|| self.blocks[at])
     }
 
     /// Enters a block, whose notes on where it is entered are kept.
     pub fn insert(&mut self, linear: u64, entry: JumpEntry, id: BlockId, block: &mut Block) {
-        let at = index(linear);
+        let at = self.index(linear);
         block.cached = match block.cached {
-            Cached::At(other) if other != at as u32 && self.blocks[other as usize & (JUMP_ENTRIES - 1)] == id => {
-                Cached::Anywhere
-            }
+            Cached::At(other) if other != at as u32 && self.blocks[self.place(other)] == id => Cached::Anywhere,
             Cached::Anywhere => Cached::Anywhere,
             _ => Cached::At(at as u32),
         };
+        // What was there has a linear address that belongs there, if its key is of this address space and generation.
+        let salt = entry.key ^ linear;
+        let old = self.entries[at].key ^ salt;
+        self.displaced += usize::from(old != linear && self.index(old) == at);
         self.entries[at] = entry;
         self.blocks[at] = id;
     }
@@ -62,8 +100,8 @@ impl JumpCache {
     pub fn set_code(&mut self, id: BlockId, cached: Cached, code: u64) {
         let places = match cached {
             Cached::Nowhere => 0..0,
-            Cached::At(at) => at as usize & (JUMP_ENTRIES - 1)..(at as usize & (JUMP_ENTRIES - 1)) + 1,
-            Cached::Anywhere => 0..JUMP_ENTRIES,
+            Cached::At(at) => self.place(at)..self.place(at) + 1,
+            Cached::Anywhere => 0..self.entries.len(),
         };
         let entries = self.entries[places.clone()].iter_mut().zip(&self.blocks[places]);
         for (e, _) in entries.filter(|(e, block)| **block == id && e.key != NO_KEY) {
@@ -73,7 +111,7 @@ impl JumpCache {
 
     /// Removes the entry of a block that is entered at most at this index.
     pub fn remove_at(&mut self, at: u32, id: BlockId) {
-        let at = at as usize & (JUMP_ENTRIES - 1);
+        let at = self.place(at);
         if self.blocks[at] == id {
             self.entries[at] = NO_ENTRY;
         }
@@ -90,11 +128,4 @@ impl JumpCache {
     pub fn clear(&mut self) {
         self.entries.fill(NO_ENTRY);
     }
-}
-
-/// Where the entry of a linear address is. Addresses that differ in nothing but their offset in a page have different
-/// places, as [`crate::cpu::Cpu::next_generation`] asks.
-#[inline(always)]
-fn index(linear: u64) -> usize {
-    (linear ^ linear >> 12) as usize & (JUMP_ENTRIES - 1)
 }

@@ -73,7 +73,7 @@ impl Vcpu {
         let jump = JumpCache::default();
         let thunks = jit.as_ref().map(Jit::thunks).unwrap_or_default();
         let countdowns = jit.as_mut().map_or(0, Jit::countdowns);
-        cpu.connect_jit(jump.address(), countdowns, thunks);
+        cpu.connect_jit(&jump, countdowns, thunks);
         let quick = jit.as_ref().is_some_and(Jit::has_quick);
         Vcpu {
             cpu,
@@ -608,6 +608,9 @@ impl Vcpu {
                 self.invalidate(first, crate::mem::granule_mask(gpa & PAGE_MASK, u64::from(len)));
                 id = self.decode_block(gpa)?;
             }
+        }
+        if self.jump.grow() {
+            self.cpu.connect_jump(&self.jump);
         }
         let stub = self.jit.as_ref().map_or(0, Jit::stub);
         let block = self.blocks.get_mut(id);

@@ -114,6 +114,8 @@ pub struct JitFrame {
     pub tables: [u64; 4],
     /// Address of the jump cache.
     pub jump: u64,
+    /// The bits of an offset into it that the linear address decides.
+    pub jump_mask: u64,
     /// Address of the kick word.
     pub kick: u64,
     /// One of [`reason`].

@@ -5,12 +5,13 @@ use crate::addr::{PAGE_MASK, PAGE_SIZE};
 use crate::cpu::Cpu;
 use crate::insn::{Insn, Rep};
 use crate::jit::frame::{THUNKS, reason};
+use crate::jump::JumpCache;
 use crate::simd::fp::FpEnv;
 
 impl Cpu {
     /// Points compiled code to the helpers and to what does not move.
-    pub fn connect_jit(&mut self, jump: u64, countdowns: u64, thunks: [u64; THUNKS]) {
-        self.jit.jump = jump;
+    pub fn connect_jit(&mut self, jump: &JumpCache, countdowns: u64, thunks: [u64; THUNKS]) {
+        self.connect_jump(jump);
         self.jit.countdowns = countdowns;
         self.jit.thunks = thunks;
         self.jit.kick = self.kick.as_ptr() as u64;
@@ -25,6 +26,11 @@ impl Cpu {
             evaluate_run as *const () as u64,
             load_x87 as *const () as u64,
         ];
+    }
+
+    /// Tells compiled code where the jump cache is.
+    pub fn connect_jump(&mut self, jump: &JumpCache) {
+        (self.jit.jump, self.jit.jump_mask) = (jump.address(), jump.mask());
     }
 
     /// The bytes of the first page that an access touches, if it goes on into the next.

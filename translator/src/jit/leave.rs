@@ -9,7 +9,7 @@ use cranelift_frontend::FunctionBuilder;
 
 use crate::jit::bridge::{Bridge, PATIENCE};
 use crate::jit::emit::{JitEmit, aligned, at, name};
-use crate::jump::{JUMP_ENTRIES, JumpEntry};
+use crate::jump::{ENTRY_SHIFT, JumpEntry};
 
 impl JitEmit<'_> {
     /// Ends the current Cranelift block by going on at `rip`, which the CPU state has, in another page: by a bridge, or
@@ -64,8 +64,9 @@ pub fn jump_by_cache(b: &mut FunctionBuilder<'_>, cpu: Value, rip: Value, tail_s
     let key = key(b, cpu, rip);
     let page = b.ins().ushr_imm_u(rip, 12);
     let index = b.ins().bxor(rip, page);
-    let index = b.ins().band_imm_u(index, JUMP_ENTRIES as i64 - 1);
-    let index = b.ins().ishl_imm_u(index, i64::from(size_of::<JumpEntry>().trailing_zeros()));
+    let index = b.ins().ishl_imm_u(index, i64::from(ENTRY_SHIFT));
+    let mask = b.ins().load(I64, aligned(), cpu, at!(jit.jump_mask));
+    let index = b.ins().band(index, mask);
     let jump = b.ins().load(I64, aligned(), cpu, at!(jit.jump));
     let entry = b.ins().iadd(jump, index);
     let found = b.ins().load(I64, aligned(), entry, offset_of!(JumpEntry, key) as i32);
