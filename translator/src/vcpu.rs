@@ -8,7 +8,7 @@ use crate::exception::{Exception, Trap, vector};
 use crate::insn::{Insn, Mode};
 use crate::jit::cache::{Change, Runs};
 use crate::jit::frame::reason;
-use crate::jit::region::Plan;
+use crate::jit::region::{Plan, goes_on_at};
 use crate::jit::{Jit, THRESHOLD};
 use crate::jump::{JumpCache, JumpEntry};
 use crate::state::{Segment, flag, seg};
@@ -28,6 +28,8 @@ pub enum Exit {
 const QUICK: u32 = 24;
 /// So many times more of a block whose end has led to several places of its page, as far as is known.
 const WATCHED: u32 = 8;
+/// Blocks that may have quick code in one piece.
+const QUICK_BLOCKS: usize = 3;
 /// How often quick code goes on, back or elsewhere, before it asks for a region there.
 const PATIENCE: u32 = 20_000;
 /// Invalidations of compiled code in a page after which its blocks must be twice as hot to be compiled again.
@@ -346,13 +348,32 @@ impl Vcpu {
         }
     }
 
-    /// Gives a block quick code.
+    /// Gives a block quick code, and has what it goes on at follow in it as far as that is about as hot and has no code of
+    /// its own.
     #[cold]
-    fn quicken(&mut self, id: BlockId) {
-        let block = self.blocks.get(id);
+    fn quicken(&mut self, id: BlockId, runs: u32) {
         let Some(jit) = &mut self.jit else { return };
-        jit.quicken(block, self.threshold);
+        let mut ids = vec![id];
+        let mut last = self.blocks.get(id);
+        while ids.len() < QUICK_BLOCKS
+            && let Some(next) = goes_on_at(last).and_then(|at| self.blocks.find(at, last.mode))
+        {
+            let block = self.blocks.get(next);
+            let plain = block.next_page.is_none() && block.targets[0] == NO_TARGET;
+            // What has run more often is led to from elsewhere, too.
+            let warm = (runs / 2..=last.heat).contains(&block.heat);
+            if !plain || block.runs.code != 0 || !warm || ids.contains(&next) {
+                break;
+            }
+            ids.push(next);
+            last = block;
+        }
+        let blocks: Vec<&Block> = ids.iter().map(|&id| self.blocks.get(id)).collect();
+        let countdown = jit.quicken(&blocks, self.threshold);
         self.follow_regions();
+        for &id in &ids[1..] {
+            self.blocks.get_mut(id).runs.countdown = countdown;
+        }
     }
 
     /// Interprets a block.
@@ -407,7 +428,7 @@ impl Vcpu {
                 // Where the indirect branch at the end leads is seen only while the block is interpreted.
                 let watched = block.targets[0] != NO_TARGET;
                 if block.heat == if watched { runs * WATCHED } else { runs } {
-                    self.quicken(id);
+                    self.quicken(id, runs);
                 }
             }
             None if block.heat == self.threshold.min(THRESHOLD) => self.request_region(id),

@@ -163,7 +163,8 @@ pub enum Change {
 pub struct Runs {
     /// Address of its code; 0 if it is interpreted. What is known of an older address means nothing any more.
     pub code: u64,
-    /// The number of its countdown, if that is quick code.
+    /// The number of its countdown, if that is quick code; without code of its own, of the quick code that has it follow
+    /// another block, or had.
     pub countdown: Option<u32>,
 }
 

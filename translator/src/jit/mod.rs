@@ -203,34 +203,35 @@ impl Jit {
         self.quick.is_some()
     }
 
-    /// Gives a block quick code, which asks for a region after it has gone on, back or elsewhere, so often;
-    /// [`Self::changes`] says what that changed. No
-    /// vCPU may be in compiled code.
-    pub fn quicken(&mut self, block: &Block, runs: u32) {
-        let Some(quick) = self.quick.filter(|_| block.next_page.is_none()) else { return };
+    /// Gives the first of some blocks of one page quick code, which has those behind it too, each where the one before
+    /// goes on; the code asks for a region after it has gone on, back or elsewhere, so often. The number of its countdown;
+    /// [`Self::changes`] says what that changed. No vCPU may be in compiled code.
+    pub fn quicken(&mut self, blocks: &[&Block], runs: u32) -> Option<u32> {
+        let quick = self.quick?;
+        let block = blocks.first()?;
         let countdown = loop {
             match self.cache.countdown(COUNTDOWNS as u32) {
                 Some(countdown) => break countdown,
                 None if self.cache.evict() => self.counts.evicted += 1,
-                None => return,
+                None => return None,
             }
         };
         let start = Instant::now();
         self.countdowns[countdown as usize] = runs as i32;
-        let made = quick.compile(&block.insns, block.mode, block.gpa & PAGE_MASK, countdown, self.counted);
+        let made = quick.compile(blocks, countdown, self.counted);
+        let granules = blocks.iter().flat_map(|b| b.extent()).fold(0, |all, (_, granules)| all | granules);
         // There are many of these: their vectors have no room to spare.
-        let mut extents: Vec<_> = block.extent().collect();
-        extents.shrink_to_fit();
+        let extents = vec![(block.gpa & !PAGE_MASK, granules)];
         let key = (block.gpa, block.mode.0);
         let id = self.cache.number();
         let bytes = made.code.len() as u64;
         let place =
             Place { extents, entries: vec![key], blocks: Vec::new(), second_page: None, countdown: Some(countdown) };
-        if self.put(id, place, made).is_some() {
-            self.counts.quick_blocks += 1;
-            self.counts.quick_bytes += bytes;
-            self.counts.quick_nanos += start.elapsed().as_nanos() as u64;
-        }
+        self.put(id, place, made)?;
+        self.counts.quick_blocks += blocks.len() as u64;
+        self.counts.quick_bytes += bytes;
+        self.counts.quick_nanos += start.elapsed().as_nanos() as u64;
+        Some(countdown)
     }
 
     /// Writes the names of all regions from now on to the file in which Linux perf looks for them.

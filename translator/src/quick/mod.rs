@@ -1,9 +1,10 @@
 //! Quick code: what blocks run as between being interpreted and being part of a region.
 //!
-//! A block that has run some times is turned into host code in one pass, on the vCPU's own thread. The code is small rather than fast: what it has to do about memory is done by
-//! [routines](Routine) that all of it shares, so that a program of which much is run but little often finds room in the
-//! host's caches. It counts down how often it is entered from elsewhere and
-//! goes back or to other pages; what that leads to gets a region in the end.
+//! A block that has run some times is turned into host code in one pass, on the vCPU's own thread, together with what it
+//! goes on at where it does not branch away. The code is small rather than fast: what it has to do about memory is done
+//! by [routines](Routine) that all of it shares, so that a program of which much is run but little often finds room in
+//! the host's caches. It counts down how often it is entered from elsewhere and goes back or to other pages; what that
+//! leads to gets a region in the end.
 //!
 //! There is quick code on x86-64 hosts. Elsewhere blocks are interpreted until they get a region.
 
@@ -14,8 +15,9 @@ mod vector;
 
 use std::mem::offset_of;
 
+use crate::block::Block;
 use crate::code::{HostIsa, PUSH_LEN};
-use crate::insn::{Insn, Mode};
+use crate::insn::Insn;
 use crate::jit::compile::Compiled;
 use crate::jit::emit::{Helper, at};
 use crate::jit::frame::reason;
@@ -239,11 +241,11 @@ impl Quick {
         (isa == HostIsa::X86_64).then_some(Quick { counts_bits })
     }
 
-    /// The code of a block of instructions that lie in one page, from page offset `start`; `countdown` is the number
-    /// of its countdown, `counted` whether it shall count the instructions it completes. Offsets of the instructions that
-    /// helpers evaluate are from the start of the block.
-    pub fn compile(&self, insns: &[Insn], mode: Mode, start: u64, countdown: u32, counted: bool) -> Compiled {
-        Emitter::new(self, mode, start, counted, countdown).emit(insns)
+    /// The code of blocks of one page, each of which the one before goes on at; `countdown` is the number of its
+    /// countdown, `counted` whether it shall count the instructions it completes. Offsets of the instructions that helpers
+    /// evaluate are from the start of their block.
+    pub fn compile(&self, blocks: &[&Block], countdown: u32, counted: bool) -> Compiled {
+        Emitter::new(self, counted, countdown).emit(blocks)
     }
 
     /// Appends the way from quick code into a region whose entry is at a page offset: which of its entries is meant a
