@@ -56,9 +56,17 @@ pub struct CpuCounts {
     pub port_io: u64,
 }
 
-/// A vCPU as instruction semantics see it. `s` comes first: compiled code holds one pointer to both.
+/// Offset of what compiled code has the address of: the general-purpose registers. What it uses most is at most 128 bytes
+/// before or behind, where x86-64 code says a field's offset in one byte.
+pub const ANCHOR: i32 = std::mem::offset_of!(Cpu, s.gpr) as i32;
+
+const _: () = assert!(ANCHOR - std::mem::offset_of!(Cpu, jit.exit_reason) as i32 <= 128);
+
+/// A vCPU as instruction semantics see it.
 #[repr(C)]
 pub struct Cpu {
+    /// What compiled code keeps beside the architectural state.
+    pub jit: crate::jit::frame::JitFrame,
     /// Architectural state.
     pub s: CpuState,
     /// Linear instruction pointer of the first byte of the block that runs (CS base not included).
@@ -80,11 +88,6 @@ pub struct Cpu {
     pub class: Class,
     /// The current decode mode.
     pub mode: Mode,
-    /// Combined with linear addresses in jump-cache and code-TLB keys: mode, privilege and address space, in the bits
-    /// that a canonical address leaves redundant, and the generation ([`Cpu::next_generation`]). The second is for the
-    /// upper half, which kernels map by global pages: it is the same in every address space ([`crate::mmu::Mmu`] sees to
-    /// what is mapped there otherwise).
-    pub salts: [u64; 2],
     /// Which time it is, modulo a page's size, that nothing was known yet of where linear addresses lead.
     generation: u64,
     /// The exception that the last [`Trap`] stands for.
@@ -111,8 +114,6 @@ pub struct Cpu {
     pub late_fault: bool,
     /// Stores to take back, in lock-step runs.
     pub journal: Option<crate::lockstep::Journal>,
-    /// What compiled code keeps beside the architectural state.
-    pub jit: crate::jit::frame::JitFrame,
     /// Statistics.
     pub counts: CpuCounts,
 }
@@ -131,7 +132,6 @@ impl Cpu {
             through_ss: false,
             class: Class::Supervisor,
             mode: Mode(0),
-            salts: [0; 2],
             generation: 0,
             raised: Exception::plain(vector::UD),
             mmu: Mmu::new(),
@@ -202,7 +202,7 @@ impl Cpu {
         // or distinct salts stay distinct.
         let here = u64::from(mode) | u64::from(self.s.cpl == 3) << 6;
         let high = [here | u64::from(self.mmu.tlb.tag()) << 7, here | 1 << 15];
-        self.salts = high.map(|bits| bits << 48 | self.generation);
+        self.jit.salts = high.map(|bits| bits << 48 | self.generation);
         self.stop_block = true;
     }
 
@@ -214,7 +214,7 @@ impl Cpu {
     /// ([`crate::jit::bridge`]) leads to one.
     pub(crate) fn next_generation(&mut self) -> bool {
         self.generation = (self.generation + 1) & PAGE_MASK;
-        self.salts = self.salts.map(|salt| salt & !PAGE_MASK | self.generation);
+        self.jit.salts = self.jit.salts.map(|salt| salt & !PAGE_MASK | self.generation);
         self.generation == 0
     }
 
@@ -247,7 +247,7 @@ impl Cpu {
     /// The key of a linear address in the jump cache and the code TLB.
     #[inline(always)]
     pub fn code_key(&self, linear: u64) -> u64 {
-        linear ^ self.salts[(linear >> 63) as usize]
+        linear ^ self.jit.salts[(linear >> 63) as usize]
     }
 
     /// Records an exception; the returned token makes the instruction fail with it.

@@ -147,11 +147,9 @@ pub struct Table {
 /// ZF = `cc_z == 0`; SF = bit 63 of `cc_sp`; PF = even parity of the low byte of `cc_sp`; CF = bit 63 of `cc_co`;
 /// OF = bit 63 ^ bit 62 of `cc_co`; AF = bit 3 of `cc_co`. Ordinary arithmetic stores the sign-extended result in the
 /// first two and the carry-out vector, aligned so that the carry out of the top bit stands in bit 63, in the third.
-#[repr(C, align(64))]
+#[repr(C)]
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct CpuState {
-    /// General-purpose registers in encoding order.
-    pub gpr: [u64; 16],
     /// Instruction pointer; exact at block boundaries and whenever a fault is delivered.
     pub rip: u64,
     /// Lazy ZF.
@@ -162,6 +160,8 @@ pub struct CpuState {
     pub cc_co: u64,
     /// RFLAGS without the arithmetic flags; bit 1 is always set.
     pub rflags: u64,
+    /// General-purpose registers in encoding order.
+    pub gpr: [u64; 16],
     /// YMM registers: four 64-bit words each; the low two are XMM.
     pub ymm: [[u64; 4]; 16],
     /// ES, CS, SS, DS, FS, GS.
@@ -246,12 +246,12 @@ impl CpuState {
         let mut gpr = [0; 16];
         gpr[usize::from(gpr::RDX)] = 0x600;
         CpuState {
-            gpr,
             rip: 0xfff0,
             cc_z: 1,
             cc_sp: 1,
             cc_co: 0,
             rflags: 2,
+            gpr,
             ymm: [[0; 4]; 16],
             seg,
             ldtr: Segment { limit: 0xffff, attr: 0x82, ..Segment::default() },

@@ -29,7 +29,7 @@ const QUICK: u32 = 24;
 /// So many times more of a block whose end has led to several places of its page, as far as is known.
 const WATCHED: u32 = 8;
 /// Blocks that may have quick code in one piece.
-const QUICK_BLOCKS: usize = 3;
+const QUICK_BLOCKS: usize = 1;
 /// How often quick code goes on, back or elsewhere, before it asks for a region there.
 const PATIENCE: u32 = 20_000;
 /// Invalidations of compiled code in a page after which its blocks must be twice as hot to be compiled again.

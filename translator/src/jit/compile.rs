@@ -1,6 +1,5 @@
 //! From a planned region to host code: one Cranelift function each.
 
-use std::mem::offset_of;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -16,10 +15,10 @@ use cranelift_codegen::settings::{self, Configurable};
 use cranelift_codegen::{FinalizedMachReloc, FinalizedRelocTarget};
 use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
 
-use crate::cpu::Cpu;
+use crate::cpu::ANCHOR;
 use crate::insn::Insn;
 use crate::jit::access::site_thunk;
-use crate::jit::emit::{Emitted, Helper, JitEmit, Signatures, name};
+use crate::jit::emit::{Emitted, Helper, JitEmit, Signatures, at, name};
 use crate::jit::frame::HELPERS;
 use crate::jit::host;
 use crate::jit::leave;
@@ -200,7 +199,8 @@ impl Compiler {
         let region = self.region_signature();
         self.stub_function(signature, |b, params| {
             let region = b.import_signature(region);
-            b.ins().call_indirect(region, params[1], &[params[0]]);
+            let anchor = b.ins().iadd_imm_s(params[0], i64::from(ANCHOR));
+            b.ins().call_indirect(region, params[1], &[anchor]);
             b.ins().return_(&[]);
         })
     }
@@ -240,9 +240,9 @@ impl Compiler {
         let callee = self.helper_signature(CallConv::SystemV);
         self.stub_function(self.helper_signature(CallConv::PreserveAll), |b, params| {
             let callee = b.import_signature(callee);
-            let at = offset_of!(Cpu, jit.helpers) + 8 * helper;
-            let f = b.ins().load(I64, MemFlagsData::trusted(), params[0], at as i32);
-            b.ins().call_indirect(callee, f, params);
+            let f = b.ins().load(I64, MemFlagsData::trusted(), params[0], at!(jit.helpers) + 8 * helper as i32);
+            let cpu = b.ins().iadd_imm_s(params[0], -i64::from(ANCHOR));
+            b.ins().call_indirect(callee, f, &[&[cpu], &params[1..]].concat());
             b.ins().return_(&[]);
         })
     }

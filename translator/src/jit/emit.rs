@@ -6,7 +6,6 @@
 //! them; at a possible fault that happens on the cold path.
 
 use std::collections::HashMap;
-use std::mem::offset_of;
 
 use cranelift_codegen::ir::condcodes::IntCC;
 use cranelift_codegen::ir::types::{I8, I8X16, I16, I32, I64};
@@ -17,7 +16,7 @@ use cranelift_codegen::ir::{
 use cranelift_frontend::{FunctionBuilder, Variable};
 
 use crate::addr::PAGE_MASK;
-use crate::cpu::Cpu;
+use crate::cpu::ANCHOR;
 use crate::emit::{Cond, Emit, Flags};
 use crate::flags;
 use crate::insn::{Insn, Mode};
@@ -107,7 +106,7 @@ pub struct JitEmit<'a> {
     /// The function being built.
     pub b: FunctionBuilder<'a>,
     pub(super) plan: &'a Plan,
-    /// The CPU ([`Cpu`]) that the function's argument points to.
+    /// What the function has for an argument: the CPU's [`ANCHOR`].
     pub(super) cpu: Value,
     /// The current soft-TLB table; a helper's instruction may change which it is.
     pub(super) tlb: Variable,
@@ -189,19 +188,19 @@ pub(super) fn aligned() -> MemFlagsData {
     MemFlagsData::trusted()
 }
 
+/// Offset of a field of the CPU from what compiled code holds ([`ANCHOR`](crate::cpu::ANCHOR)).
+macro_rules! at {
+    ($($field:tt)+) => { std::mem::offset_of!($crate::cpu::Cpu, $($field)+) as i32 - $crate::cpu::ANCHOR };
+}
+pub(crate) use at;
+
 const fn gpr_at(r: usize) -> i32 {
-    (offset_of!(Cpu, s.gpr) + 8 * r) as i32
+    at!(s.gpr) + 8 * r as i32
 }
 
 const fn x_at(r: usize) -> i32 {
-    (offset_of!(Cpu, s.ymm) + 32 * r) as i32
+    at!(s.ymm) + 32 * r as i32
 }
-
-/// Offset of a field of the CPU.
-macro_rules! at {
-    ($($field:tt)+) => { std::mem::offset_of!($crate::cpu::Cpu, $($field)+) as i32 };
-}
-pub(crate) use at;
 
 impl<'a> JitEmit<'a> {
     /// Starts the function: declares variables for the registers that the region uses, and its blocks.
@@ -370,9 +369,10 @@ impl<'a> JitEmit<'a> {
         self.write_through();
         self.store_flags();
         let insn = self.keep_insns(std::slice::from_ref(i));
-        let (cpu, page_ip) = (self.cpu, self.page_ip);
+        let page_ip = self.page_ip;
+        let cpu = self.b.ins().iadd_imm_s(self.cpu, -i64::from(ANCHOR));
         // Registers are in the CPU state here, and come from there afterwards: nothing needs to be preserved.
-        let evaluate = self.load_frame(offset_of!(Cpu, jit.helpers) + 8 * Helper::Evaluate as usize);
+        let evaluate = self.load_frame(at!(jit.helpers) + 8 * Helper::Evaluate as i32);
         self.b.ins().call_indirect(self.evaluate_sig, evaluate, &[cpu, insn, page_ip, page_ip]);
         let status = self.b.ins().load(I64, aligned(), self.cpu, at!(jit.exit_reason));
         if i.ends_block {
@@ -461,8 +461,8 @@ impl<'a> JitEmit<'a> {
     }
 
     /// A word of the CPU at an offset.
-    pub(super) fn load_frame(&mut self, offset: usize) -> Value {
-        self.b.ins().load(I64, aligned(), self.cpu, offset as i32)
+    pub(super) fn load_frame(&mut self, offset: i32) -> Value {
+        self.b.ins().load(I64, aligned(), self.cpu, offset)
     }
 
     pub(super) fn call(&mut self, helper: Helper, a: Value, b: Value, c: Option<Value>) {

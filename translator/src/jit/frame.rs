@@ -112,16 +112,6 @@ pub struct JitFrame {
     pub tlb: u64,
     /// Addresses of the soft-TLB tables of this address space, by [`Class`](crate::mmu::tlb::Class).
     pub tables: [u64; 4],
-    /// Address of the jump cache.
-    pub jump: u64,
-    /// The bits of an offset into it that the linear address decides.
-    pub jump_mask: u64,
-    /// Address of the kick word.
-    pub kick: u64,
-    /// One of [`reason`].
-    pub exit_reason: u64,
-    /// Address of the bridge ([`super::bridge`]) whose branch is on its way to the jump cache, or 0.
-    pub missed: u64,
     /// Name of the bridge that asks the dispatch loop, on return, for the way to RIP; 0 for none.
     pub asking: u64,
     /// Guest instructions completed by compiled code.
@@ -143,14 +133,6 @@ pub struct JitFrame {
     pub x87_flags: [u8; 4],
     /// Whether compiled code is repeated by the interpreter, so that what depends on other threads is left to that.
     pub repeated: bool,
-    /// Kind of the deferred flags ([`lazy`]).
-    pub lazy_kind: u64,
-    /// Deferred flags: first operand.
-    pub lazy_a: u64,
-    /// Deferred flags: second operand.
-    pub lazy_b: u64,
-    /// Deferred flags: result.
-    pub lazy_r: u64,
     /// Addresses of the helpers.
     pub helpers: [u64; HELPERS],
     /// Addresses of code that calls the helpers and preserves every register, which is what compiled code calls.
@@ -163,6 +145,31 @@ pub struct JitFrame {
     pub slow_paths: u64,
     /// Instructions evaluated by helper, for statistics.
     pub helper_calls: u64,
+
+    // From here to the general-purpose registers: what compiled code uses most ([`crate::cpu::ANCHOR`]).
+    /// One of [`reason`].
+    pub exit_reason: u64,
+    /// Address of the bridge ([`super::bridge`]) whose branch is on its way to the jump cache, or 0.
+    pub missed: u64,
+    /// Address of the jump cache.
+    pub jump: u64,
+    /// The bits of an offset into it that the linear address decides.
+    pub jump_mask: u64,
+    /// Address of the kick word.
+    pub kick: u64,
+    /// Combined with linear addresses in jump-cache and code-TLB keys: mode, privilege and address space, in the bits
+    /// that a canonical address leaves redundant, and the generation ([`Cpu::next_generation`](crate::cpu::Cpu::next_generation)). The second is for the
+    /// upper half, which kernels map by global pages: it is the same in every address space ([`crate::mmu::Mmu`] sees to
+    /// what is mapped there otherwise).
+    pub salts: [u64; 2],
+    /// Kind of the deferred flags ([`lazy`]).
+    pub lazy_kind: u64,
+    /// Deferred flags: first operand.
+    pub lazy_a: u64,
+    /// Deferred flags: second operand.
+    pub lazy_b: u64,
+    /// Deferred flags: result.
+    pub lazy_r: u64,
 }
 
 impl Cpu {

@@ -86,6 +86,6 @@ fn key(b: &mut FunctionBuilder<'_>, cpu: Value, rip: Value) -> Value {
     let half = b.ins().ushr_imm_u(rip, 63);
     let half = b.ins().ishl_imm_u(half, 3);
     let half = b.ins().iadd(cpu, half);
-    let salt = b.ins().load(I64, aligned(), half, at!(salts));
+    let salt = b.ins().load(I64, aligned(), half, at!(jit.salts));
     b.ins().bxor(rip, salt)
 }

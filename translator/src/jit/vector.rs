@@ -5,15 +5,13 @@
 //! which has the guest's controls from the first floating-point instruction of a run of compiled code until its end,
 //! or until a helper evaluates an instruction ([`crate::jit::frame`]).
 
-use std::mem::offset_of;
-
 use cranelift_codegen::ir::condcodes::{FloatCC, IntCC};
 use cranelift_codegen::ir::types::{F32, F32X4, F64, F64X2, I8, I8X16, I16X8, I32, I32X4, I64, I64X2};
 use cranelift_codegen::ir::{InstBuilder, MemFlagsData, Type, Value};
 
-use crate::cpu::Cpu;
 use crate::emit::{Emit, Flags, FpArgs, FpCall, LaneOp};
 use crate::jit::Unsupported;
+use crate::jit::emit::at;
 use crate::jit::emit::{FlagVal, Helper, JitEmit};
 use crate::jit::host::Host;
 use crate::simd::fp::{CvtOp, FmaKind, FpFmt, FpOp};
@@ -425,13 +423,13 @@ impl JitEmit<'_> {
             return;
         }
         self.fp_ready = true;
-        let loaded = self.load_frame(offset_of!(Cpu, jit.fp_loaded));
+        let loaded = self.load_frame(at!(jit.fp_loaded));
         let (load, go_on) = (self.b.create_block(), self.b.create_block());
         self.b.set_cold_block(load);
         self.b.ins().brif(loaded, go_on, &[], load, &[]);
         self.b.switch_to_block(load);
         self.call(Helper::LoadFp, loaded, loaded, None);
-        let done = self.load_frame(offset_of!(Cpu, jit.slow_result));
+        let done = self.load_frame(at!(jit.slow_result));
         let none = self.b.ins().icmp_imm_u(IntCC::Equal, done, 0);
         self.side_exit_if(none);
         self.b.ins().jump(go_on, &[]);

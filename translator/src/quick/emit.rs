@@ -17,7 +17,6 @@ use std::mem::offset_of;
 use crate::addr::PAGE_MASK;
 use crate::block::Block;
 use crate::code::PUSH_LEN;
-use crate::cpu::Cpu;
 use crate::emit::{Bin, Cond, Emit, Flags};
 use crate::flags;
 use crate::insn::{Insn, Mode};
@@ -32,7 +31,7 @@ use crate::quick::asm::{Alu, Asm, Cc, Gpr, Jump, Mem, Shift, Xmm};
 use crate::quick::{Quick, Routine};
 use crate::width::W64;
 
-/// Holds the CPU ([`Cpu`]).
+/// Holds the CPU's [`ANCHOR`](crate::cpu::ANCHOR).
 pub(super) const CPU: Gpr = Gpr::RDI;
 /// Holds the linear address of the page that runs.
 pub(super) const PAGE: Gpr = Gpr::RBP;
@@ -173,7 +172,7 @@ pub(super) fn cpu(offset: i32) -> Mem {
 }
 
 pub(super) fn gpr_at(r: u8) -> Mem {
-    cpu((offset_of!(Cpu, s.gpr) + 8 * usize::from(r & 15)) as i32)
+    cpu(at!(s.gpr) + 8 * i32::from(r & 15))
 }
 
 impl<'a> QuickEmit<'a> {
@@ -750,6 +749,9 @@ impl<'a> QuickEmit<'a> {
         }
         if to.is_none() || off <= 0 {
             self.count_down(to);
+        }
+        // There is no way round that never leads back.
+        if off <= 0 {
             self.poll(to);
         }
         match to {
@@ -792,7 +794,7 @@ impl<'a> QuickEmit<'a> {
     fn key(&mut self, to: Gpr, ip: Gpr) {
         self.a.mov(8, to, ip);
         self.a.shift_imm(8, Shift::Shr, to, 63);
-        self.a.load(8, to, Mem { base: Some(CPU), index: Some((to, 3)), disp: at!(salts) });
+        self.a.load(8, to, Mem { base: Some(CPU), index: Some((to, 3)), disp: at!(jit.salts) });
         self.a.alu(8, Alu::Xor, to, ip);
     }
 

@@ -17,6 +17,7 @@ use std::mem::offset_of;
 
 use crate::block::Block;
 use crate::code::{HostIsa, PUSH_LEN};
+use crate::cpu::ANCHOR;
 use crate::insn::Insn;
 use crate::jit::compile::Compiled;
 use crate::jit::emit::{Helper, at};
@@ -159,7 +160,8 @@ impl Routine {
             Routine::Lookup => return lookup(a),
             Routine::Evaluate => {
                 a.push(emit::CPU);
-                a.call(emit::cpu(at!(jit.helpers) + 8 * Helper::Evaluate as i32));
+                a.alu_imm(8, Alu::Sub, emit::CPU, ANCHOR);
+                a.call(Mem::at(emit::CPU, ANCHOR + at!(jit.helpers) + 8 * Helper::Evaluate as i32));
                 a.pop(emit::CPU);
                 a.alu_imm(4, Alu::Cmp, emit::cpu(at!(jit.exit_reason)), reason::NEXT as i32);
                 a.ret();
@@ -268,6 +270,7 @@ impl Quick {
         let saved = [Gpr::RBX, Gpr(12), Gpr(13), Gpr(14), Gpr(15)];
         let mut a = Asm::default();
         saved.iter().for_each(|&r| a.push(r));
+        a.alu_imm(8, Alu::Add, emit::CPU, ANCHOR);
         a.call_reg(Gpr::RSI);
         saved.iter().rev().for_each(|&r| a.pop(r));
         a.ret();

@@ -5,10 +5,8 @@
 //! loads the guest registers that the run touches, in their order. What a guest register held when it was popped stays in it
 //! on a processor, and can be seen; so a pop that leaves a new value there stores it.
 
-use std::mem::offset_of;
-
 use super::run::{Argument, Places, Run, Step, computes, register, sets_c1, without_pop};
-use crate::cpu::Cpu;
+use crate::jit::emit::at;
 use crate::x87::{F80, Memory, Op};
 
 /// Host registers by their numbers.
@@ -100,9 +98,9 @@ impl Piece<'_> {
     }
 
     /// Appends an instruction on a field of the CPU.
-    fn at_field(&mut self, opcode: u16, offset: usize) {
+    fn at_field(&mut self, opcode: u16, offset: i32) {
         self.plain(opcode & 0x738 | 0x80 | u16::from(RDI));
-        self.code.extend((offset as u32).to_le_bytes());
+        self.code.extend(offset.to_le_bytes());
     }
 
     /// Appends an instruction on the guest register at a place.
@@ -117,7 +115,7 @@ impl Piece<'_> {
         };
         self.plain(opcode & 0x738 | 0x84);
         self.code.push(index << 3 | RDI);
-        self.code.extend((offset_of!(Cpu, s.x87.st) as u32).to_le_bytes());
+        self.code.extend(at!(s.x87.st).to_le_bytes());
     }
 
     /// Loads the places that the run touches, ST(0) last.
@@ -187,10 +185,10 @@ impl Piece<'_> {
             self.changed |= 1 << (step.top + r & 7);
         }
         if captures.c1 == Some(n) {
-            self.at_field(FNSTSW, offset_of!(Cpu, jit.x87_status));
+            self.at_field(FNSTSW, at!(jit.x87_status));
         }
         if captures.late == Some(n) {
-            self.at_field(FNSTSW, offset_of!(Cpu, jit.x87_late));
+            self.at_field(FNSTSW, at!(jit.x87_late));
         }
         for k in 0..pops {
             if k < natively {
@@ -236,7 +234,7 @@ impl Piece<'_> {
             for (flag, set) in (0..).zip(SET_FLAGS) {
                 // setcc [rdi + offset]
                 self.code.extend([0x0f, set, 0x80 | RDI]);
-                self.code.extend((offset_of!(Cpu, jit.x87_flags) as u32 + flag).to_le_bytes());
+                self.code.extend((at!(jit.x87_flags) + flag).to_le_bytes());
             }
         }
         Some(())
