@@ -60,7 +60,7 @@ pub struct CpuCounts {
 /// before or behind, where x86-64 code says a field's offset in one byte.
 pub const ANCHOR: i32 = std::mem::offset_of!(Cpu, s.gpr) as i32;
 
-const _: () = assert!(ANCHOR - std::mem::offset_of!(Cpu, jit.exit_reason) as i32 <= 128);
+const _: () = assert!(ANCHOR - std::mem::offset_of!(Cpu, jit.missed) as i32 <= 128);
 
 /// A vCPU as instruction semantics see it.
 #[repr(C)]

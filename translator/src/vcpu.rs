@@ -8,7 +8,7 @@ use crate::exception::{Exception, Trap, vector};
 use crate::insn::{Insn, Mode};
 use crate::jit::cache::{Change, Runs};
 use crate::jit::frame::reason;
-use crate::jit::region::{Plan, goes_on_at};
+use crate::jit::region::Plan;
 use crate::jit::{Jit, THRESHOLD};
 use crate::jump::{JumpCache, JumpEntry};
 use crate::state::{Segment, flag, seg};
@@ -28,10 +28,11 @@ pub enum Exit {
 const QUICK: u32 = 24;
 /// So many times more of a block whose end has led to several places of its page, as far as is known.
 const WATCHED: u32 = 8;
-/// Blocks that may have quick code in one piece.
-const QUICK_BLOCKS: usize = 1;
-/// How often quick code goes on, back or elsewhere, before it asks for a region there.
+/// How often quick code goes on at a block, back or from elsewhere, before that gets a region.
 const PATIENCE: u32 = 20_000;
+/// Of so many times that quick code goes on back or elsewhere it is looked where it is. A prime, for loops to have no part
+/// of it for their period.
+const LOOK: u32 = 1009;
 /// Invalidations of compiled code in a page after which its blocks must be twice as hot to be compiled again.
 const REWRITES: u32 = 8;
 
@@ -71,11 +72,10 @@ pub struct Vcpu {
 
 impl Vcpu {
     /// A vCPU around `cpu`.
-    pub fn new(mut cpu: Cpu, mut jit: Option<Jit>) -> Vcpu {
+    pub fn new(mut cpu: Cpu, jit: Option<Jit>) -> Vcpu {
         let jump = JumpCache::default();
         let thunks = jit.as_ref().map(Jit::thunks).unwrap_or_default();
-        let countdowns = jit.as_mut().map_or(0, Jit::countdowns);
-        cpu.connect_jit(&jump, countdowns, thunks);
+        cpu.connect_jit(&jump, thunks);
         let quick = jit.as_ref().is_some_and(Jit::has_quick);
         Vcpu {
             cpu,
@@ -240,19 +240,13 @@ impl Vcpu {
             self.lead_bridge();
         }
         match self.cpu.jit.exit_reason {
-            reason::HOT => {
-                let countdown = self.cpu.jit.counted_down as u32;
-                if let Some(jit) = &mut self.jit {
-                    jit.count_down(countdown, self.threshold);
+            reason::LOOK => match self.find_block() {
+                Ok(id) => {
+                    self.look(id);
+                    Ok(())
                 }
-                match self.find_block() {
-                    Ok(id) => {
-                        self.request_region(id);
-                        Ok(())
-                    }
-                    Err(Trap) => self.fault(),
-                }
-            }
+                Err(Trap) => self.fault(),
+            },
             reason::INTERPRET => match self.find_block() {
                 Ok(id) => self.interpret(id),
                 Err(Trap) => self.fault(),
@@ -312,6 +306,20 @@ impl Vcpu {
         }
     }
 
+    /// Notes that quick code was found at a block, which stands for all the times since it was looked for last.
+    #[cold]
+    fn look(&mut self, id: BlockId) {
+        let interval = LOOK.min(self.threshold);
+        self.cpu.jit.until_look = interval.into();
+        let block = self.blocks.get_mut(id);
+        if block.heat < self.threshold {
+            block.heat = block.heat.saturating_add(interval).min(self.threshold);
+            if block.heat == self.threshold {
+                self.request_region(id);
+            }
+        }
+    }
+
     /// Asks for a region at a block that has become hot.
     #[cold]
     fn request_region(&mut self, id: BlockId) {
@@ -331,7 +339,7 @@ impl Vcpu {
         }
         let block = self.blocks.get(id);
         // Quick code has run often enough to be worth its place.
-        let heat = |block: &Block| if block.runs.countdown.is_some() { self.threshold } else { block.heat };
+        let heat = |block: &Block| if block.runs.quick { self.threshold } else { block.heat };
         let Some(mut plan) = Plan::grow(&self.blocks, block.gpa, block.mode, heat, jit.counted) else { return };
         plan.rip = self.cpu.s.rip;
         let keys: Vec<_> = plan.keys().collect();
@@ -348,32 +356,13 @@ impl Vcpu {
         }
     }
 
-    /// Gives a block quick code, and has what it goes on at follow in it as far as that is about as hot and has no code of
-    /// its own.
+    /// Gives a block quick code.
     #[cold]
-    fn quicken(&mut self, id: BlockId, runs: u32) {
+    fn quicken(&mut self, id: BlockId) {
+        let block = self.blocks.get(id);
         let Some(jit) = &mut self.jit else { return };
-        let mut ids = vec![id];
-        let mut last = self.blocks.get(id);
-        while ids.len() < QUICK_BLOCKS
-            && let Some(next) = goes_on_at(last).and_then(|at| self.blocks.find(at, last.mode))
-        {
-            let block = self.blocks.get(next);
-            let plain = block.next_page.is_none() && block.targets[0] == NO_TARGET;
-            // What has run more often is led to from elsewhere, too.
-            let warm = (runs / 2..=last.heat).contains(&block.heat);
-            if !plain || block.runs.code != 0 || !warm || ids.contains(&next) {
-                break;
-            }
-            ids.push(next);
-            last = block;
-        }
-        let blocks: Vec<&Block> = ids.iter().map(|&id| self.blocks.get(id)).collect();
-        let countdown = jit.quicken(&blocks, self.threshold);
+        jit.quicken(block);
         self.follow_regions();
-        for &id in &ids[1..] {
-            self.blocks.get_mut(id).runs.countdown = countdown;
-        }
     }
 
     /// Interprets a block.
@@ -428,7 +417,7 @@ impl Vcpu {
                 // Where the indirect branch at the end leads is seen only while the block is interpreted.
                 let watched = block.targets[0] != NO_TARGET;
                 if block.heat == if watched { runs * WATCHED } else { runs } {
-                    self.quicken(id, runs);
+                    self.quicken(id);
                 }
             }
             None if block.heat == self.threshold.min(THRESHOLD) => self.request_region(id),

@@ -145,7 +145,7 @@ impl Vcpu {
             entries: keys.iter().map(|&k| (k, 0)).collect(),
             blocks: keys,
             second_page: None,
-            countdown: None,
+            quick: false,
             bridges: Box::default(),
             crossings: Vec::new(),
             kept: Kept(plan.number, self.alive.clone()),

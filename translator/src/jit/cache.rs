@@ -68,8 +68,8 @@ pub struct Unit<K> {
     /// The page into which the region's one instruction crosses. Only the jump cache and bridges, which know that
     /// the page is mapped behind the first one, lead there.
     pub second_page: Option<u64>,
-    /// The number of its countdown, if it is quick code of one block, which a region may replace.
-    pub countdown: Option<u32>,
+    /// Whether it is quick code of one block, which a region may replace.
+    pub quick: bool,
     /// Its direct branches into other pages ([`crate::jit::bridge`]).
     pub bridges: Box<[Bridge]>,
     /// Of each bridge, if its code holds what they lead to itself, where in `code` the key stands, 8 bytes at a multiple
@@ -88,7 +88,7 @@ struct Region<K> {
     blocks: Vec<Key>,
     /// Its direct branches to keys, and their sites in the arena.
     branches: Vec<(Key, usize)>,
-    countdown: Option<u32>,
+    quick: bool,
     bridges: Box<[Bridge]>,
     /// As in [`Unit`], in the arena.
     crossings: Vec<(usize, usize)>,
@@ -137,7 +137,7 @@ struct Entry {
     /// The same of quick code's.
     inner: usize,
     second_page: Option<u64>,
-    countdown: Option<u32>,
+    quick: bool,
 }
 
 /// A region whose code has not come yet.
@@ -163,15 +163,14 @@ pub enum Change {
 pub struct Runs {
     /// Address of its code; 0 if it is interpreted. What is known of an older address means nothing any more.
     pub code: u64,
-    /// The number of its countdown, if that is quick code; without code of its own, of the quick code that has it follow
-    /// another block, or had.
-    pub countdown: Option<u32>,
+    /// Whether that is quick code.
+    pub quick: bool,
 }
 
 impl Runs {
     /// Whether it is part of a region.
     pub fn in_region(self) -> bool {
-        self.code != 0 && self.countdown.is_none()
+        self.code != 0 && !self.quick
     }
 }
 
@@ -203,9 +202,6 @@ pub struct Cache<K> {
     /// How often compiled code of a page was overwritten, or would have been before it was ready.
     rewrites: AddressMap<u64, u32>,
     next_id: RegionId,
-    /// How many countdowns quick code has had at once, and which of these it has no more.
-    countdowns: u32,
-    free_countdowns: Vec<u32>,
     /// What the vCPU has not been told yet.
     pub changes: Vec<Change>,
 }
@@ -225,8 +221,6 @@ impl<K> Cache<K> {
             expected: AddressMap::default(),
             rewrites: AddressMap::default(),
             next_id: 1,
-            countdowns: 0,
-            free_countdowns: Vec::new(),
             changes: Vec::new(),
         }
     }
@@ -288,7 +282,7 @@ impl<K> Cache<K> {
         let mut branches = Vec::with_capacity(unit.branches.len());
         for Link { site, to, otherwise } in unit.branches {
             let otherwise = otherwise.map_or(self.lookup, |at| start + at);
-            let site = Site { at: start + site, otherwise, quick: unit.countdown.is_some() };
+            let site = Site { at: start + site, otherwise, quick: unit.quick };
             if let Some(key) = to {
                 self.incoming.entry(key).or_insert_with(|| Vec::with_capacity(1)).push(site);
                 branches.push((key, site.at));
@@ -298,7 +292,7 @@ impl<K> Cache<K> {
         }
         self.arena.publish(&slot);
         let code = self.arena.exec_ptr(start) as u64;
-        let Unit { countdown, second_page, .. } = unit;
+        let Unit { quick, second_page, .. } = unit;
         let entries: Vec<Key> = unit.entries.iter().map(|e| e.0).collect();
         self.changes.extend(entries.iter().chain(&unit.blocks).copied().map(Change::Cool));
         for &(page, granules) in &unit.extents {
@@ -315,7 +309,7 @@ impl<K> Cache<K> {
             entries,
             blocks: unit.blocks,
             branches,
-            countdown,
+            quick,
             bridges: unit.bridges,
             crossings: unit.crossings.iter().map(|&(key, site)| (start + key, start + site)).collect(),
             bridged: Vec::new(),
@@ -324,7 +318,7 @@ impl<K> Cache<K> {
         self.regions.insert(id, region);
         for (key, inner) in unit.entries {
             let (tail, inner) = (start + unit.tail, start + inner);
-            self.link(key, Some(Entry { region: id, code, tail, inner, second_page, countdown }));
+            self.link(key, Some(Entry { region: id, code, tail, inner, second_page, quick }));
         }
         Some(Placed { code, evicted })
     }
@@ -336,7 +330,7 @@ impl<K> Cache<K> {
             Some(entry) => self.entries.insert(key, entry),
             None => self.entries.remove(&key).map(|(_, entry)| entry),
         };
-        let runs = entry.map_or(Runs::default(), |e| Runs { code: e.code, countdown: e.countdown });
+        let runs = entry.map_or(Runs::default(), |e| Runs { code: e.code, quick: e.quick });
         self.changes.push(Change::Code(key, runs));
         for site in self.incoming.get(&key).into_iter().flatten() {
             self.arena.patch_branch(site.at, site.target(entry.as_ref()));
@@ -360,16 +354,7 @@ impl<K> Cache<K> {
     /// How what may be entered at a key runs; `second_page` as the block there has it.
     pub fn find(&self, key: Key, second_page: Option<u64>) -> Runs {
         let entry = self.entries.get(&key).filter(|e| e.second_page == second_page);
-        entry.map_or(Runs::default(), |e| Runs { code: e.code, countdown: e.countdown })
-    }
-
-    /// A number for a countdown, below `most`, that no quick code has.
-    pub fn countdown(&mut self, most: u32) -> Option<u32> {
-        self.free_countdowns.pop().or_else(|| {
-            let next = self.countdowns;
-            self.countdowns += u32::from(next < most);
-            (next < most).then_some(next)
-        })
+        entry.map_or(Runs::default(), |e| Runs { code: e.code, quick: e.quick })
     }
 
     /// Removes the region that was placed first; what is still hot is compiled again. False if there is none. No vCPU
@@ -459,7 +444,6 @@ impl<K> Cache<K> {
             self.forget_bridge((id, index), key);
         }
         self.changes.extend(region.blocks.into_iter().map(Change::Cool));
-        self.free_countdowns.extend(region.countdown);
         for (page, _) in region.extents {
             if let Some(list) = self.by_page.get_mut(&page) {
                 list.retain(|&r| r != id);
@@ -501,7 +485,7 @@ impl<K> Cache<K> {
             here.copied().filter(|id| self.regions.get(id).is_some_and(|r| touched(&r.extents))).collect();
         for &id in &gone {
             // Quick code costs little to make again.
-            rewrites += u32::from(self.regions.get(&id).is_some_and(|r| r.countdown.is_none()));
+            rewrites += u32::from(self.regions.get(&id).is_some_and(|r| !r.quick));
             self.remove(id);
         }
         if rewrites != 0 {

@@ -23,7 +23,7 @@ pub mod reason {
     /// code goes on by the jump cache. Behind a miss it means the same as [`NEXT`].
     pub const ONWARD: u64 = 4;
     /// Quick code has gone to RIP, or elsewhere, so often that the block there deserves a region.
-    pub const HOT: u64 = 5;
+    pub const LOOK: u64 = 5;
     /// How many there are.
     pub const COUNT: usize = 6;
 }
@@ -137,18 +137,14 @@ pub struct JitFrame {
     pub helpers: [u64; HELPERS],
     /// Addresses of code that calls the helpers and preserves every register, which is what compiled code calls.
     pub thunks: [u64; THUNKS],
-    /// Address of the countdowns of quick code, 4 bytes each.
-    pub countdowns: u64,
-    /// The number of the one that has run out.
-    pub counted_down: u64,
     /// Slow paths taken, for statistics.
     pub slow_paths: u64,
     /// Instructions evaluated by helper, for statistics.
     pub helper_calls: u64,
-
-    // From here to the general-purpose registers: what compiled code uses most ([`crate::cpu::ANCHOR`]).
     /// One of [`reason`].
     pub exit_reason: u64,
+
+    // From here to the general-purpose registers: what compiled code uses most ([`crate::cpu::ANCHOR`]).
     /// Address of the bridge ([`super::bridge`]) whose branch is on its way to the jump cache, or 0.
     pub missed: u64,
     /// Address of the jump cache.
@@ -162,6 +158,9 @@ pub struct JitFrame {
     /// upper half, which kernels map by global pages: it is the same in every address space ([`crate::mmu::Mmu`] sees to
     /// what is mapped there otherwise).
     pub salts: [u64; 2],
+    /// How often quick code may go on yet, back or elsewhere, before it has the dispatch loop look where it is: below 0
+    /// when it has.
+    pub until_look: i64,
     /// Kind of the deferred flags ([`lazy`]).
     pub lazy_kind: u64,
     /// Deferred flags: first operand.

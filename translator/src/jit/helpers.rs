@@ -10,9 +10,8 @@ use crate::simd::fp::FpEnv;
 
 impl Cpu {
     /// Points compiled code to the helpers and to what does not move.
-    pub fn connect_jit(&mut self, jump: &JumpCache, countdowns: u64, thunks: [u64; THUNKS]) {
+    pub fn connect_jit(&mut self, jump: &JumpCache, thunks: [u64; THUNKS]) {
         self.connect_jump(jump);
-        self.jit.countdowns = countdowns;
         self.jit.thunks = thunks;
         self.jit.kick = self.kick.as_ptr() as u64;
         self.jit.helpers = [

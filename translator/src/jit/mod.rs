@@ -47,8 +47,6 @@ pub struct Unsupported;
 pub const THRESHOLD: u32 = 400;
 /// Name of the compile threads, whose panics are survived.
 pub const WORKER: &str = "compile";
-/// Blocks that may have quick code at once.
-const COUNTDOWNS: usize = 192 * 1024;
 /// Regions that may wait for a worker.
 const QUEUE: usize = 256;
 
@@ -94,7 +92,7 @@ struct Place {
     entries: Vec<Key>,
     blocks: Vec<Key>,
     second_page: Option<u64>,
-    countdown: Option<u32>,
+    quick: bool,
 }
 
 /// Why there is no compiler.
@@ -127,8 +125,6 @@ pub struct Jit {
     /// What that shares, and where in the arena.
     library: Library,
     shared: Stub,
-    /// How often quick code has to go on, back or elsewhere, until it asks for a region there. The code counts it down.
-    countdowns: Box<[i32]>,
     /// Names regions for Linux perf.
     perf: Option<PerfMap>,
     /// Statistics.
@@ -169,8 +165,6 @@ impl Jit {
             quick,
             library,
             shared,
-            // The host gives memory to what is used.
-            countdowns: vec![0; COUNTDOWNS].into_boxed_slice(),
             perf: None,
             counts: JitCounts::default(),
         })
@@ -186,52 +180,28 @@ impl Jit {
         std::array::from_fn(|n| self.thunks[n].code)
     }
 
-    /// Address of the countdowns of quick code.
-    pub fn countdowns(&mut self) -> u64 {
-        self.countdowns.as_mut_ptr() as u64
-    }
-
-    /// Has the quick code with this number ask for a region after it has gone on elsewhere so often from now.
-    pub fn count_down(&mut self, countdown: u32, left: u32) {
-        if let Some(n) = self.countdowns.get_mut(countdown as usize) {
-            *n = left as i32;
-        }
-    }
-
     /// Whether this host has quick code.
     pub fn has_quick(&self) -> bool {
         self.quick.is_some()
     }
 
-    /// Gives the first of some blocks of one page quick code, which has those behind it too, each where the one before
-    /// goes on; the code asks for a region after it has gone on, back or elsewhere, so often. The number of its countdown;
-    /// [`Self::changes`] says what that changed. No vCPU may be in compiled code.
-    pub fn quicken(&mut self, blocks: &[&Block], runs: u32) -> Option<u32> {
-        let quick = self.quick?;
-        let block = blocks.first()?;
-        let countdown = loop {
-            match self.cache.countdown(COUNTDOWNS as u32) {
-                Some(countdown) => break countdown,
-                None if self.cache.evict() => self.counts.evicted += 1,
-                None => return None,
-            }
-        };
+    /// Gives a block quick code; [`Self::changes`] says what that changed. No vCPU may be in compiled code.
+    pub fn quicken(&mut self, block: &Block) {
+        let Some(quick) = self.quick.filter(|_| block.next_page.is_none()) else { return };
         let start = Instant::now();
-        self.countdowns[countdown as usize] = runs as i32;
-        let made = quick.compile(blocks, countdown, self.counted);
-        let granules = blocks.iter().flat_map(|b| b.extent()).fold(0, |all, (_, granules)| all | granules);
+        let made = quick.compile(&block.insns, block.mode, block.gpa & PAGE_MASK, self.counted);
         // There are many of these: their vectors have no room to spare.
-        let extents = vec![(block.gpa & !PAGE_MASK, granules)];
+        let mut extents: Vec<_> = block.extent().collect();
+        extents.shrink_to_fit();
         let key = (block.gpa, block.mode.0);
         let id = self.cache.number();
         let bytes = made.code.len() as u64;
-        let place =
-            Place { extents, entries: vec![key], blocks: Vec::new(), second_page: None, countdown: Some(countdown) };
-        self.put(id, place, made)?;
-        self.counts.quick_blocks += blocks.len() as u64;
-        self.counts.quick_bytes += bytes;
-        self.counts.quick_nanos += start.elapsed().as_nanos() as u64;
-        Some(countdown)
+        let place = Place { extents, entries: vec![key], blocks: Vec::new(), second_page: None, quick: true };
+        if self.put(id, place, made).is_some() {
+            self.counts.quick_blocks += 1;
+            self.counts.quick_bytes += bytes;
+            self.counts.quick_nanos += start.elapsed().as_nanos() as u64;
+        }
     }
 
     /// Writes the names of all regions from now on to the file in which Linux perf looks for them.
@@ -320,7 +290,7 @@ impl Jit {
             entries: plan.entries().map(|off| (page | off, plan.mode.0)).collect(),
             blocks: plan.keys().collect(),
             second_page: plan.second_page(),
-            countdown: None,
+            quick: false,
         };
         let nanos = compiled.nanos;
         let (code, bytes) = self.put(id, place, compiled)?;
@@ -350,7 +320,7 @@ impl Jit {
         let mut sites: Vec<usize> = branches.iter().map(|b| b.site).chain(crossings.iter().map(|c| c.1)).collect();
         let mut tail = 0;
         // Quick code is made with its frame elided and its sites patchable.
-        if place.countdown.is_some() {
+        if place.quick {
             tail = PUSH_LEN;
         } else {
             if isa == HostIsa::X86_64 {
@@ -358,10 +328,10 @@ impl Jit {
             }
             sites = add_link_cells(isa, &mut code, &sites)?;
         }
-        let Place { extents, entries, blocks, second_page, countdown } = place;
+        let Place { extents, entries, blocks, second_page, quick } = place;
         let &(first, mode) = entries.first()?;
         let mut enter = |key: Key| match self.quick {
-            Some(_) if countdown.is_none() => Quick::append_way_into(&mut code, key.0 & PAGE_MASK),
+            Some(_) if !quick => Quick::append_way_into(&mut code, key.0 & PAGE_MASK),
             _ => inner,
         };
         let entries = entries.into_iter().map(|key| (key, enter(key))).collect();
@@ -383,7 +353,7 @@ impl Jit {
             entries,
             blocks,
             second_page,
-            countdown,
+            quick,
             bridges,
             crossings,
             kept: insns,

@@ -239,7 +239,6 @@ pub fn use_of(i: &Insn, usage: &mut Usage) {
     usage.by_helper();
 }
 
-/// Where control goes behind the last instruction of a block, from what its offset is from.
 fn end_of(last: &Insn, mode: Mode) -> End {
     use iced_x86::FlowControl;
     let code = last.iced_code();
@@ -254,19 +253,6 @@ fn end_of(last: &Insn, mode: Mode) -> End {
         FlowControl::Next if !last.sem.ends => End::Fall(next),
         _ => End::Exit,
     }
-}
-
-/// The address at which a block goes on without a branch backward, and without a choice or if a branch is not taken, if
-/// that is in its page: what may follow in one piece of code.
-pub fn goes_on_at(block: &Block) -> Option<u64> {
-    let last = block.insns.last()?;
-    let off = match end_of(last, block.mode) {
-        End::Fall(next) | End::Branch(_, next) => next as i64,
-        End::Jump(to) if !is_call(last) && to >= last.next_off() as i64 => to,
-        _ => return None,
-    };
-    let at = block.gpa.checked_add_signed(off)?;
-    ((at ^ block.gpa) & !PAGE_MASK == 0).then_some(at)
 }
 
 fn is_call(i: &Insn) -> bool {

@@ -1,12 +1,12 @@
-//! Quick code of a few blocks: where values are, what stands in the CPU state, and the ways out.
+//! Quick code of one block: where values are, what stands in the CPU state, and the ways out.
 //!
 //! **Registers.** Every guest register that is written is stored to the CPU state at once, which is therefore exact at
 //! each instruction; host registers only cache what stands there, so that none ever needs to be saved. A value never
 //! changes in the register that holds it: each operation takes a fresh one, and guest registers, operands of pending
 //! flags and the instruction's own temporaries may share them.
 //!
-//! **Flags** are the operation that made them, as in regions, until something reads them, the code ends, or a way out is
-//! taken.
+//! **Flags** are the operation that made them, as in regions, until something reads them, the block ends, or an access
+//! leaves for the interpreter.
 //!
 //! **RIP** is not kept: RBP has the linear address of the page that runs, and where in it is known. The CPU state's RIP
 //! is right again where code is left, be it for a region. Only what comes from elsewhere, and so by the CPU state's RIP,
@@ -15,7 +15,6 @@
 use std::mem::offset_of;
 
 use crate::addr::PAGE_MASK;
-use crate::block::Block;
 use crate::code::PUSH_LEN;
 use crate::emit::{Bin, Cond, Emit, Flags};
 use crate::flags;
@@ -74,19 +73,8 @@ pub(super) enum FlagVal {
 /// A way out for the interpreter to do an instruction.
 struct SideExit {
     jumps: Vec<Jump>,
-    /// Page offset of the instruction, and how many instructions are to be counted before it.
-    at: u64,
-    done: i32,
-    flags: FlagVal,
-    dirty: bool,
-}
-
-/// A branch away from what follows.
-struct Aside {
-    jump: Jump,
-    /// Where it leads, from the start of a block.
-    start: u64,
-    off: i64,
+    /// Offset of the instruction in the block, and how many instructions are to be counted before it.
+    off: u16,
     done: i32,
     flags: FlagVal,
     dirty: bool,
@@ -107,17 +95,14 @@ struct Registers {
     next: u8,
 }
 
-/// Emits a few blocks.
+/// Emits one block.
 pub struct QuickEmit<'a> {
     pub(super) a: Asm,
     quick: &'a Quick,
     mode: Mode,
-    /// Page offset of the block being emitted, and of the one behind it.
+    /// Page offset of the block.
     start: u64,
-    follows: Option<u64>,
     counted: bool,
-    /// The number of its countdown to a region.
-    countdown: u32,
     registers: Registers,
     /// Vector registers in use by the instruction being emitted.
     vectors: u8,
@@ -133,11 +118,10 @@ pub struct QuickEmit<'a> {
     /// The instruction needs more registers than there are, or what this evaluator has not.
     pub(super) failed: bool,
     exits: Vec<SideExit>,
-    asides: Vec<Aside>,
     /// Jumps to where the dispatch loop is returned to at a page offset, or at RIP.
     leaves: Vec<(Jump, Option<u64>)>,
-    /// Jumps to where it is asked for a region at a page offset, or at RIP.
-    hot: Vec<(Jump, Option<u64>)>,
+    /// Jumps to where it is told that quick code is at a page offset.
+    looks: Vec<(Jump, u64)>,
     /// Jumps behind a helper that ended the block, and how many instructions are to be counted.
     ended_by_helper: Vec<(Jump, i32)>,
     branches: Vec<Branch>,
@@ -156,9 +140,8 @@ struct Mark {
     dirty: bool,
     exits: usize,
     last_exit: usize,
-    asides: usize,
     leaves: usize,
-    hot: usize,
+    looks: usize,
     ended_by_helper: usize,
     calls: usize,
     branches: usize,
@@ -176,15 +159,13 @@ pub(super) fn gpr_at(r: u8) -> Mem {
 }
 
 impl<'a> QuickEmit<'a> {
-    pub(super) fn new(quick: &'a Quick, counted: bool, countdown: u32) -> QuickEmit<'a> {
+    pub(super) fn new(quick: &'a Quick, mode: Mode, start: u64, counted: bool) -> QuickEmit<'a> {
         QuickEmit {
             a: Asm::default(),
             quick,
-            mode: Mode::default(),
-            start: 0,
-            follows: None,
+            mode,
+            start,
             counted,
-            countdown,
             registers: Registers { guests: [0; 16], at: [None; 16], bits: [64; 16], busy: 0, next: 0 },
             vectors: 0,
             flags: FlagVal::Memory,
@@ -195,9 +176,8 @@ impl<'a> QuickEmit<'a> {
             ended: false,
             failed: false,
             exits: Vec::new(),
-            asides: Vec::new(),
             leaves: Vec::new(),
-            hot: Vec::new(),
+            looks: Vec::new(),
             ended_by_helper: Vec::new(),
             branches: Vec::new(),
             insns: Vec::new(),
@@ -208,60 +188,38 @@ impl<'a> QuickEmit<'a> {
         }
     }
 
-    /// Emits all of it.
-    pub(super) fn emit(mut self, blocks: &[&Block]) -> Compiled {
+    /// Emits the whole block.
+    pub(super) fn emit(mut self, insns: &[Insn]) -> Compiled {
         self.a.push(Gpr::RBP);
         debug_assert_eq!(self.a.code.len(), PUSH_LEN);
         self.count_down(None);
         self.a.load(8, PAGE, cpu(at!(s.rip)));
         self.a.alu_imm(8, Alu::And, PAGE, !(PAGE_MASK as i32));
         let inner = self.a.code.len();
-        for (n, block) in blocks.iter().enumerate() {
-            self.mode = block.mode;
-            self.start = block.gpa & PAGE_MASK;
-            self.follows = blocks.get(n + 1).map(|next| next.gpa & PAGE_MASK);
-            self.block(block);
-            if self.ended {
-                break;
-            }
+        for i in insns {
+            self.off = i.off;
+            self.instruction(i);
+            self.done += 1;
+        }
+        if let Some(last) = insns.last().filter(|_| !self.ended) {
+            self.begin();
+            self.settle_flags();
+            self.count(self.done);
+            self.edge(last.next_off() as i64);
         }
         self.cold_ways();
         let QuickEmit { a, branches, insns, bridges, addresses, crossings, calls, .. } = self;
         Compiled { code: a.code, branches, insns, bridges, addresses, crossings, inner, calls, nanos: 0 }
     }
 
-    fn block(&mut self, block: &Block) {
-        for i in &block.insns {
-            self.off = i.off;
-            self.instruction(i);
-            self.done += 1;
-        }
-        if let Some(last) = block.insns.last().filter(|_| !self.ended && self.follows.is_none()) {
-            self.begin();
-            self.settle_flags();
-            self.count(self.done);
-            self.edge(last.next_off() as i64);
-        }
-    }
-
-    /// What the blocks jump to and seldom come by.
+    /// What the block jumps to and seldom comes by.
     fn cold_ways(&mut self) {
-        for aside in std::mem::take(&mut self.asides) {
-            self.a.here(aside.jump);
-            if let (FlagVal::Op(f, bytes), true) = (aside.flags, aside.dirty) {
-                self.store_op(f, bytes);
-            }
-            self.count(aside.done);
-            self.start = aside.start;
-            self.edge(aside.off);
-        }
         for exit in std::mem::take(&mut self.exits) {
             self.side_exit(exit);
         }
-        for (jump, to) in std::mem::take(&mut self.hot) {
+        for (jump, to) in std::mem::take(&mut self.looks) {
             self.a.here(jump);
-            self.a.mov_imm(Gpr::RCX, self.countdown.into());
-            self.go_to(to, Routine::HotAt, Routine::Hot);
+            self.go_to(Some(to), Routine::LookAt, Routine::Look);
         }
         for (jump, done) in std::mem::take(&mut self.ended_by_helper) {
             self.a.here(jump);
@@ -336,10 +294,9 @@ impl<'a> QuickEmit<'a> {
             flags: self.flags,
             dirty: self.dirty,
             exits: self.exits.len(),
-            asides: self.asides.len(),
             last_exit: self.exits.last().map_or(0, |e| e.jumps.len()),
             leaves: self.leaves.len(),
-            hot: self.hot.len(),
+            looks: self.looks.len(),
             ended_by_helper: self.ended_by_helper.len(),
             calls: self.calls.len(),
             branches: self.branches.len(),
@@ -357,9 +314,8 @@ impl<'a> QuickEmit<'a> {
         if let Some(exit) = self.exits.last_mut() {
             exit.jumps.truncate(mark.last_exit);
         }
-        self.asides.truncate(mark.asides);
         self.leaves.truncate(mark.leaves);
-        self.hot.truncate(mark.hot);
+        self.looks.truncate(mark.looks);
         self.ended_by_helper.truncate(mark.ended_by_helper);
         self.calls.truncate(mark.calls);
         self.branches.truncate(mark.branches);
@@ -688,11 +644,11 @@ impl<'a> QuickEmit<'a> {
     /// Leaves, before the current instruction has changed anything, if `cc` holds: the interpreter does it.
     pub(super) fn side_exit_if(&mut self, cc: Cc) {
         let jump = self.a.jcc(cc);
-        let (at, done, dirty) = (self.start + u64::from(self.off), self.done, self.dirty);
+        let (off, done, dirty) = (self.off, self.done, self.dirty);
         match self.exits.last_mut() {
             // Flags do not change within an instruction before what may leave it.
-            Some(exit) if exit.at == at && exit.dirty == dirty => exit.jumps.push(jump),
-            _ => self.exits.push(SideExit { jumps: vec![jump], at, done, flags: self.flags, dirty }),
+            Some(exit) if exit.off == off && exit.dirty == dirty => exit.jumps.push(jump),
+            _ => self.exits.push(SideExit { jumps: vec![jump], off, done, flags: self.flags, dirty }),
         }
     }
 
@@ -704,7 +660,7 @@ impl<'a> QuickEmit<'a> {
             self.store_op(f, bytes);
         }
         self.count(exit.done);
-        self.go_to(Some(exit.at), Routine::Interpret, Routine::Interpret);
+        self.go_to(Some(self.start + u64::from(exit.off)), Routine::Interpret, Routine::Interpret);
     }
 
     fn count(&mut self, done: i32) {
@@ -799,12 +755,13 @@ impl<'a> QuickEmit<'a> {
     }
 
     /// Counts what enters from elsewhere, and what may be a round of a loop: it is to go on at a page offset, or at RIP.
-    /// Changes RCX.
     fn count_down(&mut self, to: Option<u64>) {
-        self.a.load(8, Gpr::RCX, cpu(at!(jit.countdowns)));
-        self.a.alu_imm(4, Alu::Sub, Mem::at(Gpr::RCX, 4 * self.countdown as i32), 1);
-        let hot = self.a.jcc(Cc::S);
-        self.hot.push((hot, to));
+        self.a.alu_imm(8, Alu::Sub, cpu(at!(jit.until_look)), 1);
+        let look = self.a.jcc(Cc::S);
+        match to {
+            Some(to) => self.looks.push((look, to)),
+            None => self.calls.push((look.0, Routine::Look)),
+        }
     }
 
     /// Returns to the dispatch loop if a kick is pending, for it to go on at a page offset or at RIP; the rest of the CPU
@@ -845,18 +802,11 @@ impl<'a> QuickEmit<'a> {
 
     /// Takes one of two ways by a condition.
     pub(super) fn branch(&mut self, c: Val, taken: i64, next: i64) {
-        if let Val::Imm(c) = c {
-            return self.jump(if c & 1 != 0 { taken } else { next });
-        }
-        if self.follows.is_some() && self.follows == self.inside(next) {
-            let cc = self.test(c);
-            let jump = self.a.jcc(cc);
-            let (start, done) = (self.start, self.done + 1);
-            self.asides.push(Aside { jump, start, off: taken, done, flags: self.flags, dirty: self.dirty });
-            return;
-        }
         self.store_flags();
         self.count(self.done + 1);
+        if let Val::Imm(c) = c {
+            return self.edge(if c & 1 != 0 { taken } else { next });
+        }
         let cc = self.test(c);
         match self.inside(taken).filter(|_| taken > 0) {
             Some(to) => {
@@ -874,9 +824,6 @@ impl<'a> QuickEmit<'a> {
 
     /// Goes on at an offset from the block.
     pub(super) fn jump(&mut self, off: i64) {
-        if self.follows.is_some() && self.follows == self.inside(off) {
-            return;
-        }
         self.store_flags();
         self.count(self.done + 1);
         self.edge(off);

@@ -1,10 +1,10 @@
 //! Quick code: what blocks run as between being interpreted and being part of a region.
 //!
-//! A block that has run some times is turned into host code in one pass, on the vCPU's own thread, together with what it
-//! goes on at where it does not branch away. The code is small rather than fast: what it has to do about memory is done
-//! by [routines](Routine) that all of it shares, so that a program of which much is run but little often finds room in
-//! the host's caches. It counts down how often it is entered from elsewhere and goes back or to other pages; what that
-//! leads to gets a region in the end.
+//! A block that has run some times is turned into host code in one pass, on the vCPU's own thread. The code is small
+//! rather than fast: what it has to do about memory is done by [routines](Routine) that all of it shares, so that a program
+//! of which much is run but little often finds room in the host's caches. Of the times that quick code is entered from
+//! elsewhere, or goes back or to other pages, one in many has the dispatch loop look where it is; where it is found often
+//! enough, a region is made in the end.
 //!
 //! There is quick code on x86-64 hosts. Elsewhere blocks are interpreted until they get a region.
 
@@ -15,10 +15,9 @@ mod vector;
 
 use std::mem::offset_of;
 
-use crate::block::Block;
 use crate::code::{HostIsa, PUSH_LEN};
 use crate::cpu::ANCHOR;
-use crate::insn::Insn;
+use crate::insn::{Insn, Mode};
 use crate::jit::compile::Compiled;
 use crate::jit::emit::{Helper, at};
 use crate::jit::frame::reason;
@@ -37,10 +36,10 @@ pub enum Routine {
     Interpret,
     /// Returns to the dispatch loop, RIP being PAGE + RAX.
     Leave,
-    /// Returns to the dispatch loop to ask for a region at PAGE + RAX, as countdown ECX has run out.
-    HotAt,
-    /// The same for a region at RIP.
-    Hot,
+    /// Returns to the dispatch loop for it to look where quick code is: at PAGE + RAX.
+    LookAt,
+    /// The same, at RIP.
+    Look,
     /// Goes on at PAGE + RAX, where there was no code when the branch was linked.
     Onward,
     /// Goes on where RIP says, by the jump cache.
@@ -71,7 +70,7 @@ impl Routine {
     /// All of them, by number.
     fn all() -> impl Iterator<Item = Routine> {
         use Routine::*;
-        let plain: [Routine; PLAIN] = [Interpret, Leave, HotAt, Hot, Onward, Lookup, Evaluate, Behind, Fold];
+        let plain: [Routine; PLAIN] = [Interpret, Leave, LookAt, Look, Onward, Lookup, Evaluate, Behind, Fold];
         let find = |write| (0..WIDTHS as u8).map(move |log2| Find { log2, write });
         plain.into_iter().chain(find(false)).chain(find(true))
     }
@@ -146,12 +145,11 @@ impl Routine {
                 a.store_imm(8, emit::cpu(at!(jit.exit_reason)), reason::INTERPRET as i32);
             }
             Routine::Leave => at_offset(a),
-            Routine::HotAt | Routine::Hot => {
-                if self == Routine::HotAt {
+            Routine::LookAt | Routine::Look => {
+                if self == Routine::LookAt {
                     at_offset(a);
                 }
-                a.store(8, emit::cpu(at!(jit.counted_down)), Gpr::RCX);
-                a.store_imm(8, emit::cpu(at!(jit.exit_reason)), reason::HOT as i32);
+                a.store_imm(8, emit::cpu(at!(jit.exit_reason)), reason::LOOK as i32);
             }
             Routine::Onward => {
                 at_offset(a);
@@ -243,11 +241,11 @@ impl Quick {
         (isa == HostIsa::X86_64).then_some(Quick { counts_bits })
     }
 
-    /// The code of blocks of one page, each of which the one before goes on at; `countdown` is the number of its
-    /// countdown, `counted` whether it shall count the instructions it completes. Offsets of the instructions that helpers
-    /// evaluate are from the start of their block.
-    pub fn compile(&self, blocks: &[&Block], countdown: u32, counted: bool) -> Compiled {
-        Emitter::new(self, counted, countdown).emit(blocks)
+    /// The code of a block of instructions that lie in one page, from page offset `start`; `counted` says whether it shall
+    /// count the instructions it completes. Offsets of the instructions that helpers evaluate are from the start of the
+    /// block.
+    pub fn compile(&self, insns: &[Insn], mode: Mode, start: u64, counted: bool) -> Compiled {
+        Emitter::new(self, mode, start, counted).emit(insns)
     }
 
     /// Appends the way from quick code into a region whose entry is at a page offset: which of its entries is meant a
