@@ -39,14 +39,16 @@ impl Cpu {
         }
     }
 
-    /// The bytes that journaled stores changed, as they are now.
+    /// The bytes that journaled stores changed, as they are now. Those that are what they were do not count: code may
+    /// find that it may store there, and leave the store to the interpreter.
     fn journaled(&self) -> BTreeMap<usize, u8> {
-        let entries = self.journal.iter().flat_map(|j| &j.stores);
-        entries
-            .flat_map(|&(host, len, _)| host..host + len)
-            // SAFETY: every journaled address is a byte of guest RAM.
-            .map(|at| (at, unsafe { (at as *const u8).read() }))
-            .collect()
+        let mut old = BTreeMap::new();
+        for &(host, len, bytes) in self.journal.iter().flat_map(|j| &j.stores) {
+            (host..host + len).zip(bytes).for_each(|(at, byte)| _ = old.entry(at).or_insert(byte));
+        }
+        // SAFETY: every journaled address is a byte of guest RAM.
+        let now = old.into_iter().map(|(at, old)| (at, old, unsafe { (at as *const u8).read() }));
+        now.filter(|(_, old, now)| old != now).map(|(at, _, now)| (at, now)).collect()
     }
 
     /// Takes journaled stores back, youngest first.
