@@ -381,19 +381,19 @@ impl<K> Cache<K> {
         let (id, index) = Bridge::place(name);
         let to = to.and_then(|(key, second_page)| {
             let entry = self.entries.get(&key).filter(|e| e.second_page == second_page)?;
-            Some((key, entry.code, entry.inner))
+            Some((key, *entry))
         });
         let Some(region) = self.regions.get_mut(&id) else { return false };
         let Some(bridge) = region.bridges.get(index) else { return false };
-        let Some((key, code, inner)) = to else {
+        let Some((key, to)) = to else {
             bridge.ask_again();
             return false;
         };
         match region.crossings.get(index) {
-            None => bridge.lead(branch, code),
+            None => bridge.lead(branch, to.code),
             Some(&(constant, site)) => {
                 self.arena.patch_constant(constant, NO_KEY);
-                self.arena.patch_branch(site, inner);
+                self.arena.patch_branch(site, if region.quick { to.inner } else { to.tail });
                 self.arena.patch_constant(constant, branch);
             }
         }

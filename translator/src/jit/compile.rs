@@ -15,6 +15,7 @@ use cranelift_codegen::settings::{self, Configurable};
 use cranelift_codegen::{FinalizedMachReloc, FinalizedRelocTarget};
 use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
 
+use crate::code::{HostIsa, elide_frame};
 use crate::cpu::ANCHOR;
 use crate::insn::Insn;
 use crate::jit::access::site_thunk;
@@ -23,7 +24,7 @@ use crate::jit::frame::HELPERS;
 use crate::jit::host;
 use crate::jit::leave;
 use crate::jit::region::Plan;
-use crate::quick::Routine;
+use crate::quick::{Routine, cross};
 
 /// A direct branch out of a region.
 #[derive(Clone, Copy, Debug)]
@@ -50,6 +51,10 @@ pub enum Referent {
 pub struct Compiled {
     /// Host code.
     pub code: Vec<u8>,
+    /// Where direct branches of other regions enter it.
+    pub tail: usize,
+    /// Where quick code is entered by quick code; 0 for regions.
+    pub inner: usize,
     /// Direct branches out of it.
     pub branches: Vec<Branch>,
     /// Instructions that helpers evaluate.
@@ -58,11 +63,9 @@ pub struct Compiled {
     pub bridges: usize,
     /// Where the code holds an address, and of what: 8 bytes at this offset.
     pub addresses: Vec<(usize, Referent)>,
-    /// Of each bridge, where the code has its key, 8 bytes, and the site of the branch that it is for; none where
+    /// Of each bridge, where the code has its key, 8 bytes, and the patchable site of the branch that it is for; none where
     /// bridges themselves say where they lead.
     pub crossings: Vec<(usize, usize)>,
-    /// Where quick code is entered by quick code; 0 for regions.
-    pub inner: usize,
     /// Displacements of 32 bits to code that quick code shares.
     pub calls: Vec<(usize, Routine)>,
     /// Time that it took.
@@ -141,15 +144,21 @@ impl Compiler {
         }
         let mut compiled = Compiled {
             code,
+            tail: 0,
+            inner: 0,
             branches: Vec::new(),
             insns,
             bridges,
             addresses: Vec::new(),
             crossings: Vec::new(),
-            inner: 0,
             calls: Vec::new(),
             nanos: 0,
         };
+        let tail_calls: Vec<usize> =
+            relocations.iter().filter(|r| name::TAIL_CALLS.contains(&r.namespace)).map(|r| r.offset).collect();
+        if HostIsa::native() == Some(HostIsa::X86_64) {
+            compiled.tail = elide_frame(&mut compiled.code, &tail_calls).ok_or("a tail call of another form")?;
+        }
         let pieces = append(&mut compiled.code, &pieces);
         for Relocation { offset, kind, namespace, index } in relocations {
             match (namespace, kind) {
@@ -159,10 +168,19 @@ impl Compiler {
                 (name::LOOKUP, Reloc::X86CallPCRel4 | Reloc::Arm64Call) => {
                     compiled.branches.push(Branch { site: offset, to: None, otherwise: None });
                 }
+                (name::CROSS, Reloc::X86CallPCRel4) => {
+                    let start = compiled.code.len();
+                    let crossing = cross::append(&mut compiled.code);
+                    lead_to(&mut compiled.code, offset, start).ok_or("a way out has no place")?;
+                    compiled.addresses.push((crossing.bridge, Referent::Bridge(index)));
+                    compiled.calls.push((crossing.lookup, Routine::Lookup));
+                    compiled.crossings.resize(bridges, (0, 0));
+                    *compiled.crossings.get_mut(index).ok_or("a way out of no number")? = (crossing.key, crossing.site);
+                }
                 (name::INSN, Reloc::Abs8) => compiled.addresses.push((offset, Referent::Insn(index))),
                 (name::BRIDGE, Reloc::Abs8) => compiled.addresses.push((offset, Referent::Bridge(index))),
                 (name::PIECE, Reloc::X86CallPCRel4) if index < pieces.len() => {
-                    call_at(&mut compiled.code, offset, pieces[index]).ok_or("a call of a piece has no place")?;
+                    lead_to(&mut compiled.code, offset, pieces[index]).ok_or("a call of a piece has no place")?;
                 }
                 other => return Err(format!("relocation {other:?} at {offset}")),
             }
@@ -273,8 +291,8 @@ fn append(code: &mut Vec<u8>, pieces: &[Vec<u8>]) -> Vec<usize> {
     starts
 }
 
-/// Makes the x86-64 call whose displacement is at `site` lead to `target`, both of the same code.
-fn call_at(code: &mut [u8], site: usize, target: usize) -> Option<()> {
+/// Makes the x86-64 branch whose displacement is at `site` lead to `target`, both of the same code.
+fn lead_to(code: &mut [u8], site: usize, target: usize) -> Option<()> {
     let behind = site + size_of::<i32>();
     let distance = i32::try_from(target as i64 - behind as i64).ok()?;
     code.get_mut(site..behind)?.copy_from_slice(&distance.to_le_bytes());

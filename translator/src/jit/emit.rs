@@ -63,6 +63,10 @@ pub mod name {
     pub const BRIDGE: u32 = 3;
     /// Piece number `index` of host code ([`super::Emitted::pieces`]).
     pub const PIECE: u32 = 4;
+    /// The region's way number `index` into another page that is code itself ([`crate::quick::cross`]).
+    pub const CROSS: u32 = 5;
+    /// Those that tail calls refer to.
+    pub const TAIL_CALLS: [u32; 3] = [LINK, LOOKUP, CROSS];
 }
 
 /// What the code of a region refers to outside itself.

@@ -7,6 +7,7 @@ use cranelift_codegen::ir::types::I64;
 use cranelift_codegen::ir::{InstBuilder, SigRef, Value};
 use cranelift_frontend::FunctionBuilder;
 
+use crate::code::HostIsa;
 use crate::jit::bridge::{Bridge, PATIENCE};
 use crate::jit::emit::{JitEmit, aligned, at, name};
 use crate::jump::{ENTRY_SHIFT, JumpEntry};
@@ -15,6 +16,10 @@ impl JitEmit<'_> {
     /// Ends the current Cranelift block by going on at `rip`, which the CPU state has, in another page: by a bridge, or
     /// where that does not lead there, by the jump cache.
     pub(super) fn cross(&mut self, rip: Value) {
+        if HostIsa::native() == Some(HostIsa::X86_64) {
+            self.emitted.bridges += 1;
+            return self.tail_call(name::CROSS, self.emitted.bridges - 1);
+        }
         let bridge = self.address(name::BRIDGE, self.emitted.bridges);
         self.emitted.bridges += 1;
         let key = key(&mut self.b, self.cpu, rip);

@@ -27,7 +27,7 @@ use std::time::Instant;
 
 use crate::addr::PAGE_MASK;
 use crate::block::Block;
-use crate::code::{ArenaError, CodeArena, HostIsa, PUSH_LEN, PerfMap, Slot, add_link_cells, elide_frame};
+use crate::code::{ArenaError, CodeArena, PUSH_LEN, PerfMap, Slot, add_link_cells, elide_frame};
 use crate::cpu::Cpu;
 use crate::insn::{Insn, Mode};
 use crate::mem::GuestRam;
@@ -306,7 +306,7 @@ impl Jit {
 
     /// Completes code and puts it into the cache: where it is then, and how long.
     fn put(&mut self, id: RegionId, place: Place, compiled: Compiled) -> Option<(u64, usize)> {
-        let Compiled { mut code, branches, insns, bridges, addresses, crossings, inner, calls, .. } = compiled;
+        let Compiled { mut code, tail, inner, branches, insns, bridges, addresses, crossings, calls, .. } = compiled;
         let insns = insns.into_boxed_slice();
         let bridges = Bridge::row(id, bridges);
         for (at, referent) in addresses {
@@ -317,15 +317,9 @@ impl Jit {
             code.get_mut(at..at + 8)?.copy_from_slice(&address.to_le_bytes());
         }
         let isa = self.cache.arena().isa();
-        let mut sites: Vec<usize> = branches.iter().map(|b| b.site).chain(crossings.iter().map(|c| c.1)).collect();
-        let mut tail = 0;
-        // Quick code is made with its frame elided and its sites patchable.
-        if place.quick {
-            tail = PUSH_LEN;
-        } else {
-            if isa == HostIsa::X86_64 {
-                tail = elide_frame(&mut code, &sites)?;
-            }
+        let mut sites: Vec<usize> = branches.iter().map(|b| b.site).collect();
+        // Those of quick code are patchable already.
+        if !place.quick {
             sites = add_link_cells(isa, &mut code, &sites)?;
         }
         let Place { extents, entries, blocks, second_page, quick } = place;
@@ -336,7 +330,6 @@ impl Jit {
         };
         let entries = entries.into_iter().map(|key| (key, enter(key))).collect();
         let bytes = code.len();
-        let crossings: Vec<_> = crossings.iter().map(|c| c.0).zip(sites[branches.len()..].iter().copied()).collect();
         let link = |(site, Branch { to, otherwise, .. }): (usize, Branch)| Link {
             site,
             to: to.map(|off| (first & !PAGE_MASK | off, mode)),

@@ -20,14 +20,13 @@ use crate::emit::{Bin, Cond, Emit, Flags};
 use crate::flags;
 use crate::insn::{Insn, Mode};
 use crate::jit::Unsupported;
-use crate::jit::bridge::NO_KEY;
 use crate::jit::compile::{Branch, Compiled, Referent};
 use crate::jit::emit::{Helper, at};
 use crate::jit::frame::lazy;
 use crate::jit::usage::Usage;
 use crate::jump::{ENTRY_SHIFT, JumpEntry};
 use crate::quick::asm::{Alu, Asm, Cc, Gpr, Jump, Mem, Shift, Xmm};
-use crate::quick::{Quick, Routine};
+use crate::quick::{Quick, Routine, cross};
 use crate::width::W64;
 
 /// Holds the CPU's [`ANCHOR`](crate::cpu::ANCHOR).
@@ -209,7 +208,8 @@ impl<'a> QuickEmit<'a> {
         }
         self.cold_ways();
         let QuickEmit { a, branches, insns, bridges, addresses, crossings, calls, .. } = self;
-        Compiled { code: a.code, branches, insns, bridges, addresses, crossings, inner, calls, nanos: 0 }
+        let tail = PUSH_LEN;
+        Compiled { code: a.code, tail, inner, branches, insns, bridges, addresses, crossings, calls, nanos: 0 }
     }
 
     /// What the block jumps to and seldom comes by.
@@ -725,33 +725,13 @@ impl<'a> QuickEmit<'a> {
     /// Goes on at RIP, which is in RAX, in another page: by what the code knows of where it leads, or else by the jump
     /// cache.
     fn cross(&mut self, off: i64) {
-        let (bridge, key) = (Gpr::RCX, Gpr::RDX);
-        self.key(key, Gpr::RAX);
-        // The constant is at a multiple of 8.
-        while !(self.a.code.len() + 2).is_multiple_of(8) {
-            self.a.nop();
-        }
-        let constant = self.a.mov_imm64(bridge, NO_KEY);
-        self.a.alu(8, Alu::Cmp, key, bridge);
-        let miss = self.a.jcc(Cc::NE);
         let pages = self.page_offset(off) & !(PAGE_MASK as i32);
-        self.a.lea(self.ip_bytes(), PAGE, Mem::at(PAGE, pages));
-        let Jump(site) = self.a.link(None);
-        self.crossings.push((constant, site));
-        self.a.here(miss);
-        let at = self.a.mov_imm64(bridge, 0);
-        self.addresses.push((at, Referent::Bridge(self.bridges)));
+        let bytes = self.ip_bytes();
+        let crossing = cross::emit(&mut self.a, |a| a.lea(bytes, PAGE, Mem::at(PAGE, pages)));
+        self.crossings.push((crossing.key, crossing.site));
+        self.addresses.push((crossing.bridge, Referent::Bridge(self.bridges)));
+        self.calls.push((crossing.lookup, Routine::Lookup));
         self.bridges += 1;
-        self.a.store(8, cpu(at!(jit.missed)), bridge);
-        self.jump_to(Routine::Lookup);
-    }
-
-    /// The key of an instruction pointer ([`Cpu::code_key`]).
-    fn key(&mut self, to: Gpr, ip: Gpr) {
-        self.a.mov(8, to, ip);
-        self.a.shift_imm(8, Shift::Shr, to, 63);
-        self.a.load(8, to, Mem { base: Some(CPU), index: Some((to, 3)), disp: at!(jit.salts) });
-        self.a.alu(8, Alu::Xor, to, ip);
     }
 
     /// Counts what enters from elsewhere, and what may be a round of a loop: it is to go on at a page offset, or at RIP.
@@ -786,7 +766,7 @@ impl<'a> QuickEmit<'a> {
 
     fn jump_by_cache(&mut self, target: Gpr) {
         let (rax, rcx) = (Gpr::RAX, Gpr::RCX);
-        self.key(rcx, target);
+        cross::emit_key(&mut self.a, rcx, target);
         self.a.mov(8, rax, target);
         self.a.shift_imm(8, Shift::Shr, rax, 12);
         self.a.alu(4, Alu::Xor, rax, target);

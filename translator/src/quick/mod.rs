@@ -9,6 +9,7 @@
 //! There is quick code on x86-64 hosts. Elsewhere blocks are interpreted until they get a region.
 
 pub mod asm;
+pub mod cross;
 mod emit;
 mod values;
 mod vector;
