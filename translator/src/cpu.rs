@@ -134,7 +134,7 @@ impl Cpu {
             mode: Mode(0),
             generation: 0,
             raised: Exception::plain(vector::UD),
-            mmu: Mmu::new(),
+            mmu: Mmu::new(ram.pages()),
             ram,
             platform,
             model,

@@ -53,9 +53,20 @@ impl GuestRam {
         Some((r.host + ((gpa & !PAGE_MASK) - r.start) as usize) as *mut u8)
     }
 
-    fn code_word(&self, gpa: u64) -> Option<&AtomicU64> {
+    /// The number of the page that holds `gpa`, if it is RAM: below [`Self::pages`].
+    #[inline]
+    pub fn page_number(&self, gpa: u64) -> Option<usize> {
         let r = self.range(gpa)?;
-        self.code.get(r.first_page + ((gpa - r.start) / PAGE_SIZE) as usize)
+        Some(r.first_page + ((gpa - r.start) / PAGE_SIZE) as usize)
+    }
+
+    /// Pages of RAM.
+    pub fn pages(&self) -> usize {
+        self.code.len()
+    }
+
+    fn code_word(&self, gpa: u64) -> Option<&AtomicU64> {
+        self.code.get(self.page_number(gpa)?)
     }
 
     /// The granules of `gpa`'s page that hold translated code, one bit each; 0 outside RAM.

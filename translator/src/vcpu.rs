@@ -299,7 +299,7 @@ impl Vcpu {
                 }
                 Change::Mark(page, granules) => {
                     if self.cpu.ram.mark_code(page, granules) {
-                        self.cpu.mmu.tlb.protect(page);
+                        self.cpu.protect_code(page);
                     }
                 }
             }
@@ -697,7 +697,7 @@ impl Vcpu {
         };
         let (id, fresh) = self.blocks.insert(block, &self.cpu.ram);
         for page in fresh.into_iter().flatten() {
-            self.cpu.mmu.tlb.protect(page);
+            self.cpu.protect_code(page);
         }
         Ok(id)
     }

@@ -40,6 +40,8 @@ pub struct Mmu {
     /// Whether instructions were fetched in the upper half through a translation that is not global: what is keyed by
     /// such an address holds in this address space only.
     private_upper: bool,
+    /// Pages of RAM, by number, for which there may be a translation that lets stores take the fast path.
+    stored_fast: Vec<u64>,
     /// Counters for statistics.
     pub counts: MmuCounts,
 }
@@ -56,22 +58,17 @@ pub struct MmuCounts {
 }
 
 impl Mmu {
-    /// An MMU with nothing cached.
-    pub fn new() -> Mmu {
+    /// An MMU with nothing cached, for so many pages of RAM.
+    pub fn new(pages: usize) -> Mmu {
         Mmu {
             tlb: tlb::Tlb::new(),
             code: Box::new([CodeEntry { key: EMPTY, gpa_page: 0 }; CODE_ENTRIES]),
             pdpte: [0; 4],
             fetched: Fetched::default(),
             private_upper: false,
+            stored_fast: vec![0; pages.div_ceil(64)],
             counts: MmuCounts::default(),
         }
-    }
-}
-
-impl Default for Mmu {
-    fn default() -> Self {
-        Mmu::new()
     }
 }
 
@@ -432,6 +429,7 @@ impl Cpu {
             if tag & SLOW != 0 && e.read & SLOW == 0 && self.journal.is_none() && self.ram.code_granules(gpa) == 0 {
                 // The code that made stores slow has gone.
                 self.mmu.tlb.table(class).entry(linear).write = page | e.read & (WATCHED | CHECKED);
+                self.store_fast(gpa);
             }
             // Every present page has a read tag, and only MMIO has it slow.
             let host = (e.read & SLOW == 0).then(|| e.addend.wrapping_add(linear) as *mut u8);
@@ -445,6 +443,24 @@ impl Cpu {
             self.raise(e)
         })?;
         Ok(self.fill(linear, w, class))
+    }
+
+    /// Notes that stores to a page may take the fast path.
+    fn store_fast(&mut self, gpa: u64) {
+        let Some(n) = self.ram.page_number(gpa) else { return };
+        if let Some(word) = self.mmu.stored_fast.get_mut(n / 64) {
+            *word |= 1 << (n % 64);
+        }
+    }
+
+    /// Makes stores to a physical page that now holds translated code take the slow path, if any does not.
+    pub fn protect_code(&mut self, gpa: u64) {
+        let Some(n) = self.ram.page_number(gpa) else { return };
+        let Some(word) = self.mmu.stored_fast.get_mut(n / 64).filter(|word| **word >> (n % 64) & 1 != 0) else {
+            return;
+        };
+        *word &= !(1 << (n % 64));
+        self.mmu.tlb.protect(gpa & !PAGE_MASK);
     }
 
     fn fill(&mut self, linear: u64, w: Walk, class: Class) -> Translated {
@@ -461,6 +477,9 @@ impl Cpu {
             phys: w.gpa & !PAGE_MASK | if w.global { GLOBAL } else { 0 } | u64::from(w.key) << KEY_SHIFT,
         };
         self.mmu.tlb.table(class).insert(linear, entry, w.page_bits);
+        if w.writable && code == 0 {
+            self.store_fast(w.gpa);
+        }
         Translated { gpa: w.gpa, host: host_page.map(|h| h.wrapping_add((linear & PAGE_MASK) as usize)) }
     }
 
