@@ -17,6 +17,9 @@ use fetched::Fetched;
 use tlb::{CHECKED, Class, EMPTY, GLOBAL, JumpFlush, KEY_SHIFT, SLOW, TlbEntry, WATCHED};
 use walk::{Access, Paging, Walk, walk};
 
+/// Of so many stores to pages that held code once, one makes those to its page fast again: to make them slow all tables are
+/// searched.
+const RELUCTANCE: u32 = 16;
 /// Entries of the code TLB.
 const CODE_ENTRIES: usize = 1024;
 
@@ -42,6 +45,8 @@ pub struct Mmu {
     private_upper: bool,
     /// Pages of RAM, by number, for which there may be a translation that lets stores take the fast path.
     stored_fast: Vec<u64>,
+    /// Slow stores to pages that hold no code any more.
+    stores_behind_code: u32,
     /// Counters for statistics.
     pub counts: MmuCounts,
 }
@@ -67,6 +72,7 @@ impl Mmu {
             fetched: Fetched::default(),
             private_upper: false,
             stored_fast: vec![0; pages.div_ceil(64)],
+            stores_behind_code: 0,
             counts: MmuCounts::default(),
         }
     }
@@ -427,9 +433,12 @@ impl Cpu {
         if tag & !PAGE_MASK == page && tag & PAGE_MASK <= SLOW | WATCHED | CHECKED {
             let gpa = e.phys & !PAGE_MASK | linear & PAGE_MASK;
             if tag & SLOW != 0 && e.read & SLOW == 0 && self.journal.is_none() && self.ram.code_granules(gpa) == 0 {
-                // The code that made stores slow has gone.
-                self.mmu.tlb.table(class).entry(linear).write = page | e.read & (WATCHED | CHECKED);
-                self.store_fast(gpa);
+                // The code that made stores slow has gone. It may be back soon.
+                self.mmu.stores_behind_code = self.mmu.stores_behind_code.wrapping_add(1);
+                if self.mmu.stores_behind_code.is_multiple_of(RELUCTANCE) {
+                    self.mmu.tlb.table(class).entry(linear).write = page | e.read & (WATCHED | CHECKED);
+                    self.store_fast(gpa);
+                }
             }
             // Every present page has a read tag, and only MMIO has it slow.
             let host = (e.read & SLOW == 0).then(|| e.addend.wrapping_add(linear) as *mut u8);
