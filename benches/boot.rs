@@ -90,13 +90,21 @@ fn last_line(output: &[u8]) -> String {
     String::from_utf8_lossy(output).lines().last().unwrap_or("(none)").to_owned()
 }
 
-/// Resident bytes beyond guest RAM, which is the largest mapping.
+/// Resident bytes beyond guest RAM, which is the largest mapping. Memory for code that is mapped a second time to be
+/// executed counts once.
 fn beyond_guest_ram(pid: u32) -> Option<f64> {
     let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?;
-    let mappings: Vec<(u64, u64)> = field(&smaps, "Size:").zip(field(&smaps, "Rss:")).collect();
+    let first_lines = smaps.lines().filter(|line| line.split(' ').nth(1).is_some_and(is_mode));
+    let mappings = first_lines.zip(field(&smaps, "Size:").zip(field(&smaps, "Rss:")));
+    let mappings: Vec<(u64, u64)> = mappings.filter(|(line, _)| !line.contains(" r-xs ")).map(|(_, m)| m).collect();
     let all: u64 = mappings.iter().map(|(_, resident)| resident).sum();
     let (_, guest) = mappings.iter().max()?;
     Some((all - guest) as f64 * 1024.0)
+}
+
+/// Whether a word says what may be done in a mapping, as `r-xs`.
+fn is_mode(word: &str) -> bool {
+    word.len() == 4 && word.chars().zip(["r", "w", "x", "sp"]).all(|(c, name)| c == '-' || name.contains(c))
 }
 
 /// A field of every mapping, in KiB.

@@ -2,13 +2,14 @@
 
 use std::ops::Range;
 
+use diglot_translator::mapping::CODE_MEMORY;
 use serde::Serialize;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
 
 /// Bytes of host memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Footprint {
-    /// In host RAM now, of all that the process has mapped.
+    /// In host RAM now, of all that the process has mapped. Code memory, which is mapped twice, counts once.
     pub resident_bytes: u64,
     /// The part of it that is guest RAM: what the guest, or its boot, has touched.
     pub guest_resident_bytes: u64,
@@ -30,13 +31,14 @@ impl Footprint {
             .collect();
         let status = std::fs::read_to_string("/proc/self/status").ok()?;
         let smaps = std::fs::read_to_string("/proc/self/smaps").ok()?;
-        let guest = guest_resident(&smaps, &ranges);
-        let resident = kib(&status, "VmRSS:")?;
+        let guest = resident(&smaps, |_, m| ranges.iter().any(|r| r.start < m.end && m.start < r.end));
+        let again = resident(&smaps, |line, _| is_second_view(line));
+        let resident = kib(&status, "VmRSS:")?.saturating_sub(again);
         Some(Footprint {
             resident_bytes: resident,
             guest_resident_bytes: guest,
             beyond_guest_bytes: resident.saturating_sub(guest),
-            peak_resident_bytes: kib(&status, "VmHWM:")?,
+            peak_resident_bytes: kib(&status, "VmHWM:")?.saturating_sub(again),
         })
     }
 }
@@ -47,19 +49,24 @@ fn kib(text: &str, name: &str) -> Option<u64> {
     value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// Resident bytes of the mappings that lie inside `ranges`. The kernel may split what was mapped, and joins what lies
-/// side by side and is alike, which guest RAM is not to anything (`memory.rs`).
-fn guest_resident(smaps: &str, ranges: &[Range<u64>]) -> u64 {
+/// Resident bytes of the mappings that are `wanted`, by their first lines and addresses. The kernel may split what was
+/// mapped, and joins what lies side by side and is alike, which guest RAM is not to anything (`memory.rs`).
+fn resident(smaps: &str, wanted: impl Fn(&str, Range<u64>) -> bool) -> u64 {
     let mut inside = false;
     let mut sum = 0;
     for line in smaps.lines() {
         if let Some(mapping) = mapping(line) {
-            inside = ranges.iter().any(|r| r.start < mapping.end && mapping.start < r.end);
+            inside = wanted(line, mapping);
         } else if inside {
             sum += kib(line, "Rss:").unwrap_or(0);
         }
     }
     sum
+}
+
+/// Whether the first line of a mapping is that of the view of code memory that executes, whose pages the other one has.
+fn is_second_view(line: &str) -> bool {
+    line.contains(" r-xs ") && CODE_MEMORY.to_str().is_ok_and(|name| line.contains(name))
 }
 
 /// The addresses in the first line of a mapping: `7f0000000000-7f0000001000 rw-p ...`.
@@ -79,8 +86,18 @@ mod tests {
         let smaps = "1000-3000 rw-p 00000000 00:00 0\nSize: 8 kB\nRss: 4 kB\nPss: 4 kB\n\
                      3000-9000 rw-p 00000000 00:00 0 [heap]\nRss: 16 kB\n\
                      9000-a000 rw-p 00000000 00:00 0\nRss: 8 kB\nVmFlags: rd wr\n";
-        assert_eq!(guest_resident(smaps, &[0x1000..0x3000, 0x9000..0xa000]), 12 << 10);
-        assert_eq!(guest_resident(smaps, std::slice::from_ref(&(0x20_0000..0x30_0000))), 0);
+        let of =
+            |ranges: &[Range<u64>]| resident(smaps, |_, m| ranges.iter().any(|r| r.start < m.end && m.start < r.end));
+        assert_eq!(of(&[0x1000..0x3000, 0x9000..0xa000]), 12 << 10);
+        assert_eq!(of(std::slice::from_ref(&(0x20_0000..0x30_0000))), 0);
+    }
+
+    #[test]
+    fn code_memory_counts_once() {
+        let smaps = "1000-3000 rw-s 00000000 00:01 7 /memfd:diglot-code (deleted)\nRss: 4 kB\n\
+                     3000-9000 r-xs 00000000 00:01 7 /memfd:diglot-code (deleted)\nRss: 16 kB\n\
+                     a000-b000 r-xp 00000000 00:01 7 /usr/bin/diglot\nRss: 8 kB\n";
+        assert_eq!(resident(smaps, |line, _| is_second_view(line)), 16 << 10);
     }
 
     #[test]

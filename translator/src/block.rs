@@ -1,7 +1,11 @@
 //! Predecoded basic blocks, keyed by guest physical address and mode, dropped when their bytes are overwritten.
 
+use std::borrow::Cow;
+
 use crate::addr::{PAGE_MASK, PAGE_SIZE};
 use crate::address_map::AddressMap;
+use crate::cpu::Cpu;
+use crate::decode;
 use crate::insn::{Insn, Mode};
 use crate::jit::cache::Runs;
 use crate::mem::{GuestRam, granule_mask};
@@ -24,7 +28,7 @@ pub struct Block {
     pub len: u16,
     /// The physical page that holds the tail of the last instruction, if it crosses.
     pub next_page: Option<u64>,
-    /// The instructions; never empty.
+    /// The instructions, unless they were dropped because there is code; [`Self::insns`] has them in any case.
     pub insns: Box<[Insn]>,
     /// How often the interpreter ran it.
     pub heat: u32,
@@ -35,15 +39,15 @@ pub struct Block {
     /// Whether it ends in an indirect jump or call, or a return.
     pub indirect: bool,
     /// Page offsets in this page that the indirect branch has led to; [`NO_TARGET`] where there is none yet.
-    pub targets: [u16; MAX_TARGETS],
+    targets: Option<Box<[u16; MAX_TARGETS]>>,
     /// Where the jump cache has it, if it does.
     pub cached: Cached,
 }
 
 /// Targets of an indirect branch that are noted: an interpreter's dispatch has about so many that matter.
-pub const MAX_TARGETS: usize = 14;
+const MAX_TARGETS: usize = 14;
 /// An entry of [`Block::targets`] that is free.
-pub const NO_TARGET: u16 = u16::MAX;
+const NO_TARGET: u16 = u16::MAX;
 
 /// Where the jump cache has a block.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -58,15 +62,57 @@ pub enum Cached {
 }
 
 impl Block {
+    /// A block that has not run yet.
+    pub fn new(gpa: u64, mode: Mode, len: u16, next_page: Option<u64>, insns: Vec<Insn>, runs: Runs) -> Block {
+        use iced_x86::FlowControl::{IndirectBranch, IndirectCall, Return};
+        let last = insns.last().map(|i| i.iced_code().flow_control());
+        Block {
+            gpa,
+            mode,
+            len,
+            next_page,
+            insns: insns.into_boxed_slice(),
+            heat: 0,
+            runs,
+            postponed: 0,
+            indirect: last.is_some_and(|flow| matches!(flow, IndirectBranch | IndirectCall | Return)),
+            targets: None,
+            cached: Cached::Nowhere,
+        }
+    }
+
+    /// The instructions: what was decoded, or is again.
+    pub fn insns<'a>(&'a self, cpu: &Cpu) -> Cow<'a, [Insn]> {
+        if !self.insns.is_empty() {
+            return Cow::Borrowed(&self.insns);
+        }
+        let mut page = [0; PAGE_SIZE as usize];
+        let bytes = &mut page[..usize::from(self.len)];
+        // Only instructions of blocks inside one page of RAM are dropped.
+        cpu.ram.read_in_page(self.gpa, bytes);
+        Cow::Owned(decode::straight(bytes, self.mode, &cpu.model).0)
+    }
+
     /// Notes where the indirect branch at the end has led, if that is in the block's page; `ip` is the block's.
     pub fn note_target(&mut self, ip: u64, target: u64) {
         if (ip ^ target) & !PAGE_MASK != 0 {
             return;
         }
         let off = (target & PAGE_MASK) as u16;
-        if let Some(slot) = self.targets.iter_mut().find(|t| **t == off || **t == NO_TARGET) {
+        let targets = self.targets.get_or_insert_with(|| Box::new([NO_TARGET; MAX_TARGETS]));
+        if let Some(slot) = targets.iter_mut().find(|t| **t == off || **t == NO_TARGET) {
             *slot = off;
         }
+    }
+
+    /// Whether the indirect branch at the end has led about in this page.
+    pub fn leads_about(&self) -> bool {
+        self.targets.is_some()
+    }
+
+    /// Page offsets that it has led to.
+    pub fn targets(&self) -> impl Iterator<Item = u64> {
+        self.targets.iter().flat_map(|t| &t[..]).filter(|&&t| t != NO_TARGET).map(|&t| u64::from(t))
     }
 
     /// The pages and granules that the block's bytes lie in.
@@ -116,6 +162,23 @@ impl BlockCache {
     /// Whether another block of `n` instructions would exceed the bound, so that [`Self::clear`] is due.
     pub fn is_full(&self, n: usize) -> bool {
         self.insns + n > MAX_CACHED_INSNS
+    }
+
+    /// Drops the instructions of a block that runs as code. They are decoded again where they are needed.
+    pub fn drop_insns(&mut self, id: BlockId) {
+        let block = &mut self.blocks[id as usize];
+        if block.next_page.is_none() {
+            self.insns -= std::mem::take(&mut block.insns).len();
+        }
+    }
+
+    /// Has a block keep its instructions again.
+    pub fn keep_insns(&mut self, id: BlockId, cpu: &Cpu) {
+        let block = &mut self.blocks[id as usize];
+        if block.insns.is_empty() {
+            block.insns = block.insns(cpu).into();
+            self.insns += block.insns.len();
+        }
     }
 
     /// Drops every block.

@@ -5,6 +5,7 @@ use iced_x86::{
     OpKind, Register,
 };
 
+use crate::block::MAX_INSNS;
 use crate::cpuid::CpuModel;
 use crate::insn::{Insn, Mode, NO_REG, Opnd, Rep};
 use crate::semantics::{self, Form};
@@ -27,6 +28,27 @@ pub fn decode(bytes: &[u8], mode: Mode, model: &CpuModel) -> Result<Insn, NeedMo
         return Err(NeedMoreBytes);
     }
     Ok(predecode(&instr, bytes, mode, model, decoder.last_error() == DecoderError::NoMoreBytes))
+}
+
+/// Decodes the instructions at the start of `bytes` up to the end of their block; and how many bytes they are. There are
+/// none where the first one does not lie inside.
+pub fn straight(bytes: &[u8], mode: Mode, model: &CpuModel) -> (Vec<Insn>, usize) {
+    let mut insns = Vec::with_capacity(8);
+    let mut off = 0;
+    while insns.len() < MAX_INSNS && off < bytes.len() {
+        match decode(&bytes[off..], mode, model) {
+            Ok(mut insn) if off + usize::from(insn.len) <= bytes.len() => {
+                insn.off = off as u16;
+                off += usize::from(insn.len);
+                insns.push(insn);
+                if insn.ends_block {
+                    break;
+                }
+            }
+            _ => break,
+        }
+    }
+    (insns, off)
 }
 
 /// What the bytes of newer instructions mean to a processor without them: hints are no operations (SDM vol. 2, NOP),

@@ -138,7 +138,8 @@ impl Vcpu {
             self.cpu.s = before;
             self.cpu.mode_changed();
             self.cpu.translate_code(self.cpu.s.rip)
-        } && let Some(plan) = crate::jit::region::Plan::grow(&self.blocks, gpa, self.cpu.mode, |b| b.heat, true)
+        } && let Some(plan) =
+            crate::jit::region::Plan::grow(&self.blocks, &self.cpu, gpa, self.cpu.mode, |b| b.heat, true)
         {
             for block in &plan.blocks {
                 let _ = writeln!(text, "block at page offset {:#x}, ends {:x?}:", block.off, block.end);

@@ -3,10 +3,14 @@
 //! The part of code memory that is the host's, apart so that the model checker can put memory of its own in its place
 //! ([`crate::sync`]). Offsets are bytes from the start of either view; one outside is refused, not a fault.
 
+use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+/// What the kernel calls it where it lists the mappings of a process.
+pub const CODE_MEMORY: &CStr = c"diglot-code";
 
 /// Why the memory could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -196,7 +200,7 @@ fn page_size() -> usize {
 /// An anonymous file of `len` bytes whose size can never change, so that no access to a view can raise `SIGBUS`.
 fn memory_file(len: usize) -> io::Result<OwnedFd> {
     // SAFETY: the name is a terminated string; the call makes a new descriptor or fails.
-    let fd = unsafe { libc::memfd_create(c"diglot-code".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+    let fd = unsafe { libc::memfd_create(CODE_MEMORY.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }

@@ -1,7 +1,7 @@
 //! The dispatch loop of one vCPU: find the block, run it, take what came of it.
 
 use crate::addr::{PAGE_MASK, PAGE_SIZE};
-use crate::block::{Block, BlockCache, BlockId, Cached, MAX_INSNS, MAX_TARGETS, NO_TARGET};
+use crate::block::{Block, BlockCache, BlockId, Cached};
 use crate::cpu::{Cpu, Kick, mode_cut};
 use crate::decode::{self, MAX_LEN};
 use crate::exception::{Exception, Trap, vector};
@@ -288,9 +288,13 @@ impl Vcpu {
                     let Some(id) = self.blocks.find(gpa, Mode(mode)) else { continue };
                     let block = self.blocks.get_mut(id);
                     block.runs = runs;
+                    let cached = block.cached;
+                    if runs.code != 0 {
+                        self.blocks.drop_insns(id);
+                    }
                     // The code that was there before is not to be led to any more.
                     let code = if runs.code != 0 && self.cpu.journal.is_none() { runs.code } else { stub };
-                    self.jump.set_code(id, block.cached, code);
+                    self.jump.set_code(id, cached, code);
                 }
                 Change::Cool((gpa, mode)) => {
                     if let Some(id) = self.blocks.find(gpa, Mode(mode)) {
@@ -340,7 +344,9 @@ impl Vcpu {
         let block = self.blocks.get(id);
         // Quick code has run often enough to be worth its place.
         let heat = |block: &Block| if block.runs.quick { self.threshold } else { block.heat };
-        let Some(mut plan) = Plan::grow(&self.blocks, block.gpa, block.mode, heat, jit.counted) else { return };
+        let Some(mut plan) = Plan::grow(&self.blocks, &self.cpu, block.gpa, block.mode, heat, jit.counted) else {
+            return;
+        };
         plan.rip = self.cpu.s.rip;
         let keys: Vec<_> = plan.keys().collect();
         if !jit.request(plan) {
@@ -373,6 +379,7 @@ impl Vcpu {
         if block.runs.code == 0 && self.jit.is_some() {
             self.warm_up(id);
         }
+        self.blocks.keep_insns(id, &self.cpu);
         let block = self.blocks.get(id);
         let cpu = &mut self.cpu;
         cpu.begin_instruction();
@@ -415,7 +422,7 @@ impl Vcpu {
         match self.quick.filter(|_| block.next_page.is_none() && Jit::compiles(block.mode)) {
             Some(runs) => {
                 // Where the indirect branch at the end leads is seen only while the block is interpreted.
-                let watched = block.targets[0] != NO_TARGET;
+                let watched = block.leads_about();
                 if block.heat == if watched { runs * WATCHED } else { runs } {
                     self.quicken(id);
                 }
@@ -428,6 +435,7 @@ impl Vcpu {
     /// Interprets at most `most` instructions of the block at RIP, without deliveries: for lock-step.
     pub(crate) fn interpret_some(&mut self, most: u64) -> Result<u64, Trap> {
         let id = self.find_block()?;
+        self.blocks.keep_insns(id, &self.cpu);
         let cpu = &mut self.cpu;
         cpu.ip_base = cpu.s.rip;
         let mut done = 0;
@@ -503,8 +511,7 @@ impl Vcpu {
         }
         let insn = match self.find_block().map(|id| self.blocks.get(id).insns.first().copied()) {
             Ok(Some(insn)) if self.inside_code_segment(u64::from(insn.len)) => Ok(insn),
-            Ok(Some(_)) => self.fetch_one(),
-            Ok(None) => return Ok(()),
+            Ok(_) => self.fetch_one(),
             Err(Trap) => Err(Trap),
         };
         let Ok(insn) = insn else { return self.fault() };
@@ -631,32 +638,19 @@ impl Vcpu {
 
     /// Decodes the block at RIP, whose physical address is `gpa`, and caches it.
     fn decode_block(&mut self, gpa: u64) -> Result<BlockId, Trap> {
-        let mut insns: Vec<Insn> = Vec::with_capacity(8);
         let start = self.cpu.s.rip;
         let room = PAGE_SIZE - (gpa & PAGE_MASK);
-        let mut page = [0; PAGE_SIZE as usize];
-        let bytes = &mut page[..room as usize];
-        let in_ram = self.cpu.ram.read_in_page(gpa, bytes);
         let limit = if self.cpu.mode.has(Mode::CODE64) {
             room
         } else {
             (u64::from(self.cpu.s.seg[usize::from(seg::CS)].limit) + 1).saturating_sub(start).min(room)
         };
-        let mut off = 0u64;
+        let mut page = [0; PAGE_SIZE as usize];
+        let bytes = &mut page[..limit as usize];
+        let in_ram = self.cpu.ram.read_in_page(gpa, bytes);
+        let (mut insns, off) = decode::straight(if in_ram { bytes } else { &[] }, self.cpu.mode, &self.cpu.model);
+        let mut off = off as u64;
         let mut next_page = None;
-        while in_ram && insns.len() < MAX_INSNS && off < limit {
-            match decode::decode(&bytes[off as usize..limit as usize], self.cpu.mode, &self.cpu.model) {
-                Ok(mut insn) if off + u64::from(insn.len) <= limit => {
-                    insn.off = off as u16;
-                    off += u64::from(insn.len);
-                    insns.push(insn);
-                    if insn.ends_block {
-                        break;
-                    }
-                }
-                _ => break,
-            }
-        }
         if insns.is_empty() {
             // The first instruction crosses the page or CS's limit, or is not in RAM.
             let insn = self.fetch_one()?;
@@ -677,24 +671,7 @@ impl Vcpu {
             self.flush_jump_cache();
         }
         let runs = self.jit.as_ref().map_or(Runs::default(), |j| j.find((gpa, self.cpu.mode.0), next_page));
-        let indirect = insns.last().is_some_and(|i| {
-            use iced_x86::FlowControl;
-            let flow = i.iced_code().flow_control();
-            matches!(flow, FlowControl::IndirectBranch | FlowControl::IndirectCall | FlowControl::Return)
-        });
-        let block = Block {
-            gpa,
-            mode: self.cpu.mode,
-            len: off as u16,
-            next_page,
-            insns: insns.into_boxed_slice(),
-            heat: 0,
-            runs,
-            postponed: 0,
-            indirect,
-            targets: [NO_TARGET; MAX_TARGETS],
-            cached: Cached::Nowhere,
-        };
+        let block = Block::new(gpa, self.cpu.mode, off as u16, next_page, insns, runs);
         let (id, fresh) = self.blocks.insert(block, &self.cpu.ram);
         for page in fresh.into_iter().flatten() {
             self.cpu.protect_code(page);

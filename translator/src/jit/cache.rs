@@ -82,16 +82,16 @@ pub struct Unit<K> {
 /// A region in the arena.
 struct Region<K> {
     slot: Slot,
-    extents: Vec<Extent>,
+    extents: Box<[Extent]>,
     /// Where it may be entered, as far as no later region has taken its place there.
     entries: Vec<Key>,
-    blocks: Vec<Key>,
+    blocks: Box<[Key]>,
     /// Its direct branches to keys, and their sites in the arena.
-    branches: Vec<(Key, usize)>,
+    branches: Box<[(Key, usize)]>,
     quick: bool,
     bridges: Box<[Bridge]>,
     /// As in [`Unit`], in the arena.
-    crossings: Vec<(usize, usize)>,
+    crossings: Box<[(usize, usize)]>,
     /// Those of its bridges that lead somewhere, by index, and where.
     bridged: Vec<(usize, Key)>,
     _kept: K,
@@ -190,7 +190,7 @@ pub struct Cache<K> {
     lookup: usize,
     /// What runs at a key: the one thing here that a vCPU looks up by itself.
     entries: DashMap<Key, Entry, BuildHasherDefault<AddressHasher>>,
-    regions: AddressMap<RegionId, Region<K>>,
+    regions: AddressMap<RegionId, Box<Region<K>>>,
     by_page: AddressMap<u64, Vec<RegionId>>,
     /// Sites of direct branches to a key, whether it has code now or not.
     incoming: AddressMap<Key, Vec<Site>>,
@@ -305,17 +305,17 @@ impl<K> Cache<K> {
         self.order.push_back(id);
         let region = Region {
             slot,
-            extents: unit.extents,
+            extents: unit.extents.into(),
             entries,
-            blocks: unit.blocks,
-            branches,
+            blocks: unit.blocks.into(),
+            branches: branches.into(),
             quick,
             bridges: unit.bridges,
             crossings: unit.crossings.iter().map(|&(key, site)| (start + key, start + site)).collect(),
             bridged: Vec::new(),
             _kept: unit.kept,
         };
-        self.regions.insert(id, region);
+        self.regions.insert(id, Box::new(region));
         for (key, inner) in unit.entries {
             let (tail, inner) = (start + unit.tail, start + inner);
             self.link(key, Some(Entry { region: id, code, tail, inner, second_page, quick }));

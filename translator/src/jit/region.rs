@@ -1,7 +1,8 @@
 //! Regions: the control-flow graph of hot blocks in one page that is compiled as a unit.
 
 use crate::addr::PAGE_MASK;
-use crate::block::{Block, BlockCache, NO_TARGET};
+use crate::block::{Block, BlockCache};
+use crate::cpu::Cpu;
 use crate::insn::{Insn, Mode};
 use crate::jit::usage::Usage;
 use crate::mem::granule_mask;
@@ -156,15 +157,22 @@ impl Plan {
     }
 
     /// Grows a region from the block at `gpa` along direct edges to blocks of the same page that have run too, up to
-    /// where other regions begin; `heat` says how often blocks have run. Behind a call the region goes on, with an entry for the return.
-    pub fn grow(cache: &BlockCache, gpa: u64, mode: Mode, heat: impl Fn(&Block) -> u32, counted: bool) -> Option<Plan> {
+    /// where other regions begin; `heat` says how often blocks have run, `cpu` has their bytes. Behind a call the region goes on, with an entry for the return.
+    pub fn grow(
+        cache: &BlockCache,
+        cpu: &Cpu,
+        gpa: u64,
+        mode: Mode,
+        heat: impl Fn(&Block) -> u32,
+        counted: bool,
+    ) -> Option<Plan> {
         let page = gpa & !PAGE_MASK;
         let seed = cache.get(cache.find(gpa, mode)?);
         let warm = heat(seed) / 16;
         let mut plan = Plan { gpa, rip: 0, mode, blocks: Vec::new(), extents: Vec::new(), counted };
         if seed.next_page.is_some() {
             plan.extents = seed.extent().collect();
-            plan.blocks.push(RegionBlock { entry: true, ..region_block(seed) });
+            plan.blocks.push(RegionBlock { entry: true, ..region_block(seed, cpu) });
             return Some(plan);
         }
         let mut granules = 0;
@@ -184,7 +192,7 @@ impl Plan {
             if block.next_page.is_some() || (!first && (heat(block) < warm || block.runs.in_region())) {
                 continue;
             }
-            let block = region_block(block);
+            let block = region_block(block, cpu);
             granules |= granule_mask(block.off, block.end_off() - block.off);
             insns += block.insns.len();
             queue.extend(block.successors());
@@ -209,9 +217,9 @@ impl Plan {
     }
 }
 
-fn region_block(block: &Block) -> RegionBlock {
+fn region_block(block: &Block, cpu: &Cpu) -> RegionBlock {
     let start = block.gpa & PAGE_MASK;
-    let insns: Vec<Insn> = block.insns.iter().map(|i| Insn { off: i.off + start as u16, ..*i }).collect();
+    let insns: Vec<Insn> = block.insns(cpu).iter().map(|i| Insn { off: i.off + start as u16, ..*i }).collect();
     let mut usage = Usage::default();
     for i in &insns {
         use_of(i, &mut usage);
@@ -219,8 +227,7 @@ fn region_block(block: &Block) -> RegionBlock {
     let end = insns.last().map_or(End::Exit, |last| end_of(last, block.mode));
     // Far branches, which have no compiled form, are none that the region can follow.
     let follows = block.indirect && insns.last().is_some_and(|i| i.sem.jit.is_some());
-    let targets = block.targets.iter().filter(|_| follows);
-    let mut guards: Vec<u64> = targets.filter(|&&t| t != NO_TARGET).map(|&t| u64::from(t)).collect();
+    let mut guards: Vec<u64> = block.targets().filter(|_| follows).collect();
     if insns.last().is_some_and(is_return) && guards.len() > MAX_GUARDS {
         // A function that many call; the region of each caller is another.
         guards.clear();

@@ -194,7 +194,7 @@ impl Engine {
 
     /// Why the code in place does not compile.
     fn why_not(&self) -> String {
-        let Some(plan) = Plan::grow(&self.vcpu.blocks, self.gpa(), self.mode, |b| b.heat, false) else {
+        let Some(plan) = Plan::grow(&self.vcpu.blocks, &self.vcpu.cpu, self.gpa(), self.mode, |b| b.heat, false) else {
             return "there is nothing to compile".into();
         };
         match Compiler::new().and_then(|mut c| c.compile(&plan)) {
