@@ -15,6 +15,11 @@ pub const MAX_INSNS: usize = 64;
 /// Predecoded instructions kept before everything is dropped (64 bytes each).
 const MAX_CACHED_INSNS: usize = 512 * 1024;
 
+/// Predecoded instructions of which none is dropped.
+const FEW_INSNS: usize = 64 * 1024;
+/// Runs of a block that are too few for it to keep its instructions.
+const SELDOM: u32 = 4;
+
 /// Index of a block in its cache; reused after invalidation.
 pub type BlockId = u32;
 
@@ -28,8 +33,10 @@ pub struct Block {
     pub len: u16,
     /// The physical page that holds the tail of the last instruction, if it crosses.
     pub next_page: Option<u64>,
-    /// The instructions, unless they were dropped because there is code; [`Self::insns`] has them in any case.
-    pub insns: Box<[Insn]>,
+    /// Whether its bytes lie in one page of RAM, where they can be read again.
+    in_ram: bool,
+    /// The instructions, unless they were dropped, being in RAM; [`Self::insns`] has them in any case.
+    insns: Box<[Insn]>,
     /// How often the interpreter ran it.
     pub heat: u32,
     /// The code that starts here.
@@ -62,8 +69,8 @@ pub enum Cached {
 }
 
 impl Block {
-    /// A block that has not run yet.
-    pub fn new(gpa: u64, mode: Mode, len: u16, next_page: Option<u64>, insns: Vec<Insn>, runs: Runs) -> Block {
+    /// A block that has not run yet; `in_ram` says whether its bytes lie in one page of RAM.
+    pub fn new(gpa: u64, mode: Mode, len: u16, next_page: Option<u64>, insns: Vec<Insn>, in_ram: bool) -> Block {
         use iced_x86::FlowControl::{IndirectBranch, IndirectCall, Return};
         let last = insns.last().map(|i| i.iced_code().flow_control());
         Block {
@@ -71,9 +78,10 @@ impl Block {
             mode,
             len,
             next_page,
+            in_ram,
             insns: insns.into_boxed_slice(),
             heat: 0,
-            runs,
+            runs: Runs::default(),
             postponed: 0,
             indirect: last.is_some_and(|flow| matches!(flow, IndirectBranch | IndirectCall | Return)),
             targets: None,
@@ -88,7 +96,6 @@ impl Block {
         }
         let mut page = [0; PAGE_SIZE as usize];
         let bytes = &mut page[..usize::from(self.len)];
-        // Only instructions of blocks inside one page of RAM are dropped.
         cpu.ram.read_in_page(self.gpa, bytes);
         Cow::Owned(decode::straight(bytes, self.mode, &cpu.model).0)
     }
@@ -133,6 +140,8 @@ pub struct BlockCache {
     by_key: AddressMap<(u64, u8), BlockId>,
     by_page: AddressMap<u64, Vec<BlockId>>,
     insns: usize,
+    /// How many instructions there were behind the last sweep ([`Self::sweep`]).
+    swept: usize,
     /// Blocks decoded so far.
     pub decoded: u64,
     /// Blocks dropped because their bytes changed.
@@ -159,6 +168,20 @@ impl BlockCache {
         &mut self.blocks[id as usize]
     }
 
+    /// Drops the instructions of blocks that have seldom run, when there are many more than after the last time: most of
+    /// what boots runs once.
+    pub fn sweep(&mut self) {
+        if self.insns < (2 * self.swept).max(FEW_INSNS) {
+            return;
+        }
+        for id in 0..self.blocks.len() {
+            if self.blocks[id].heat < SELDOM {
+                self.drop_insns(id as BlockId);
+            }
+        }
+        self.swept = self.insns;
+    }
+
     /// Whether another block of `n` instructions would exceed the bound, so that [`Self::clear`] is due.
     pub fn is_full(&self, n: usize) -> bool {
         self.insns + n > MAX_CACHED_INSNS
@@ -167,18 +190,20 @@ impl BlockCache {
     /// Drops the instructions of a block that runs as code. They are decoded again where they are needed.
     pub fn drop_insns(&mut self, id: BlockId) {
         let block = &mut self.blocks[id as usize];
-        if block.next_page.is_none() {
+        if block.in_ram {
             self.insns -= std::mem::take(&mut block.insns).len();
         }
     }
 
-    /// Has a block keep its instructions again.
-    pub fn keep_insns(&mut self, id: BlockId, cpu: &Cpu) {
+    /// A block's instructions, which it keeps again.
+    #[inline]
+    pub fn insns(&mut self, id: BlockId, cpu: &Cpu) -> &[Insn] {
         let block = &mut self.blocks[id as usize];
         if block.insns.is_empty() {
             block.insns = block.insns(cpu).into();
             self.insns += block.insns.len();
         }
+        &block.insns
     }
 
     /// Drops every block.
@@ -191,7 +216,7 @@ impl BlockCache {
         self.free.clear();
         self.by_key.clear();
         self.by_page.clear();
-        self.insns = 0;
+        (self.insns, self.swept) = (0, 0);
     }
 
     /// Adds a block and marks its granules. Returns the pages that held no code before, for write protection.
@@ -233,7 +258,8 @@ impl BlockCache {
                 kept.push(id);
                 continue;
             }
-            self.insns -= block.insns.len();
+            let block = &mut self.blocks[id as usize];
+            self.insns -= std::mem::take(&mut block.insns).len();
             self.invalidated += 1;
             self.by_key.remove(&(block.gpa, block.mode.0));
             let other = block.extent().map(|(p, _)| p).find(|&p| p != page);

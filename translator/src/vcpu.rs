@@ -367,7 +367,7 @@ impl Vcpu {
     fn quicken(&mut self, id: BlockId) {
         let block = self.blocks.get(id);
         let Some(jit) = &mut self.jit else { return };
-        jit.quicken(block);
+        jit.quicken(block, &self.cpu);
         self.follow_regions();
     }
 
@@ -379,14 +379,14 @@ impl Vcpu {
         if block.runs.code == 0 && self.jit.is_some() {
             self.warm_up(id);
         }
-        self.blocks.keep_insns(id, &self.cpu);
-        let block = self.blocks.get(id);
+        let indirect = self.blocks.get(id).indirect;
+        let insns = self.blocks.insns(id, &self.cpu);
         let cpu = &mut self.cpu;
         cpu.begin_instruction();
         cpu.ip_base = cpu.s.rip;
         cpu.stop_block = false;
         cpu.again = false;
-        let (last, body) = match block.insns.split_last() {
+        let (last, body) = match insns.split_last() {
             Some(parts) => parts,
             None => return Ok(()),
         };
@@ -400,7 +400,7 @@ impl Vcpu {
                 return self.after(result);
             }
         }
-        self.counts.interpreted += block.insns.len() as u64;
+        self.counts.interpreted += insns.len() as u64;
         cpu.s.rip = cpu.next_ip_value(last);
         let mode = cpu.mode;
         let result = (last.run)(cpu, last);
@@ -408,7 +408,7 @@ impl Vcpu {
             cpu.s.rip = mode_cut(mode, cpu.ip_base.wrapping_add(u64::from(last.off)));
             return self.fault();
         }
-        if block.indirect {
+        if indirect {
             let (ip, target) = (cpu.ip_base, cpu.s.rip);
             self.blocks.get_mut(id).note_target(ip, target);
         }
@@ -435,11 +435,11 @@ impl Vcpu {
     /// Interprets at most `most` instructions of the block at RIP, without deliveries: for lock-step.
     pub(crate) fn interpret_some(&mut self, most: u64) -> Result<u64, Trap> {
         let id = self.find_block()?;
-        self.blocks.keep_insns(id, &self.cpu);
+        let insns = self.blocks.insns(id, &self.cpu);
         let cpu = &mut self.cpu;
         cpu.ip_base = cpu.s.rip;
         let mut done = 0;
-        for insn in self.blocks.get(id).insns.iter().take(most as usize) {
+        for insn in insns.iter().take(most as usize) {
             cpu.s.rip = cpu.next_ip_value(insn);
             if let Err(Trap) = (insn.run)(cpu, insn) {
                 cpu.s.rip = mode_cut(cpu.mode, cpu.ip_base.wrapping_add(u64::from(insn.off)));
@@ -509,7 +509,7 @@ impl Vcpu {
             let e = Exception { vector: vector::DB, error: None, payload: hit };
             return self.deliver(Event::Fault(e));
         }
-        let insn = match self.find_block().map(|id| self.blocks.get(id).insns.first().copied()) {
+        let insn = match self.find_block().map(|id| self.blocks.insns(id, &self.cpu).first().copied()) {
             Ok(Some(insn)) if self.inside_code_segment(u64::from(insn.len)) => Ok(insn),
             Ok(_) => self.fetch_one(),
             Err(Trap) => Err(Trap),
@@ -649,6 +649,7 @@ impl Vcpu {
         let bytes = &mut page[..limit as usize];
         let in_ram = self.cpu.ram.read_in_page(gpa, bytes);
         let (mut insns, off) = decode::straight(if in_ram { bytes } else { &[] }, self.cpu.mode, &self.cpu.model);
+        let in_ram = !insns.is_empty();
         let mut off = off as u64;
         let mut next_page = None;
         if insns.is_empty() {
@@ -662,6 +663,7 @@ impl Vcpu {
             }
             insns.push(insn);
         }
+        self.blocks.sweep();
         if self.blocks.is_full(insns.len()) {
             self.blocks.clear(&self.cpu.ram);
             if let Some(jit) = &mut self.jit {
@@ -671,7 +673,8 @@ impl Vcpu {
             self.flush_jump_cache();
         }
         let runs = self.jit.as_ref().map_or(Runs::default(), |j| j.find((gpa, self.cpu.mode.0), next_page));
-        let block = Block::new(gpa, self.cpu.mode, off as u16, next_page, insns, runs);
+        let mut block = Block::new(gpa, self.cpu.mode, off as u16, next_page, insns, in_ram);
+        block.runs = runs;
         let (id, fresh) = self.blocks.insert(block, &self.cpu.ram);
         for page in fresh.into_iter().flatten() {
             self.cpu.protect_code(page);

@@ -186,10 +186,10 @@ impl Jit {
     }
 
     /// Gives a block quick code; [`Self::changes`] says what that changed. No vCPU may be in compiled code.
-    pub fn quicken(&mut self, block: &Block) {
+    pub fn quicken(&mut self, block: &Block, cpu: &Cpu) {
         let Some(quick) = self.quick.filter(|_| block.next_page.is_none()) else { return };
         let start = Instant::now();
-        let made = quick.compile(&block.insns, block.mode, block.gpa & PAGE_MASK, self.counted);
+        let made = quick.compile(&block.insns(cpu), block.mode, block.gpa & PAGE_MASK, self.counted);
         // There are many of these: their vectors have no room to spare.
         let mut extents: Vec<_> = block.extent().collect();
         extents.shrink_to_fit();
