@@ -1,6 +1,8 @@
 //! CPU models: what CPUID reports and which instructions exist, from one table of features.
 
-use iced_x86::CpuidFeature;
+use std::sync::OnceLock;
+
+use iced_x86::{Code, CpuidFeature};
 
 use crate::mmu::walk::PHYSICAL_BITS;
 use crate::platform::TSC_HZ;
@@ -163,6 +165,17 @@ impl CpuModel {
     /// CPU number `apic_id` of `cpus`, with the instruction set of `level`.
     pub fn new(level: Level, cpus: u32, apic_id: u32) -> CpuModel {
         CpuModel { level, cpus: cpus.max(1), apic_id }
+    }
+
+    /// Whether an instruction exists.
+    #[inline]
+    pub fn executes(&self, code: Code) -> bool {
+        static EXECUTED: [OnceLock<Box<[bool]>>; 3] = [const { OnceLock::new() }; 3];
+        let all = EXECUTED[self.level as usize].get_or_init(|| {
+            let classes = |code: Code| code.cpuid_features().iter().all(|&f| self.supports(f));
+            Code::values().map(classes).collect()
+        });
+        all[code as usize]
     }
 
     /// Whether instructions of an iced feature class exist.

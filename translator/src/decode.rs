@@ -1,8 +1,7 @@
 //! From guest bytes to predecoded instructions, by iced-x86.
 
 use iced_x86::{
-    Code, CpuidFeature, Decoder, DecoderError, DecoderOptions, EncodingKind, FlowControl, Instruction, Mnemonic,
-    OpKind, Register,
+    Code, Decoder, DecoderError, DecoderOptions, EncodingKind, FlowControl, Instruction, Mnemonic, OpKind, Register,
 };
 
 use crate::block::MAX_INSNS;
@@ -55,10 +54,10 @@ pub fn straight(bytes: &[u8], mode: Mode, model: &CpuModel) -> (Vec<Insn>, usize
 /// and a prefix that an older instruction ignored does not make it another one.
 fn options(model: &CpuModel) -> u32 {
     let mut options = DecoderOptions::FORCE_RESERVED_NOP | DecoderOptions::NO_WBNOINVD;
-    if !model.supports(CpuidFeature::BMI1) {
+    if !model.executes(Code::Tzcnt_r32_rm32) {
         options |= DecoderOptions::NO_MPFX_0FBC;
     }
-    if !model.supports(CpuidFeature::LZCNT) {
+    if !model.executes(Code::Lzcnt_r32_rm32) {
         options |= DecoderOptions::NO_MPFX_0FBD;
     }
     options
@@ -69,7 +68,7 @@ fn predecode(instr: &Instruction, bytes: &[u8], mode: Mode, model: &CpuModel, to
     let form = Form { instr, bytes: operand_bytes(instr), mode, fop };
     let sem = if too_long {
         semantics::too_long()
-    } else if instr.is_invalid() || !instr.cpuid_features().iter().all(|&f| model.supports(f)) {
+    } else if instr.is_invalid() || !model.executes(instr.code()) {
         semantics::undefined()
     } else {
         semantics::lookup(&form)
