@@ -25,7 +25,7 @@ pub enum Exit {
 }
 
 /// Interpreted runs of a block before it gets quick code.
-const QUICK: u32 = 24;
+const QUICK: u32 = 12;
 /// So many times more of a block whose end has led to several places of its page, as far as is known.
 const WATCHED: u32 = 8;
 /// How often quick code goes on at a block, back or from elsewhere, before that gets a region.
