@@ -360,6 +360,14 @@ pub trait Emit: Sized {
 
     // ---- flags ----
 
+    /// Shifts by a count from 0 to the operand's mask, flags and all, if this evaluator does so by itself.
+    #[inline(always)]
+    fn shift_by<W: Width>(&mut self, _op: Bin, _a: Self::V, _count: Self::V) -> Option<Self::V> {
+        None
+    }
+    /// Whether [`Emit::shift_by`] does.
+    const SHIFTS: bool = false;
+
     /// Records what the instruction did to the flags.
     fn set_flags<W: Width>(&mut self, f: Flags<Self::V>);
     /// A condition code as a boolean.

@@ -488,14 +488,82 @@ impl<'a> QuickEmit<'a> {
 
     /// Flags that have no deferred form.
     fn note_words(&mut self, f: Flags<Val>, bytes: u64) {
-        if let Flags::Result { r, cf, of } = f {
-            self.store_result(r, bytes, cf, of);
-        } else {
-            let words = self.materialise(f, bytes);
-            self.store_words(words);
+        match f {
+            Flags::Result { r, cf, of } => self.store_result(r, bytes, cf, of),
+            Flags::Cf { cf } => self.store_carry(cf, None),
+            Flags::CfOf { cf, of } => self.store_carry(cf, Some(of)),
+            f => {
+                let words = self.materialise(f, bytes);
+                self.store_words(words);
+            }
         }
         self.flags = FlagVal::Memory;
         self.dirty = false;
+    }
+
+    /// A carry, and an overflow or the one that there was, in the words that stand in the CPU state.
+    fn store_carry(&mut self, cf: Val, of: Option<Val>) {
+        let (carry, differ, old) = (Gpr::RAX, Gpr::RCX, Gpr::RDX);
+        self.store_flags();
+        self.fold();
+        self.a.load(8, old, cpu(at!(s.cc_co)));
+        match of {
+            Some(of) => self.boolean_into(differ, of),
+            None => {
+                self.a.mov(8, differ, old);
+                self.a.shift_imm(8, Shift::Shl, differ, 1);
+                self.a.alu(8, Alu::Xor, differ, old);
+                self.a.shift_imm(8, Shift::Shr, differ, 63);
+            }
+        }
+        self.boolean_into(carry, cf);
+        self.a.alu_imm(8, Alu::And, old, 8);
+        self.join_carry();
+        self.a.alu(8, Alu::Or, carry, old);
+        self.a.store(8, cpu(at!(s.cc_co)), carry);
+    }
+
+    /// Makes the word of a carry in RAX and an overflow in RCX, in RAX.
+    fn join_carry(&mut self) {
+        let (carry, differ) = (Gpr::RAX, Gpr::RCX);
+        self.a.alu(4, Alu::Xor, differ, carry);
+        self.a.shift_imm(8, Shift::Shl, carry, 63);
+        self.a.shift_imm(8, Shift::Shl, differ, 62);
+        self.a.alu(8, Alu::Or, carry, differ);
+    }
+
+    /// Shifts a value of 4 or 8 bytes by a count that is masked already, and stores the flags unless it is 0.
+    pub(super) fn shift_by(&mut self, bytes: u64, op: Shift, a: Gpr, count: Val) -> Gpr {
+        self.store_flags();
+        self.fold();
+        let to = self.take(8 * bytes as u8);
+        self.a.mov(bytes, to, a);
+        self.reg_into(Gpr::RCX, count);
+        self.a.shift(bytes, op, to);
+        let carry = Gpr::RAX;
+        self.a.setcc(Cc::B, carry);
+        self.a.test(4, Gpr::RCX, Gpr::RCX);
+        let none = self.a.jcc(Cc::E);
+        // The rule for a count of 1, which processors follow for all.
+        let differ = Gpr::RCX;
+        let sign = |e: &mut Self, of: Gpr| {
+            e.a.mov(bytes, differ, of);
+            e.a.shift_imm(bytes, Shift::Shr, differ, (8 * bytes - 1) as u8);
+        };
+        self.a.movzx(1, carry, carry);
+        match op {
+            Shift::Shl => {
+                sign(self, to);
+                self.a.alu(4, Alu::Xor, differ, carry);
+            }
+            Shift::Shr => sign(self, a),
+            _ => self.a.mov_imm(differ, 0),
+        }
+        self.join_carry();
+        self.store_result_words(to, bytes);
+        self.a.here(none);
+        (self.flags, self.dirty) = (FlagVal::Memory, false);
+        to
     }
 
     /// The words of a result with a carry and an overflow, for which there would not be enough registers otherwise.
@@ -504,10 +572,13 @@ impl<'a> QuickEmit<'a> {
         let r = self.reg(r);
         self.boolean_into(carry, cf);
         self.boolean_into(differ, of);
-        self.a.alu(4, Alu::Xor, differ, carry);
-        self.a.shift_imm(8, Shift::Shl, carry, 63);
-        self.a.shift_imm(8, Shift::Shl, differ, 62);
-        self.a.alu(8, Alu::Or, carry, differ);
+        self.join_carry();
+        self.store_result_words(r, bytes);
+    }
+
+    /// Stores the words of a result, and of carry and overflow in RAX.
+    fn store_result_words(&mut self, r: Gpr, bytes: u64) {
+        let carry = Gpr::RAX;
         self.a.store(8, cpu(at!(s.cc_co)), carry);
         let wide = match bytes {
             8 => r,

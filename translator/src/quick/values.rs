@@ -559,6 +559,18 @@ impl Emit for QuickEmit<'_> {
         none()
     }
 
+    const SHIFTS: bool = true;
+
+    fn shift_by<W: Width>(&mut self, op: Bin, a: Val, count: Val) -> Option<Val> {
+        let op = match op {
+            Bin::Shl => Shift::Shl,
+            Bin::Shr => Shift::Shr,
+            _ => Shift::Sar,
+        };
+        let a = self.reg(a);
+        Some(Val::Reg(QuickEmit::shift_by(self, W::BYTES, op, a, count)))
+    }
+
     fn set_flags<W: Width>(&mut self, f: Flags<Val>) {
         self.note_flags(f, W::BYTES);
     }

@@ -104,11 +104,14 @@ fn top<E: Emit>(e: &mut E, v: E::V) -> E::V {
     e.bit::<W64>(v, 63)
 }
 
-/// A shift by a constant that leaves something of the operand, if this is one.
+/// A shift by a constant that leaves something of the operand, if this is one, or one that the evaluator has itself.
 #[inline(always)]
-fn by_constant<E: Emit, W: Width>(e: &mut E, i: &Insn, op: Bin) -> Option<Result<(), E::Trap>> {
+fn directly<E: Emit, W: Width>(e: &mut E, i: &Insn, op: Bin) -> Option<Result<(), E::Trap>> {
     let n = match count::<E, W>(e, i, 1) {
         Count::Fixed(n) if (1..u64::from(W::BITS)).contains(&n) => n,
+        Count::Variable(n) if E::SHIFTS && W::BITS >= 32 => {
+            return Some(e.modify::<W>(i, 0, |e, a| (e.shift_by::<W>(op, a, n).unwrap_or(a), None)));
+        }
         _ => return None,
     };
     Some(e.modify::<W>(i, 0, |e, a| {
@@ -119,7 +122,7 @@ fn by_constant<E: Emit, W: Width>(e: &mut E, i: &Insn, op: Bin) -> Option<Result
 
 #[inline(always)]
 fn shl<E: Emit, W: Width>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
-    if let Some(done) = by_constant::<E, W>(e, i, Bin::Shl) {
+    if let Some(done) = directly::<E, W>(e, i, Bin::Shl) {
         return done;
     }
     shift::<E, W>(e, i, 1, false, |e, a, k| {
@@ -149,7 +152,7 @@ fn right<E: Emit, W: Width>(e: &mut E, op: Bin, wide: E::V, k: E::V) -> (E::V, E
 
 #[inline(always)]
 fn shr<E: Emit, W: Width>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
-    if let Some(done) = by_constant::<E, W>(e, i, Bin::Shr) {
+    if let Some(done) = directly::<E, W>(e, i, Bin::Shr) {
         return done;
     }
     shift::<E, W>(e, i, 1, false, |e, a, k| {
@@ -162,7 +165,7 @@ fn shr<E: Emit, W: Width>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
 
 #[inline(always)]
 fn sar<E: Emit, W: Width>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
-    if let Some(done) = by_constant::<E, W>(e, i, Bin::Sar) {
+    if let Some(done) = directly::<E, W>(e, i, Bin::Sar) {
         return done;
     }
     shift::<E, W>(e, i, 1, false, |e, a, k| {
