@@ -15,9 +15,9 @@ pub const MAX_INSNS: usize = 64;
 /// Predecoded instructions kept before everything is dropped (64 bytes each).
 const MAX_CACHED_INSNS: usize = 512 * 1024;
 
-/// Predecoded instructions of which none is dropped.
+/// Predecoded instructions that are never too many.
 const FEW_INSNS: usize = 64 * 1024;
-/// Runs of a block that are too few for it to keep its instructions.
+/// Runs of a block that are too few for it to stay.
 const SELDOM: u32 = 4;
 
 /// Index of a block in its cache; reused after invalidation.
@@ -168,18 +168,35 @@ impl BlockCache {
         &mut self.blocks[id as usize]
     }
 
-    /// Drops the instructions of blocks that have seldom run, when there are many more than after the last time: most of
-    /// what boots runs once.
-    pub fn sweep(&mut self) {
+    /// Drops blocks that have seldom run, when there are many more than after the last time, and returns them: most of what
+    /// boots runs once. Their granules stay marked as code, which costs a store there some time and nothing else.
+    pub fn sweep(&mut self) -> Vec<BlockId> {
         if self.insns < (2 * self.swept).max(FEW_INSNS) {
-            return;
+            return Vec::new();
         }
-        for id in 0..self.blocks.len() {
-            if self.blocks[id].heat < SELDOM {
-                self.drop_insns(id as BlockId);
+        let seldom = |(id, b): (usize, &Block)| (b.heat < SELDOM && !b.insns.is_empty()).then_some(id as BlockId);
+        let gone: Vec<BlockId> = self.blocks.iter().enumerate().filter_map(seldom).collect();
+        for &id in &gone {
+            for (page, _) in self.blocks[id as usize].extent() {
+                if let Some(list) = self.by_page.get_mut(&page) {
+                    list.retain(|&b| b != id);
+                    if list.is_empty() {
+                        self.by_page.remove(&page);
+                    }
+                }
             }
+            self.remove(id);
         }
         self.swept = self.insns;
+        gone
+    }
+
+    /// Removes a block from everything but the lists of pages.
+    fn remove(&mut self, id: BlockId) {
+        let block = &mut self.blocks[id as usize];
+        self.insns -= std::mem::take(&mut block.insns).len();
+        self.by_key.remove(&(block.gpa, block.mode.0));
+        self.free.push(id);
     }
 
     /// Whether another block of `n` instructions would exceed the bound, so that [`Self::clear`] is due.
@@ -258,15 +275,12 @@ impl BlockCache {
                 kept.push(id);
                 continue;
             }
-            let block = &mut self.blocks[id as usize];
-            self.insns -= std::mem::take(&mut block.insns).len();
             self.invalidated += 1;
-            self.by_key.remove(&(block.gpa, block.mode.0));
             let other = block.extent().map(|(p, _)| p).find(|&p| p != page);
             if let Some(list) = other.and_then(|p| self.by_page.get_mut(&p)) {
                 list.retain(|&b| b != id);
             }
-            self.free.push(id);
+            self.remove(id);
             gone.push(id);
         }
         if !kept.is_empty() {

@@ -663,7 +663,8 @@ impl Vcpu {
             }
             insns.push(insn);
         }
-        self.blocks.sweep();
+        let gone = self.blocks.sweep();
+        self.forget(&gone);
         if self.blocks.is_full(insns.len()) {
             self.blocks.clear(&self.cpu.ram);
             if let Some(jit) = &mut self.jit {
@@ -695,8 +696,18 @@ impl Vcpu {
     /// Drops blocks and regions that touch `granules` of a page.
     fn invalidate(&mut self, page: u64, granules: u64) {
         let gone = self.blocks.invalidate(page, granules, &self.cpu.ram);
+        self.forget(&gone);
+        if let Some(jit) = &mut self.jit {
+            jit.invalidate(page, granules);
+            jit.mark(Some(page), &self.cpu.ram);
+        }
+        self.follow_regions();
+    }
+
+    /// Removes blocks that are gone from the jump cache.
+    fn forget(&mut self, gone: &[BlockId]) {
         let mut anywhere = false;
-        for &id in &gone {
+        for &id in gone {
             match self.blocks.get(id).cached {
                 Cached::Nowhere => {}
                 Cached::At(index) => self.jump.remove_at(index, id),
@@ -704,13 +715,8 @@ impl Vcpu {
             }
         }
         if anywhere {
-            self.jump.remove_all(&gone);
+            self.jump.remove_all(gone);
         }
-        if let Some(jit) = &mut self.jit {
-            jit.invalidate(page, granules);
-            jit.mark(Some(page), &self.cpu.ram);
-        }
-        self.follow_regions();
     }
 
     /// Empties the jump cache, and has no bridge lead anywhere.
