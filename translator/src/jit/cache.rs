@@ -20,6 +20,7 @@ use std::collections::VecDeque;
 use std::hash::BuildHasherDefault;
 
 use dashmap::DashMap;
+use smallvec::SmallVec;
 
 use crate::addr::PAGE_MASK;
 use crate::address_map::{AddressHasher, AddressMap};
@@ -82,16 +83,16 @@ pub struct Unit<K> {
 /// A region in the arena.
 struct Region<K> {
     slot: Slot,
-    extents: Box<[Extent]>,
+    extents: SmallVec<[Extent; 1]>,
     /// Where it may be entered, as far as no later region has taken its place there.
-    entries: Vec<Key>,
+    entries: SmallVec<[Key; 1]>,
     blocks: Box<[Key]>,
     /// Its direct branches to keys, and their sites in the arena.
-    branches: Box<[(Key, usize)]>,
+    branches: Box<[(Key, u32)]>,
     quick: bool,
     bridges: Box<[Bridge]>,
     /// As in [`Unit`], in the arena.
-    crossings: Box<[(usize, usize)]>,
+    crossings: Box<[(u32, u32)]>,
     /// Those of its bridges that lead somewhere, by index, and where.
     bridged: Vec<(usize, Key)>,
     _kept: K,
@@ -101,7 +102,7 @@ impl<K> Region<K> {
     /// Has a bridge lead nowhere.
     fn part(&self, index: usize, arena: &CodeArena) {
         match self.crossings.get(index) {
-            Some(&(constant, _)) => _ = arena.patch_constant(constant, NO_KEY),
+            Some(&(constant, _)) => _ = arena.patch_constant(constant as usize, NO_KEY),
             None => self.bridges[index].part(),
         }
     }
@@ -111,9 +112,9 @@ impl<K> Region<K> {
 #[derive(Clone, Copy)]
 struct Site {
     /// Its site in the arena.
-    at: usize,
+    at: u32,
     /// Where in the arena it leads without a region.
-    otherwise: usize,
+    otherwise: u32,
     /// Whether it is quick code's.
     quick: bool,
 }
@@ -122,22 +123,37 @@ impl Site {
     /// Where it is to lead, for what may be entered there.
     fn target(&self, entry: Option<&Entry>) -> usize {
         let tail = |e: &Entry| if self.quick { e.inner } else { e.tail };
-        entry.filter(|e| e.second_page.is_none()).map_or(self.otherwise, tail)
+        entry.filter(|e| e.is_for(None)).map_or(self.otherwise, tail) as usize
     }
 }
 
-/// The way into a region.
+/// The way into a region. Offsets in the arena, which is not larger than a branch reaches, have 32 bits: there is an entry
+/// for most blocks.
 #[derive(Clone, Copy)]
 struct Entry {
     region: RegionId,
-    /// Address of its code in the executable view, for calls and computed jumps.
-    code: u64,
-    /// Offset in the arena that direct branches of regions lead to.
-    tail: usize,
-    /// The same of quick code's.
-    inner: usize,
-    second_page: Option<u64>,
+    /// [`NO_PAGE`] if there is none.
+    second_page: u64,
+    /// Where its code begins, for calls and computed jumps.
+    start: u32,
+    /// Where direct branches of regions lead.
+    tail: u32,
+    /// Where those of quick code do.
+    inner: u32,
     quick: bool,
+}
+
+/// No page's address.
+const NO_PAGE: u64 = u64::MAX;
+
+impl Entry {
+    fn is_for(&self, second_page: Option<u64>) -> bool {
+        self.second_page == second_page.unwrap_or(NO_PAGE)
+    }
+
+    fn runs(&self, arena: &CodeArena) -> Runs {
+        Runs { code: arena.exec_ptr(self.start as usize) as u64, quick: self.quick }
+    }
 }
 
 /// A region whose code has not come yet.
@@ -282,18 +298,18 @@ impl<K> Cache<K> {
         let mut branches = Vec::with_capacity(unit.branches.len());
         for Link { site, to, otherwise } in unit.branches {
             let otherwise = otherwise.map_or(self.lookup, |at| start + at);
-            let site = Site { at: start + site, otherwise, quick: unit.quick };
+            let site = Site { at: (start + site) as u32, otherwise: otherwise as u32, quick: unit.quick };
             if let Some(key) = to {
                 self.incoming.entry(key).or_insert_with(|| Vec::with_capacity(1)).push(site);
                 branches.push((key, site.at));
             }
             let entry = to.and_then(|key| self.entries.get(&key));
-            self.arena.patch_branch(site.at, site.target(entry.as_deref()));
+            self.arena.patch_branch(site.at as usize, site.target(entry.as_deref()));
         }
         self.arena.publish(&slot);
         let code = self.arena.exec_ptr(start) as u64;
         let Unit { quick, second_page, .. } = unit;
-        let entries: Vec<Key> = unit.entries.iter().map(|e| e.0).collect();
+        let entries: SmallVec<[Key; 1]> = unit.entries.iter().map(|e| e.0).collect();
         self.changes.extend(entries.iter().chain(&unit.blocks).copied().map(Change::Cool));
         for &(page, granules) in &unit.extents {
             self.changes.push(Change::Mark(page, granules));
@@ -311,14 +327,19 @@ impl<K> Cache<K> {
             branches: branches.into(),
             quick,
             bridges: unit.bridges,
-            crossings: unit.crossings.iter().map(|&(key, site)| (start + key, start + site)).collect(),
+            crossings: unit
+                .crossings
+                .iter()
+                .map(|&(key, site)| ((start + key) as u32, (start + site) as u32))
+                .collect(),
             bridged: Vec::new(),
             _kept: unit.kept,
         };
         self.regions.insert(id, Box::new(region));
         for (key, inner) in unit.entries {
-            let (tail, inner) = (start + unit.tail, start + inner);
-            self.link(key, Some(Entry { region: id, code, tail, inner, second_page, quick }));
+            let [start, tail, inner] = [0, unit.tail, inner].map(|off| (start + off) as u32);
+            let second_page = second_page.unwrap_or(NO_PAGE);
+            self.link(key, Some(Entry { region: id, second_page, start, tail, inner, quick }));
         }
         Some(Placed { code, evicted })
     }
@@ -330,10 +351,10 @@ impl<K> Cache<K> {
             Some(entry) => self.entries.insert(key, entry),
             None => self.entries.remove(&key).map(|(_, entry)| entry),
         };
-        let runs = entry.map_or(Runs::default(), |e| Runs { code: e.code, quick: e.quick });
+        let runs = entry.map_or(Runs::default(), |e| e.runs(&self.arena));
         self.changes.push(Change::Code(key, runs));
         for site in self.incoming.get(&key).into_iter().flatten() {
-            self.arena.patch_branch(site.at, site.target(entry.as_ref()));
+            self.arena.patch_branch(site.at as usize, site.target(entry.as_ref()));
         }
         for (id, index) in self.bridged.remove(&key).into_iter().flatten() {
             if let Some(from) = self.regions.get_mut(&id) {
@@ -344,7 +365,7 @@ impl<K> Cache<K> {
         if let Some(old) = old.filter(|_| entry.is_some())
             && let Some(region) = self.regions.get_mut(&old.region)
         {
-            region.entries.retain(|&k| k != key);
+            region.entries.retain(|k| *k != key);
             if region.entries.is_empty() {
                 self.remove(old.region);
             }
@@ -353,8 +374,8 @@ impl<K> Cache<K> {
 
     /// How what may be entered at a key runs; `second_page` as the block there has it.
     pub fn find(&self, key: Key, second_page: Option<u64>) -> Runs {
-        let entry = self.entries.get(&key).filter(|e| e.second_page == second_page);
-        entry.map_or(Runs::default(), |e| Runs { code: e.code, quick: e.quick })
+        let entry = self.entries.get(&key).filter(|e| e.is_for(second_page));
+        entry.map_or(Runs::default(), |e| e.runs(&self.arena))
     }
 
     /// Removes the region that was placed first; what is still hot is compiled again. False if there is none. No vCPU
@@ -380,7 +401,7 @@ impl<K> Cache<K> {
     pub fn lead(&mut self, name: u64, branch: u64, to: Option<(Key, Option<u64>)>) -> bool {
         let (id, index) = Bridge::place(name);
         let to = to.and_then(|(key, second_page)| {
-            let entry = self.entries.get(&key).filter(|e| e.second_page == second_page)?;
+            let entry = self.entries.get(&key).filter(|e| e.is_for(second_page))?;
             Some((key, *entry))
         });
         let Some(region) = self.regions.get_mut(&id) else { return false };
@@ -390,10 +411,12 @@ impl<K> Cache<K> {
             return false;
         };
         match region.crossings.get(index) {
-            None => bridge.lead(branch, to.code),
+            None => bridge.lead(branch, to.runs(&self.arena).code),
             Some(&(constant, site)) => {
+                let (constant, site) = (constant as usize, site as usize);
                 self.arena.patch_constant(constant, NO_KEY);
-                self.arena.patch_branch(site, if region.quick { to.inner } else { to.tail });
+                let target = if region.quick { to.inner } else { to.tail };
+                self.arena.patch_branch(site, target as usize);
                 self.arena.patch_constant(constant, branch);
             }
         }

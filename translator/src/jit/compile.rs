@@ -72,9 +72,6 @@ pub struct Compiled {
     pub nanos: u64,
 }
 
-/// Blocks above which a compiler's working memory is given back after use.
-const LARGE: usize = 20;
-
 /// One thread's compiler.
 pub struct Compiler {
     isa: Arc<dyn TargetIsa>,
@@ -139,9 +136,8 @@ impl Compiler {
         let (b, Emitted { links, insns, bridges, pieces }) = JitEmit::new(b, plan, signatures).emit();
         b.finalize(self.isa.frontend_config());
         let (code, relocations) = self.finish()?;
-        if plan.blocks.len() > LARGE {
-            self.context = Context::new();
-        }
+        // Its working memory, megabytes behind a large region, goes back.
+        self.context = Context::new();
         let mut compiled = Compiled {
             code,
             tail: 0,
