@@ -23,7 +23,7 @@ struct Range {
 pub struct GuestRam {
     ranges: Vec<Range>,
     /// One bit per granule that holds translated code, one word per page.
-    code: Vec<AtomicU64>,
+    code: Box<[AtomicU64]>,
     _memory: Arc<GuestMemoryMmap>,
 }
 
@@ -38,7 +38,8 @@ impl GuestRam {
             ranges.push(Range { start: region.start_addr().0, len, host: host as usize, first_page: pages });
             pages += (len / PAGE_SIZE) as usize;
         }
-        let code = (0..pages).map(|_| AtomicU64::new(0)).collect();
+        // SAFETY: zero is a value of atomic integers. The host gives memory to what is written first.
+        let code = unsafe { Box::<[AtomicU64]>::new_zeroed_slice(pages).assume_init() };
         GuestRam { ranges, code, _memory: memory }
     }
 

@@ -6,7 +6,7 @@
 use crate::addr::PAGE_MASK;
 
 /// Entries in a table at first.
-const FEWEST: usize = 1024;
+const FEWEST: usize = 256;
 /// Entries in a table that its address space has found too small.
 const MOST: usize = 16384;
 /// Address-space slots, each for one PCID.
