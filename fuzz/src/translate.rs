@@ -117,9 +117,9 @@ fn drive(vcpu: &mut Vcpu, way: Way) {
 
 /// What is derived from the state is what the state says.
 fn check_derived(cpu: &mut Cpu) {
-    let before = (cpu.mode, cpu.class, cpu.salts);
+    let before = (cpu.mode, cpu.class, cpu.jit.salts);
     cpu.mode_changed();
-    assert_eq!(before, (cpu.mode, cpu.class, cpu.salts));
+    assert_eq!(before, (cpu.mode, cpu.class, cpu.jit.salts));
     assert_eq!(cpu.s.rflags & 0x2a, 2, "reserved flags: {:#x}", cpu.s.rflags);
     assert!(cpu.s.cpl <= 3 && cpu.smc.is_empty());
 }

@@ -144,7 +144,7 @@ impl Vcpu for Translated {
             ("side_exits", run.exits[reason::INTERPRET as usize]),
             ("exits_fault", run.exits[reason::FAULT as usize]),
             ("exits_stop", run.exits[reason::STOP as usize]),
-            ("exits_hot", run.exits[reason::LOOK as usize]),
+            ("exits_look", run.exits[reason::LOOK as usize]),
             ("helper_calls", v.cpu.jit.helper_calls),
             ("slow_paths", v.cpu.jit.slow_paths),
             ("jump_misses", run.jump_misses),

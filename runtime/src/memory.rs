@@ -103,7 +103,7 @@ impl GuestRam {
             .collect::<Result<Vec<_>, std::num::TryFromIntError>>()
             .map_err(|e| map_error(e.to_string()))?;
         let mmap = GuestMemoryMmap::from_ranges(&ranges).map_err(|e| map_error(e.to_string()))?;
-        mmap.iter().for_each(keep_apart);
+        mmap.iter().for_each(prepare);
         Ok(GuestRam { mmap: Arc::new(mmap), size: bytes })
     }
 
@@ -119,12 +119,13 @@ impl GuestRam {
 }
 
 /// Keeps a region out of core dumps, where hundreds of megabytes of it would hide what is looked for. That also keeps
-/// the kernel from joining its mapping with a neighbour, so that what is resident of it can be told.
-fn keep_apart(region: &impl GuestMemoryRegion) {
+/// the kernel from joining its mapping with a neighbour, so that what is resident of it can be told. And has it lie in huge
+/// pages where there are some: guests are large beside what a processor's TLB reaches with small ones.
+fn prepare(region: &impl GuestMemoryRegion) {
     let Ok(start) = region.get_host_address(MemoryRegionAddress(0)) else { return };
-    // SAFETY: the range is a whole mapping of ours, and the advice changes nothing of its content. A kernel that does
-    // not know it refuses, which is as good.
     for advice in [libc::MADV_DONTDUMP, libc::MADV_HUGEPAGE] {
+        // SAFETY: the range is a whole mapping of ours, and the advice changes nothing of its content. A kernel that
+        // does not know it refuses, which is as good.
         unsafe { libc::madvise(start.cast(), region.len() as usize, advice) };
     }
 }

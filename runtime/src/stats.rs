@@ -57,7 +57,7 @@ const ROWS: [Row; 51] = [
     Count("side_exits", "exits to interpret an instruction"),
     Count("exits_fault", "exits by a helper's exception"),
     Count("exits_stop", "exits by a helper that stops"),
-    Count("exits_hot", "exits for a region"),
+    Count("exits_look", "exits for a look at where it is"),
     Count("helper_calls", "instructions by helper"),
     Count("slow_paths", "memory slow paths"),
     Heading("caches"),

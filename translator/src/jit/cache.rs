@@ -261,6 +261,12 @@ impl<K> Cache<K> {
         id
     }
 
+    /// How many regions there are.
+    #[expect(clippy::len_without_is_empty, reason = "nobody asks")]
+    pub fn len(&self) -> usize {
+        self.regions.len()
+    }
+
     /// How many regions are expected.
     pub fn expected(&self) -> usize {
         self.expected.len()

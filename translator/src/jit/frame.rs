@@ -22,7 +22,7 @@ pub mod reason {
     /// A helper's instruction ended the block, RIP is where it leads, and the dispatch loop has nothing to do: compiled
     /// code goes on by the jump cache. Behind a miss it means the same as [`NEXT`].
     pub const ONWARD: u64 = 4;
-    /// Quick code has gone to RIP, or elsewhere, so often that the block there deserves a region.
+    /// Quick code has gone on so often that the dispatch loop is to note where it is: at RIP.
     pub const LOOK: u64 = 5;
     /// How many there are.
     pub const COUNT: usize = 6;

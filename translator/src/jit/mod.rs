@@ -47,6 +47,9 @@ pub struct Unsupported;
 pub const THRESHOLD: u32 = 400;
 /// Name of the compile threads, whose panics are survived.
 pub const WORKER: &str = "compile";
+/// Regions and blocks with quick code beyond which quick code takes the place of the oldest: what is known of each takes
+/// about 400 bytes besides its code.
+const UNITS: usize = 192 * 1024;
 /// Regions that may wait for a worker.
 const QUEUE: usize = 256;
 
@@ -188,6 +191,9 @@ impl Jit {
     /// Gives a block quick code; [`Self::changes`] says what that changed. No vCPU may be in compiled code.
     pub fn quicken(&mut self, block: &Block, cpu: &Cpu) {
         let Some(quick) = self.quick.filter(|_| block.next_page.is_none()) else { return };
+        while self.cache.len() >= UNITS && self.cache.evict() {
+            self.counts.evicted += 1;
+        }
         let start = Instant::now();
         let made = quick.compile(&block.insns(cpu), block.mode, block.gpa & PAGE_MASK, self.counted);
         // There are many of these: their vectors have no room to spare.
