@@ -138,12 +138,12 @@ fn caching(c: &mut Criterion) {
     let mut group = c.benchmark_group("code cache");
     group.bench_function("make, place and invalidate quick code", |b| {
         b.iter(|| {
-            jit.quicken(block, FOR_EVER);
+            jit.quicken(block, &vcpu.cpu);
             jit.invalidate(page, granules);
             jit.changes().count()
         });
     });
-    jit.quicken(block, FOR_EVER);
+    jit.quicken(block, &vcpu.cpu);
     group.bench_function("find", |b| b.iter(|| jit.find(black_box((CODE, mode.0)), None)));
     group.finish();
 }

@@ -15,6 +15,8 @@ pub const MAX_INSNS: usize = 64;
 /// Predecoded instructions kept before everything is dropped (64 bytes each).
 const MAX_CACHED_INSNS: usize = 512 * 1024;
 
+/// Blocks kept before everything is dropped (about 150 bytes each besides their instructions).
+const MAX_BLOCKS: usize = 512 * 1024;
 /// Predecoded instructions that are never too many.
 const FEW_INSNS: usize = 64 * 1024;
 /// Runs of a block that are too few for it to stay.
@@ -199,9 +201,9 @@ impl BlockCache {
         self.free.push(id);
     }
 
-    /// Whether another block of `n` instructions would exceed the bound, so that [`Self::clear`] is due.
+    /// Whether another block of `n` instructions would exceed a bound, so that [`Self::clear`] is due.
     pub fn is_full(&self, n: usize) -> bool {
-        self.insns + n > MAX_CACHED_INSNS
+        self.insns + n > MAX_CACHED_INSNS || self.by_key.len() >= MAX_BLOCKS
     }
 
     /// Drops the instructions of a block that runs as code. They are decoded again where they are needed.
@@ -288,5 +290,60 @@ impl BlockCache {
         }
         ram.set_code(page, mask);
         gone
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::bare::cpu;
+
+    /// Blocks of a NOP and a RET in the guest's memory, one behind the other.
+    fn blocks(cpu: &Cpu, count: u64, heat: u32) -> BlockCache {
+        let mut cache = BlockCache::default();
+        for n in 0..count {
+            let (insns, len) = decode::straight(&[0x90, 0xc3], cpu.mode, &cpu.model);
+            let mut block = Block::new(2 * n, cpu.mode, len as u16, None, insns, true);
+            block.heat = heat;
+            cache.insert(block, &cpu.ram);
+        }
+        cache
+    }
+
+    #[test]
+    fn dropped_instructions_are_decoded_again() {
+        let code = [0x90, 0xc3].repeat(8);
+        let cpu = cpu(&code);
+        let mut cache = BlockCache::default();
+        let (insns, len) = decode::straight(&code, cpu.mode, &cpu.model);
+        let gpa = crate::testing::bare::CODE;
+        let (id, _) = cache.insert(Block::new(gpa, cpu.mode, len as u16, None, insns.clone(), true), &cpu.ram);
+        let text = |insns: &[Insn]| insns.iter().map(|i| (i.code, i.off, i.len)).collect::<Vec<_>>();
+        cache.drop_insns(id);
+        assert!(cache.get(id).insns.is_empty());
+        assert_eq!(text(&cache.get(id).insns(&cpu)), text(&insns));
+        assert_eq!(text(cache.insns(id, &cpu)), text(&insns));
+        assert!(!cache.get(id).insns.is_empty());
+    }
+
+    #[test]
+    fn what_cannot_be_read_again_stays() {
+        let cpu = cpu(&[0xc3]);
+        let mut cache = BlockCache::default();
+        let (insns, len) = decode::straight(&[0xc3], cpu.mode, &cpu.model);
+        let (id, _) = cache.insert(Block::new(1 << 40, cpu.mode, len as u16, None, insns, false), &cpu.ram);
+        cache.drop_insns(id);
+        assert_eq!(cache.get(id).insns.len(), 1);
+    }
+
+    #[test]
+    fn seldom_run_blocks_go_when_there_are_many() {
+        let cpu = cpu(&[0xc3]);
+        let many = FEW_INSNS as u64;
+        assert!(blocks(&cpu, 100, 0).sweep().is_empty(), "few");
+        assert!(blocks(&cpu, many, SELDOM).sweep().is_empty(), "all have run often");
+        let mut cache = blocks(&cpu, many, SELDOM - 1);
+        assert_eq!(cache.sweep().len() as u64, many);
+        assert_eq!((cache.insns, cache.find(0, cpu.mode), cache.by_page.len()), (0, None, 0));
     }
 }

@@ -1,5 +1,6 @@
 //! The jump cache: where execution goes for a linear address, in the mode and address space that its key tells.
 
+use crate::addr::is_canonical;
 use crate::block::{Block, BlockId, Cached};
 use crate::jit::bridge::NO_KEY;
 
@@ -88,10 +89,11 @@ impl JumpCache {
             Cached::Anywhere => Cached::Anywhere,
             _ => Cached::At(at as u32),
         };
-        // What was there has a linear address that belongs there, if its key is of this address space and generation.
+        // By this salt, what was there has a canonical address that belongs there only if its key is of the same address
+        // space and generation.
         let salt = entry.key ^ linear;
         let old = self.entries[at].key ^ salt;
-        self.displaced += usize::from(old != linear && self.index(old) == at);
+        self.displaced += usize::from(old != linear && is_canonical(old) && self.index(old) == at);
         self.entries[at] = entry;
         self.blocks[at] = id;
     }
@@ -127,5 +129,50 @@ impl JumpCache {
     /// Removes every entry.
     pub fn clear(&mut self) {
         self.entries.fill(NO_ENTRY);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::insn::Mode;
+
+    /// Enters blocks at distinct addresses, all of use at the same time.
+    fn fill(jump: &mut JumpCache, blocks: u64) {
+        for n in 0..blocks {
+            let mut block = Block::new(n, Mode(0), 1, None, Vec::new(), false);
+            let linear = 0x40_0000 + 16 * n;
+            jump.insert(linear, JumpEntry { key: linear ^ 5, code: n }, n as BlockId, &mut block);
+        }
+    }
+
+    #[test]
+    fn it_grows_when_what_is_of_use_is_displaced() {
+        let mut jump = JumpCache::default();
+        fill(&mut jump, FEWEST as u64 / 16);
+        assert!(!jump.grow(), "there was room");
+        fill(&mut jump, 4 * FEWEST as u64);
+        let mask = jump.mask();
+        assert!(jump.grow());
+        assert_eq!(jump.mask(), mask << 1 | 1 << ENTRY_SHIFT);
+        assert_eq!(jump.find(0x40_0000, 0x40_0000 ^ 5), None, "it begins anew");
+        while jump.grow() {}
+        for _ in 0..8 {
+            fill(&mut jump, 4 * MOST as u64);
+            jump.grow();
+        }
+        assert_eq!(jump.entries.len(), MOST);
+    }
+
+    #[test]
+    fn what_another_address_space_left_is_not_missed() {
+        let mut jump = JumpCache::default();
+        for space in 0..8 {
+            for n in 0..FEWEST as u64 {
+                let mut block = Block::new(n, Mode(0), 1, None, Vec::new(), false);
+                jump.insert(n, JumpEntry { key: n ^ space << 48, code: n }, n as BlockId, &mut block);
+            }
+        }
+        assert!(!jump.grow());
     }
 }

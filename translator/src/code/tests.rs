@@ -184,6 +184,47 @@ fn what_is_no_patchable_branch_is_left_alone() {
     assert_eq!(call(&arena, target.offset()), 3);
 }
 
+/// Code is moved into huge pages once two megabytes are full, and what it says stays, in either view.
+#[test]
+fn code_runs_on_while_memory_is_gathered() {
+    const FILLER: usize = 1 << 19;
+    let arena = CodeArena::new(8 << 20).unwrap();
+    let isa = arena.isa();
+    let mut functions = Vec::new();
+    for value in 0..12 {
+        functions.push((value, install(&arena, &returns(isa, value))));
+        let filler = vec![isa.filler(); FILLER];
+        let _filler = install(&arena, &filler);
+        for (value, slot) in &functions {
+            assert_eq!(call(&arena, slot.offset()), u32::from(*value));
+        }
+    }
+    for (value, slot) in &mut functions {
+        arena.write(slot, &returns(isa, *value + 100)).unwrap();
+        arena.publish(slot);
+        assert_eq!(call(&arena, slot.offset()), u32::from(*value) + 100);
+    }
+}
+
+/// A conditional jump of x86-64 is retargeted like any other.
+#[test]
+fn conditional_branches_are_patched_on_x86() {
+    let arena = CodeArena::new(4096).unwrap();
+    let isa = arena.isa();
+    if isa != HostIsa::X86_64 {
+        return;
+    }
+    // xor eax, eax; je +0; mov eax, 1; ret, behind four NOPs that put the displacement into a quadword.
+    let code = [0x90, 0x90, 0x90, 0x90, 0x31, 0xc0, 0x0f, 0x84, 0, 0, 0, 0, 0xb8, 1, 0, 0, 0, 0xc3];
+    let unit = install(&arena, &code);
+    let target = install(&arena, &returns(isa, 2));
+    let site = unit.offset() + 8;
+    assert_eq!(call(&arena, unit.offset()), 1);
+    assert!(arena.patch_branch(site, target.offset()));
+    assert_eq!(call(&arena, unit.offset()), 2);
+    assert!(!arena.patch_branch(site - 4, target.offset()), "no branch ends there");
+}
+
 /// One thread runs a jump that another retargets all the while: it always arrives at one of the two targets.
 #[test]
 fn a_running_branch_is_retargeted_safely() {

@@ -3,8 +3,10 @@
 //! A direct branch inside a page is linked for good, as both ends move together. Into another page the mapping has a
 //! say, so the branch asks each time whether it is still the one for which its bridge knows the way, by the key that
 //! the jump cache has for RIP ([`Cpu::code_key`](crate::cpu::Cpu::code_key)): the address space, the mode and the
-//! generation are in it. A bridge is data, so leading it elsewhere changes no code; and the jump that it serves is one
-//! branch's own, which processors predict.
+//! generation are in it. The jump that it serves is one branch's own, which processors predict.
+//!
+//! On x86-64 hosts key and way are in the code ([`crate::quick::cross`]), and the bridge has the branch's name and counts
+//! what went another way. Elsewhere it is all data, so that leading it elsewhere changes no code.
 
 use crate::sync::{AtomicU64, Ordering};
 
