@@ -119,10 +119,22 @@ impl JumpCache {
         }
     }
 
+    /// Has the entry of a linear address with this key lead to `code`.
+    pub fn lead(&mut self, linear: u64, key: u64, code: u64) {
+        let at = self.index(linear);
+        if self.entries[at].key == key {
+            self.entries[at].code = code;
+        }
+    }
+
     /// Removes the entries of blocks.
     pub fn remove_all(&mut self, gone: &[BlockId]) {
-        for (e, _) in self.entries.iter_mut().zip(self.blocks.iter()).filter(|(_, id)| gone.contains(id)) {
-            *e = NO_ENTRY;
+        let mut is_gone = vec![false; gone.iter().max().map_or(0, |&most| most as usize + 1)];
+        gone.iter().for_each(|&id| is_gone[id as usize] = true);
+        for (e, &id) in self.entries.iter_mut().zip(self.blocks.iter()) {
+            if is_gone.get(id as usize).is_some_and(|&gone| gone) {
+                *e = NO_ENTRY;
+            }
         }
     }
 

@@ -211,6 +211,10 @@ impl Vcpu {
             }
             let code = self.blocks.get(id).runs.code;
             if code != 0 {
+                if self.cpu.journal.is_none() {
+                    let linear = self.linear_rip();
+                    self.jump.lead(linear, self.cpu.code_key(linear), code);
+                }
                 return self.run_compiled(code);
             }
         }
@@ -287,14 +291,17 @@ impl Vcpu {
                 Change::Code((gpa, mode), runs) => {
                     let Some(id) = self.blocks.find(gpa, Mode(mode)) else { continue };
                     let block = self.blocks.get_mut(id);
-                    block.runs = runs;
+                    let before = std::mem::replace(&mut block.runs, runs);
                     let cached = block.cached;
                     if runs.code != 0 {
                         self.blocks.drop_insns(id);
                     }
-                    // The code that was there before is not to be led to any more.
-                    let code = if runs.code != 0 && self.cpu.journal.is_none() { runs.code } else { stub };
-                    self.jump.set_code(id, cached, code);
+                    // The code that was there before is not to be led to any more. Where there was none, the dispatch
+                    // loop leads what comes by it to the new code.
+                    if before.code != 0 || cached != Cached::Anywhere {
+                        let code = if runs.code != 0 && self.cpu.journal.is_none() { runs.code } else { stub };
+                        self.jump.set_code(id, cached, code);
+                    }
                 }
                 Change::Cool((gpa, mode)) => {
                     if let Some(id) = self.blocks.find(gpa, Mode(mode)) {
