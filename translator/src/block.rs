@@ -179,18 +179,24 @@ impl BlockCache {
         let seldom = |(id, b): (usize, &Block)| (b.heat < SELDOM && !b.insns.is_empty()).then_some(id as BlockId);
         let gone: Vec<BlockId> = self.blocks.iter().enumerate().filter_map(seldom).collect();
         for &id in &gone {
-            for (page, _) in self.blocks[id as usize].extent() {
-                if let Some(list) = self.by_page.get_mut(&page) {
-                    list.retain(|&b| b != id);
-                    if list.is_empty() {
-                        self.by_page.remove(&page);
-                    }
-                }
+            let Block { gpa, next_page, .. } = self.blocks[id as usize];
+            for page in std::iter::once(gpa & !PAGE_MASK).chain(next_page) {
+                self.unlist(page, id);
             }
             self.remove(id);
         }
         self.swept = self.insns;
         gone
+    }
+
+    /// Removes a block from the list of a page.
+    fn unlist(&mut self, page: u64, id: BlockId) {
+        if let Some(list) = self.by_page.get_mut(&page) {
+            list.retain(|&b| b != id);
+            if list.is_empty() {
+                self.by_page.remove(&page);
+            }
+        }
     }
 
     /// Removes a block from everything but the lists of pages.
@@ -279,9 +285,7 @@ impl BlockCache {
             }
             self.invalidated += 1;
             let other = block.extent().map(|(p, _)| p).find(|&p| p != page);
-            if let Some(list) = other.and_then(|p| self.by_page.get_mut(&p)) {
-                list.retain(|&b| b != id);
-            }
+            other.into_iter().for_each(|page| self.unlist(page, id));
             self.remove(id);
             gone.push(id);
         }

@@ -67,8 +67,11 @@ impl View {
         let before = room.as_ptr().align_offset(HUGE_PAGE);
         let base = room.as_ptr().wrapping_add(before);
         let mapped = map(base, len, protection, libc::MAP_SHARED | libc::MAP_FIXED, file.as_raw_fd());
-        for (at, len) in [(room.as_ptr(), before), (base.wrapping_add(len), HUGE_PAGE - before)] {
-            // SAFETY: what is left of our own reservation on either side.
+        let unused = mapped.is_err().then_some((base, len));
+        for (at, len) in
+            [(room.as_ptr(), before), (base.wrapping_add(len), HUGE_PAGE - before)].into_iter().chain(unused)
+        {
+            // SAFETY: what is left of our own reservation, on either side or all of it.
             unsafe { libc::munmap(at.cast(), len) };
         }
         mapped.map(|base| Self { base, len })
@@ -114,8 +117,8 @@ impl Writable {
         true
     }
 
-    /// Has the kernel put what lies before `end` into huge pages, if it can: code that is much larger than what the
-    /// processor's TLB reaches with small pages runs up to twice as fast. Either view keeps its content meanwhile.
+    /// Has the kernel put what lies before `end` into huge pages, if it can, as code is often larger than what the
+    /// processor's TLB reaches with small ones. Either view keeps its content meanwhile.
     fn gather(&mut self, end: usize) {
         while self.gathered + HUGE_PAGE <= end {
             // SAFETY: the range lies inside the view; the advice moves what is there and changes none of it.

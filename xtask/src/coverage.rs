@@ -201,7 +201,7 @@ fn groups(
         let name = features.iter().map(|(_, f)| name(*f)).collect::<Vec<_>>().join(" + ");
         // What came last decides the place.
         let key = (features.iter().rev().map(|f| f.0).collect(), name);
-        if code.cpuid_features().iter().all(|&f| model.supports(f)) {
+        if model.executes(code) {
             let outcome = outcome(code, bits(code), model);
             groups.entry(key).or_default().codes.push((format!("{code:?}"), outcome));
         } else {

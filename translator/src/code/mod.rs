@@ -24,7 +24,7 @@ mod tests;
 pub use arena::{ArenaError, CodeArena, Slot};
 pub use frame::{FRAME_SETUP_LEN, PUSH_LEN, elide_frame};
 pub use free_list::GRANULE;
-pub use patch::{Jump, add_link_cells, encode_jump, is_patchable};
+pub use patch::{Jump, add_link_cells, encode_jump, is_patchable, lead_x86};
 pub use perf::PerfMap;
 
 /// The instruction set of the machine that runs the emitted code.

@@ -67,6 +67,14 @@ pub(super) fn branch_word(isa: HostIsa, site: usize, target: usize) -> Option<u3
     }
 }
 
+/// Has the x86-64 branch or call whose displacement is at `site` of `code`, not yet written, lead to `target`: an offset
+/// in what has `code` at `base`.
+pub fn lead_x86(code: &mut [u8], site: usize, base: usize, target: usize) -> Option<()> {
+    let word = branch_word(HostIsa::X86_64, base.checked_add(site)?, target)?;
+    code.get_mut(site..site.checked_add(4)?)?.copy_from_slice(&word.to_le_bytes());
+    Some(())
+}
+
 /// Whether a displacement of 32 bits is that of a direct x86-64 branch, by the two bytes before it: `jmp rel32` or
 /// `jcc rel32`.
 pub(super) fn is_x86_branch([first, second]: [u8; 2]) -> bool {
@@ -115,8 +123,7 @@ pub fn add_link_cells(isa: HostIsa, code: &mut Vec<u8>, sites: &[usize]) -> Opti
         code.resize(cell, isa.filler());
         let to_itself = encode_jump(isa, cell, cell)?;
         code.extend_from_slice(to_itself.as_bytes());
-        let word = branch_word(isa, site, cell)?;
-        code.get_mut(site..site + 4)?.copy_from_slice(&word.to_le_bytes());
+        lead_x86(code, site, 0, cell)?;
         Some(cell + to_itself.site())
     });
     links.collect()

@@ -24,7 +24,7 @@ use smallvec::SmallVec;
 
 use crate::addr::PAGE_MASK;
 use crate::address_map::{AddressHasher, AddressMap};
-use crate::code::{CodeArena, Slot};
+use crate::code::{CodeArena, Slot, lead_x86};
 use crate::jit::bridge::{Bridge, NO_KEY};
 
 /// Where guest code is: physical address and mode.
@@ -57,7 +57,7 @@ pub struct Unit<K> {
     pub tail: usize,
     /// Its direct branches.
     pub branches: Vec<Link>,
-    /// Displacements of 32 bits from where they stand in `code` to offsets in the arena.
+    /// Sites of x86-64 branches and calls in `code`, and the offsets in the arena that they lead to.
     pub calls: Vec<(usize, usize)>,
     /// Pages that its bytes lie in, and which granules of each.
     pub extents: Vec<Extent>,
@@ -297,8 +297,7 @@ impl<K> Cache<K> {
         };
         let start = slot.offset();
         for (at, to) in unit.calls {
-            let displacement = i32::try_from(to as i64 - (start + at + size_of::<i32>()) as i64).ok()?;
-            unit.code.get_mut(at..at + size_of::<i32>())?.copy_from_slice(&displacement.to_le_bytes());
+            lead_x86(&mut unit.code, at, start, to)?;
         }
         self.arena.write(&mut slot, &unit.code).ok()?;
         let mut branches = Vec::with_capacity(unit.branches.len());
@@ -327,7 +326,7 @@ impl<K> Cache<K> {
         self.order.push_back(id);
         let region = Region {
             slot,
-            extents: unit.extents.into(),
+            extents: SmallVec::from_slice(&unit.extents),
             entries,
             blocks: unit.blocks.into(),
             branches: branches.into(),

@@ -15,7 +15,7 @@ use cranelift_codegen::settings::{self, Configurable};
 use cranelift_codegen::{FinalizedMachReloc, FinalizedRelocTarget};
 use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
 
-use crate::code::{HostIsa, elide_frame};
+use crate::code::{HostIsa, elide_frame, lead_x86};
 use crate::cpu::ANCHOR;
 use crate::insn::Insn;
 use crate::jit::access::site_thunk;
@@ -167,7 +167,7 @@ impl Compiler {
                 (name::CROSS, Reloc::X86CallPCRel4) => {
                     let start = compiled.code.len();
                     let crossing = cross::append(&mut compiled.code);
-                    lead_to(&mut compiled.code, offset, start).ok_or("a way out has no place")?;
+                    lead_x86(&mut compiled.code, offset, 0, start).ok_or("a way out has no place")?;
                     compiled.addresses.push((crossing.bridge, Referent::Bridge(index)));
                     compiled.calls.push((crossing.lookup, Routine::Lookup));
                     compiled.crossings.resize(bridges, (0, 0));
@@ -176,7 +176,7 @@ impl Compiler {
                 (name::INSN, Reloc::Abs8) => compiled.addresses.push((offset, Referent::Insn(index))),
                 (name::BRIDGE, Reloc::Abs8) => compiled.addresses.push((offset, Referent::Bridge(index))),
                 (name::PIECE, Reloc::X86CallPCRel4) if index < pieces.len() => {
-                    lead_to(&mut compiled.code, offset, pieces[index]).ok_or("a call of a piece has no place")?;
+                    lead_x86(&mut compiled.code, offset, 0, pieces[index]).ok_or("a call of a piece has no place")?;
                 }
                 other => return Err(format!("relocation {other:?} at {offset}")),
             }
@@ -285,14 +285,6 @@ fn append(code: &mut Vec<u8>, pieces: &[Vec<u8>]) -> Vec<usize> {
         code.extend(piece);
     }
     starts
-}
-
-/// Makes the x86-64 branch whose displacement is at `site` lead to `target`, both of the same code.
-fn lead_to(code: &mut [u8], site: usize, target: usize) -> Option<()> {
-    let behind = site + size_of::<i32>();
-    let distance = i32::try_from(target as i64 - behind as i64).ok()?;
-    code.get_mut(site..behind)?.copy_from_slice(&distance.to_le_bytes());
-    Some(())
 }
 
 /// A relocation whose target is one of our own names ([`name`]).

@@ -154,9 +154,9 @@ pub struct JitFrame {
     /// Address of the kick word.
     pub kick: u64,
     /// Combined with linear addresses in jump-cache and code-TLB keys: mode, privilege and address space, in the bits
-    /// that a canonical address leaves redundant, and the generation ([`Cpu::next_generation`](crate::cpu::Cpu::next_generation)). The second is for the
-    /// upper half, which kernels map by global pages: it is the same in every address space ([`crate::mmu::Mmu`] sees to
-    /// what is mapped there otherwise).
+    /// that a canonical address leaves redundant, and the generation
+    /// ([`Cpu::next_generation`](crate::cpu::Cpu::next_generation)). The second is for the upper half, which kernels map by
+    /// global pages: it is the same in every address space ([`crate::mmu::Mmu`] sees to what is mapped there otherwise).
     pub salts: [u64; 2],
     /// How often quick code may go on yet, back or elsewhere, before it has the dispatch loop look where it is: below 0
     /// when it has.

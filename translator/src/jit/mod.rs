@@ -196,9 +196,7 @@ impl Jit {
         }
         let start = Instant::now();
         let made = quick.compile(&block.insns(cpu), block.mode, block.gpa & PAGE_MASK, self.counted);
-        // There are many of these: their vectors have no room to spare.
-        let mut extents: Vec<_> = block.extent().collect();
-        extents.shrink_to_fit();
+        let extents = block.extent().collect();
         let key = (block.gpa, block.mode.0);
         let id = self.cache.number();
         let bytes = made.code.len() as u64;

@@ -157,7 +157,8 @@ impl Plan {
     }
 
     /// Grows a region from the block at `gpa` along direct edges to blocks of the same page that have run too, up to
-    /// where other regions begin; `heat` says how often blocks have run, `cpu` has their bytes. Behind a call the region goes on, with an entry for the return.
+    /// where other regions begin; `heat` says how often blocks have run, `cpu` has their bytes. Behind a call the region
+    /// goes on, with an entry for the return.
     pub fn grow(
         cache: &BlockCache,
         cpu: &Cpu,

@@ -123,7 +123,8 @@ pub struct QuickEmit<'a> {
     looks: Vec<(Jump, u64)>,
     /// Jumps behind a helper that ended the block, and how many instructions are to be counted.
     ended_by_helper: Vec<(Jump, i32)>,
-    branches: Vec<Branch>,
+    /// Sites of direct branches, and the page offsets that they lead to.
+    links: Vec<(usize, u64)>,
     insns: Vec<Insn>,
     bridges: usize,
     addresses: Vec<(usize, Referent)>,
@@ -143,7 +144,7 @@ struct Mark {
     looks: usize,
     ended_by_helper: usize,
     calls: usize,
-    branches: usize,
+    links: usize,
     bridges: usize,
     addresses: usize,
     crossings: usize,
@@ -178,7 +179,7 @@ impl<'a> QuickEmit<'a> {
             leaves: Vec::new(),
             looks: Vec::new(),
             ended_by_helper: Vec::new(),
-            branches: Vec::new(),
+            links: Vec::new(),
             insns: Vec::new(),
             bridges: 0,
             addresses: Vec::new(),
@@ -206,52 +207,48 @@ impl<'a> QuickEmit<'a> {
             self.count(self.done);
             self.edge(last.next_off() as i64);
         }
-        self.cold_ways();
-        let QuickEmit { a, branches, insns, bridges, addresses, crossings, calls, .. } = self;
+        let branches = self.cold_ways();
+        let QuickEmit { a, insns, bridges, addresses, crossings, calls, .. } = self;
         let tail = PUSH_LEN;
         Compiled { code: a.code, tail, inner, branches, insns, bridges, addresses, crossings, calls, nanos: 0 }
     }
 
-    /// What the block jumps to and seldom comes by.
-    fn cold_ways(&mut self) {
+    /// What the block jumps to and seldom comes by; and its direct branches.
+    fn cold_ways(&mut self) -> Vec<Branch> {
         for exit in std::mem::take(&mut self.exits) {
             self.side_exit(exit);
         }
         for (jump, to) in std::mem::take(&mut self.looks) {
             self.a.here(jump);
-            self.go_to(Some(to), Routine::LookAt, Routine::Look);
+            self.go_to(to, Routine::LookAt);
         }
         for (jump, done) in std::mem::take(&mut self.ended_by_helper) {
             self.a.here(jump);
             self.count(done);
             self.jump_to(Routine::Behind);
         }
-        for n in 0..self.branches.len() {
-            self.branches[n].otherwise = Some(self.a.code.len());
-            self.go_to(self.branches[n].to, Routine::Onward, Routine::Lookup);
+        let mut branches = Vec::with_capacity(self.links.len());
+        for (site, to) in std::mem::take(&mut self.links) {
+            branches.push(Branch { site, to: Some(to), otherwise: Some(self.a.code.len()) });
+            self.go_to(to, Routine::Onward);
         }
-        let (at_rip, elsewhere): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut self.leaves).into_iter().partition(|leave| leave.1.is_none());
-        for (jump, to) in elsewhere {
+        for (jump, to) in std::mem::take(&mut self.leaves) {
             self.a.here(jump);
-            self.go_to(to, Routine::Leave, Routine::Leave);
+            match to {
+                Some(to) => self.go_to(to, Routine::Leave),
+                None => {
+                    self.a.pop(Gpr::RBP);
+                    self.a.ret();
+                }
+            }
         }
-        if !at_rip.is_empty() {
-            at_rip.into_iter().for_each(|(jump, _)| self.a.here(jump));
-            self.a.pop(Gpr::RBP);
-            self.a.ret();
-        }
+        branches
     }
 
-    /// Goes to a routine with a page offset, or to another without.
-    fn go_to(&mut self, off: Option<u64>, with: Routine, without: Routine) {
-        match off {
-            Some(off) => {
-                self.a.mov_imm(Gpr::RAX, off);
-                self.jump_to(with);
-            }
-            None => self.jump_to(without),
-        }
+    /// Goes to a routine with a page offset.
+    fn go_to(&mut self, off: u64, routine: Routine) {
+        self.a.mov_imm(Gpr::RAX, off);
+        self.jump_to(routine);
     }
 
     fn jump_to(&mut self, routine: Routine) {
@@ -299,7 +296,7 @@ impl<'a> QuickEmit<'a> {
             looks: self.looks.len(),
             ended_by_helper: self.ended_by_helper.len(),
             calls: self.calls.len(),
-            branches: self.branches.len(),
+            links: self.links.len(),
             bridges: self.bridges,
             addresses: self.addresses.len(),
             crossings: self.crossings.len(),
@@ -318,7 +315,7 @@ impl<'a> QuickEmit<'a> {
         self.looks.truncate(mark.looks);
         self.ended_by_helper.truncate(mark.ended_by_helper);
         self.calls.truncate(mark.calls);
-        self.branches.truncate(mark.branches);
+        self.links.truncate(mark.links);
         self.bridges = mark.bridges;
         self.addresses.truncate(mark.addresses);
         self.crossings.truncate(mark.crossings);
@@ -731,7 +728,7 @@ impl<'a> QuickEmit<'a> {
             self.store_op(f, bytes);
         }
         self.count(exit.done);
-        self.go_to(Some(self.start + u64::from(exit.off)), Routine::Interpret, Routine::Interpret);
+        self.go_to(self.start + u64::from(exit.off), Routine::Interpret);
     }
 
     fn count(&mut self, done: i32) {
@@ -782,15 +779,15 @@ impl<'a> QuickEmit<'a> {
             self.poll(to);
         }
         match to {
-            Some(_) => self.link(None, to),
+            Some(to) => self.link(None, to),
             None => self.cross(off),
         }
     }
 
     /// Jumps to a page offset, if a condition is given and holds or none is.
-    fn link(&mut self, cc: Option<Cc>, to: Option<u64>) {
+    fn link(&mut self, cc: Option<Cc>, to: u64) {
         let Jump(site) = self.a.link(cc);
-        self.branches.push(Branch { site, to, otherwise: None });
+        self.links.push((site, to));
     }
 
     /// Goes on at RIP, which is in RAX, in another page: by what the code knows of where it leads, or else by the jump
@@ -861,7 +858,7 @@ impl<'a> QuickEmit<'a> {
         let cc = self.test(c);
         match self.inside(taken).filter(|_| taken > 0) {
             Some(to) => {
-                self.link(Some(cc), Some(to));
+                self.link(Some(cc), to);
                 self.edge(next);
             }
             None => {

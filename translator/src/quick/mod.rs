@@ -64,14 +64,12 @@ pub enum Routine {
 
 /// Widths of accesses.
 const WIDTHS: usize = 6;
-/// Routines that find nothing.
-const PLAIN: usize = 9;
 
 impl Routine {
-    /// All of them, by number.
+    /// All of them.
     fn all() -> impl Iterator<Item = Routine> {
         use Routine::*;
-        let plain: [Routine; PLAIN] = [Interpret, Leave, LookAt, Look, Onward, Lookup, Evaluate, Behind, Fold];
+        let plain = [Interpret, Leave, LookAt, Look, Onward, Lookup, Evaluate, Behind, Fold];
         let find = |write| (0..WIDTHS as u8).map(move |log2| Find { log2, write });
         plain.into_iter().chain(find(false)).chain(find(true))
     }
@@ -79,10 +77,6 @@ impl Routine {
     /// The one for an access of so many bytes.
     fn access(bytes: u64, write: bool) -> Routine {
         Routine::Find { log2: bytes.trailing_zeros() as u8, write }
-    }
-
-    fn number(self) -> usize {
-        Routine::all().position(|r| r == self).unwrap_or(0)
     }
 }
 
@@ -93,30 +87,28 @@ pub struct Library {
     /// The sites of its direct branches to where code goes on by the jump cache.
     pub lookups: Vec<usize>,
     /// Where each routine begins.
-    offsets: [usize; PLAIN + 2 * WIDTHS],
+    offsets: Vec<(Routine, usize)>,
 }
 
 impl Library {
     /// Makes it. Helpers are found by [`crate::jit::frame::JitFrame`].
     pub fn new() -> Library {
+        let mut library = Library { code: Vec::new(), lookups: Vec::new(), offsets: Vec::new() };
         let mut a = Asm::default();
-        let mut lookups = Vec::new();
-        let offsets = std::array::from_fn(|n| {
+        for routine in Routine::all() {
             while !a.code.len().is_multiple_of(ROUTINE_ALIGNMENT) {
                 a.nop();
             }
-            let start = a.code.len();
-            if let Some(routine) = Routine::all().nth(n) {
-                lookups.extend(routine.emit(&mut a));
-            }
-            start
-        });
-        Library { code: a.code, lookups, offsets }
+            library.offsets.push((routine, a.code.len()));
+            library.lookups.extend(routine.emit(&mut a));
+        }
+        library.code = a.code;
+        library
     }
 
-    /// Where a routine begins.
+    /// Where a routine begins; they are all there.
     pub fn offset(&self, routine: Routine) -> usize {
-        self.offsets[routine.number()]
+        self.offsets.iter().find(|(r, _)| *r == routine).map_or(0, |&(_, offset)| offset)
     }
 }
 
@@ -132,28 +124,24 @@ const ROUTINE_ALIGNMENT: usize = 16;
 impl Routine {
     /// Emits it; the site of its branch to the jump cache if it has one.
     fn emit(self, a: &mut Asm) -> Option<usize> {
-        let at_offset = |a: &mut Asm| {
-            a.alu(8, Alu::Add, Gpr::RAX, emit::PAGE);
-            a.store(8, emit::cpu(at!(s.rip)), Gpr::RAX);
-        };
         let lookup = |a: &mut Asm| {
             let Jump(site) = a.link(None);
             Some(site)
         };
         match self {
             Routine::Interpret => {
-                at_offset(a);
+                set_rip(a);
                 a.store_imm(8, emit::cpu(at!(jit.exit_reason)), reason::INTERPRET as i32);
             }
-            Routine::Leave => at_offset(a),
+            Routine::Leave => set_rip(a),
             Routine::LookAt | Routine::Look => {
                 if self == Routine::LookAt {
-                    at_offset(a);
+                    set_rip(a);
                 }
                 a.store_imm(8, emit::cpu(at!(jit.exit_reason)), reason::LOOK as i32);
             }
             Routine::Onward => {
-                at_offset(a);
+                set_rip(a);
                 return lookup(a);
             }
             Routine::Lookup => return lookup(a),
@@ -197,6 +185,12 @@ impl Routine {
         a.ret();
         None
     }
+}
+
+/// Makes the page offset in RAX the address there, and stores it as RIP.
+fn set_rip(a: &mut Asm) {
+    a.alu(8, Alu::Add, Gpr::RAX, emit::PAGE);
+    a.store(8, emit::cpu(at!(s.rip)), Gpr::RAX);
 }
 
 /// By the soft TLB, whose entry is that of the first byte if the last one lies in the same page; else by helper.
@@ -255,8 +249,7 @@ impl Quick {
         let start = region.len();
         let mut a = Asm { code: std::mem::take(region) };
         a.mov_imm(Gpr::RAX, off);
-        a.alu(8, Alu::Add, Gpr::RAX, emit::PAGE);
-        a.store(8, emit::cpu(at!(s.rip)), Gpr::RAX);
+        set_rip(&mut a);
         let jump = a.jmp();
         a.lead(jump, PUSH_LEN);
         *region = a.code;

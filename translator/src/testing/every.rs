@@ -446,8 +446,7 @@ pub(super) fn ignored(i: &Instruction, m: &Machine) -> Range<u64> {
 pub(super) fn each(r: &mut Random, bits: u32, mut f: impl FnMut(&mut Random, &[u8], &Instruction)) {
     let model = CpuModel::new(Level::Max, 1, 0);
     for code in forms::codes(bits).filter(|&c| exception(c, bits).is_none()) {
-        let features = code.cpuid_features();
-        if !features.iter().all(|&f| model.supports(f)) {
+        if !model.executes(code) {
             continue;
         }
         for memory in [false, true] {

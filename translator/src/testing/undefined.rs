@@ -35,7 +35,7 @@ impl Judge {
     /// Compares what an encoding is here with what it is there, unless it belongs to a feature that no model has.
     fn check(&mut self, code: &[u8]) {
         let i = Decoder::new(64, code, DecoderOptions::NONE).decode();
-        if !i.is_invalid() && !i.cpuid_features().iter().all(|&f| self.model.supports(f)) {
+        if !i.is_invalid() && !self.model.executes(i.code()) {
             return;
         }
         let mode = Mode(Mode::CODE64 | Mode::FLAT | Mode::SSE | Mode::AVX);
