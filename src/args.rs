@@ -62,7 +62,13 @@ struct Cli {
 enum Command {
     /// Run a guest
     #[command(after_help = AFTER_HELP)]
-    Run(RunArgs),
+    Run(Box<RunArgs>),
+    /// Report what this host offers and which engine --backend auto chooses
+    Doctor {
+        /// As one JSON object
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 /// Options of `run`.
@@ -106,13 +112,26 @@ pub struct RunArgs {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
     pub cpus: u8,
 
-    /// CPU the guest sees: x86-64-v2, x86-64-v3 or max
+    /// CPU the guest sees: x86-64-v2, x86-64-v3, max or, on KVM, host
     #[arg(long, value_name = "MODEL", default_value = "max", value_parser = cpu_model)]
     pub cpu: CpuModel,
 
-    /// What executes guest code: auto, jit, interp or kvm (not built yet)
+    /// What executes guest code: auto (KVM where it works, else jit), kvm, jit or interp
     #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = backend)]
     pub backend: Backend,
+
+    /// Use KVM even where it is emulated, slower than jit
+    #[arg(long)]
+    pub slow_kvm: bool,
+
+    /// Move the running guest to another engine after this time; several times, separated by commas, move it to and fro
+    #[arg(long, value_name = "SECONDS", value_delimiter = ',', value_parser = seconds,
+          conflicts_with_all = ["trace", "lockstep"])]
+    pub switch_after: Vec<Duration>,
+
+    /// Where --switch-after moves the guest: kvm, jit or interp; by default jit, or kvm from there
+    #[arg(long, value_name = "ENGINE", requires = "switch_after", value_parser = engine)]
+    pub switch_to: Option<Backend>,
 
     /// Where the serial port is connected: stdio, null or file:PATH
     #[arg(long, value_name = "WHERE", default_value = "stdio", value_parser = serial)]
@@ -196,6 +215,11 @@ pub enum Serial {
 pub enum Parsed {
     /// Run a guest.
     Run(Box<RunArgs>),
+    /// Report on the host, perhaps as JSON.
+    Doctor {
+        /// Whether.
+        json: bool,
+    },
     /// All is said already; exit with this code.
     Exit(u8),
 }
@@ -203,7 +227,8 @@ pub enum Parsed {
 /// Reads the command line. Help and version are printed here, and a mistake as one line.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Parsed {
     match try_parse(args) {
-        Ok(run) => Parsed::Run(Box::new(run)),
+        Ok(Command::Run(run)) => Parsed::Run(run),
+        Ok(Command::Doctor { json }) => Parsed::Doctor { json },
         Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
             // A reader that has gone away has seen enough.
             let _ = error.print().and_then(|()| std::io::stdout().flush());
@@ -216,29 +241,38 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Parsed {
     }
 }
 
-fn try_parse(args: impl IntoIterator<Item = OsString>) -> Result<RunArgs, clap::Error> {
+fn try_parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::Error> {
     match Cli::try_parse_from(args)?.command {
-        Some(Command::Run(run)) => {
-            if run.trace.is_some() && !matches!(run.backend, Backend::Auto | Backend::Interp) {
-                return Err(clap::Error::raw(ErrorKind::ArgumentConflict, "--trace needs --backend interp"));
-            }
-            if run.lockstep && run.backend == Backend::Interp {
-                return Err(clap::Error::raw(ErrorKind::ArgumentConflict, "--lockstep needs --backend jit"));
-            }
-            if run.perf_map && (run.trace.is_some() || run.backend == Backend::Interp) {
-                return Err(clap::Error::raw(
-                    ErrorKind::ArgumentConflict,
-                    "--perf-map needs --backend jit, and no --trace",
-                ));
-            }
-            if run.append.is_some() && run.kernel.is_none() && run.guest.is_none() {
-                return Err(clap::Error::raw(ErrorKind::MissingRequiredArgument, "--append needs --kernel or debian"));
-            }
-            Ok(run)
-        }
+        Some(Command::Run(run)) => match mistake(&run) {
+            Some((kind, message)) => Err(clap::Error::raw(kind, message)),
+            None => Ok(Command::Run(run)),
+        },
+        Some(command) => Ok(command),
         // No command is `run` with everything at its default.
         None => try_parse(["diglot".into(), "run".into()]),
     }
+}
+
+/// What options contradict one another in ways that their definition does not say.
+fn mistake(run: &RunArgs) -> Option<(ErrorKind, &'static str)> {
+    use ErrorKind::{ArgumentConflict, MissingRequiredArgument};
+    let compiles = matches!(run.backend, Backend::Auto | Backend::Jit);
+    if run.switch_to == Some(run.backend) {
+        return Some((ArgumentConflict, "--switch-to needs another engine than --backend"));
+    }
+    if run.trace.is_some() && !matches!(run.backend, Backend::Auto | Backend::Interp) {
+        return Some((ArgumentConflict, "--trace needs --backend interp"));
+    }
+    if run.lockstep && !compiles {
+        return Some((ArgumentConflict, "--lockstep needs --backend jit"));
+    }
+    if run.perf_map && (run.trace.is_some() || !compiles) {
+        return Some((ArgumentConflict, "--perf-map needs --backend jit, and no --trace"));
+    }
+    if run.append.is_some() && run.kernel.is_none() && run.guest.is_none() {
+        return Some((MissingRequiredArgument, "--append needs --kernel or debian"));
+    }
+    None
 }
 
 /// clap's message is a paragraph, then usage and advice: the paragraph, on one line.
@@ -278,7 +312,8 @@ fn cpu_model(text: &str) -> Result<CpuModel, String> {
         "x86-64-v2" => Ok(CpuModel::V2),
         "x86-64-v3" => Ok(CpuModel::V3),
         "max" => Ok(CpuModel::Max),
-        _ => Err("the models are x86-64-v2, x86-64-v3 and max".into()),
+        "host" => Ok(CpuModel::Host),
+        _ => Err("the models are x86-64-v2, x86-64-v3, max and host".into()),
     }
 }
 
@@ -290,6 +325,11 @@ fn backend(text: &str) -> Result<Backend, String> {
         "kvm" => Ok(Backend::Kvm),
         _ => Err("the engines are auto, jit, interp and kvm".into()),
     }
+}
+
+/// An engine by its name.
+fn engine(text: &str) -> Result<Backend, String> {
+    backend(text).ok().filter(|b| *b != Backend::Auto).ok_or_else(|| "the engines are jit, interp and kvm".into())
 }
 
 fn serial(text: &str) -> Result<Serial, String> {
@@ -319,7 +359,10 @@ mod tests {
 
     fn read(line: &str) -> Result<RunArgs, String> {
         let words = std::iter::once("diglot").chain(line.split_whitespace()).map(OsString::from);
-        try_parse(words).map_err(|e| one_line(&e.render().to_string()))
+        match try_parse(words).map_err(|e| one_line(&e.render().to_string()))? {
+            Command::Run(run) => Ok(*run),
+            Command::Doctor { .. } => Err("doctor".into()),
+        }
     }
 
     #[test]
@@ -379,6 +422,13 @@ mod tests {
             ("run --lockstep --backend interp", "--backend jit"),
             ("run --perf-map --backend interp", "--backend jit"),
             ("run --perf-map --trace", "--trace"),
+            ("run --perf-map --backend kvm", "--backend jit"),
+            ("run --lockstep --backend kvm", "--backend jit"),
+            ("run --switch-to kvm", "--switch-after"),
+            ("run --switch-after 1 --switch-to auto", "jit, interp and kvm"),
+            ("run --switch-after 1 --backend jit --switch-to jit", "another engine"),
+            ("run --switch-after 1,x", "above 0"),
+            ("run --switch-after 1 --lockstep", "--lockstep"),
             ("run --trace-file x", "--trace"),
             ("run --trace-registers", "--trace"),
             ("run --serial tcp:1", "file:PATH"),

@@ -6,6 +6,7 @@
 mod args;
 mod console;
 mod debian;
+mod doctor;
 mod run;
 mod signals;
 mod stats;
@@ -21,6 +22,7 @@ use args::Parsed;
 fn main() -> ExitCode {
     let args = match args::parse(std::env::args_os()) {
         Parsed::Run(args) => args,
+        Parsed::Doctor { json } => return ExitCode::from(doctor::run(json)),
         Parsed::Exit(code) => return ExitCode::from(code),
     };
     // An invalid filter is no reason not to run the guest: what can be read of it counts.

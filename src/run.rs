@@ -141,6 +141,9 @@ fn try_run(args: &RunArgs) -> Result<(u8, Option<String>), RunError> {
         cpus: args.cpus,
         cpu_model: args.cpu,
         backend: args.backend,
+        slow_kvm: args.slow_kvm,
+        switches: !args.switch_after.is_empty(),
+        switch_to: args.switch_to,
         boot: plan.boot,
         reboot: plan.reboot,
         code_cache_bytes: args.code_cache,
@@ -161,7 +164,12 @@ fn try_run(args: &RunArgs) -> Result<(u8, Option<String>), RunError> {
         return Err(RunError::Interrupted(signal));
     }
     if let Some(timeout) = args.timeout {
-        start_timer(timeout, stopper.clone()).map_err(RunError::Thread)?;
+        let stopper = stopper.clone();
+        start_timer("timeout", timeout, move || stopper.stop(StopReason::Timeout)).map_err(RunError::Thread)?;
+    }
+    for after in &args.switch_after {
+        let controller = handle.clone();
+        start_timer("switch", *after, move || controller.switch()).map_err(RunError::Thread)?;
     }
     let mut raw = None;
     if plan.input {
@@ -289,12 +297,13 @@ fn observer(observed: Arc<Mutex<Observed>>, stopper: Stopper, gate: Gate) -> imp
     }
 }
 
-fn start_timer(timeout: Duration, stopper: Stopper) -> Result<(), io::Error> {
+/// Does something once, after a time.
+fn start_timer(name: &str, after: Duration, action: impl FnOnce() + Send + 'static) -> Result<(), io::Error> {
     let run = move || {
-        thread::sleep(timeout);
-        stopper.stop(StopReason::Timeout);
+        thread::sleep(after);
+        action();
     };
-    thread::Builder::new().name("timeout".into()).spawn(run).map(drop)
+    thread::Builder::new().name(name.into()).spawn(run).map(drop)
 }
 
 fn report(args: &RunArgs, file: Option<StatsFile>, stats: &Stats) -> Result<(), RunError> {

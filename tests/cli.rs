@@ -105,9 +105,88 @@ fn what_cannot_be_written_is_told_before_the_guest_starts() {
     assert_eq!(files(directory.path()), Vec::<String>::new());
 }
 
+/// KVM that was asked for and is not to be had: what is wrong and what to do about it, and never another engine.
 #[test]
-fn an_engine_that_is_not_built_is_code_125() {
-    refused(&["run", "--backend", "kvm"], 125, "the KVM engine is not built yet");
+fn kvm_that_is_not_there_is_code_125() {
+    let directory = tempfile::tempdir().expect("directory");
+    let file = write(directory.path(), "kvm", b"");
+    for (device, part) in [
+        ("/no/such/kvm", "/no/such/kvm does not exist: "),
+        ("/dev/null", "/dev/null answers with API version -1 where KVM has 12"),
+        (text(&file), "it is not KVM"),
+        (text(directory.path()), "cannot open"),
+    ] {
+        for args in [&["run", "--backend", "kvm"][..], &["run", "--cpu", "host"], &["run", "--switch-after", "1"]] {
+            if cfg!(target_arch = "x86_64") {
+                // From the interpreter and compiler, which `auto` stands for then, a guest is moved to KVM.
+                refused_with(args, &[("DIGLOT_KVM", device)], part);
+            }
+        }
+        let (code, stdout, stderr) = output(diglot(&["run", "--memory", "16M"]).env("DIGLOT_KVM", device));
+        assert_eq!(code, Some(0), "{stderr}");
+        assert!(stdout.ends_with("checks passed.\r\n"), "{stdout}");
+        assert!(stderr.starts_with("diglot: backend: interpreter and compiler ("), "{stderr}");
+    }
+}
+
+/// As another user, unless the test has no means to become one.
+#[test]
+fn kvm_without_permission_is_code_125() {
+    use std::os::unix::process::CommandExt;
+    let directory = tempfile::tempdir().expect("directory");
+    let file = write(directory.path(), "kvm", b"");
+    let set_mode = |path: &Path, mode| {
+        fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(mode)).expect("our file");
+    };
+    set_mode(directory.path(), 0o755);
+    set_mode(&file, 0);
+    // The program may lie where only its owner may go.
+    let program = write(directory.path(), "diglot", &fs::read(env!("CARGO_BIN_EXE_diglot")).expect("the program"));
+    set_mode(&program, 0o755);
+    let mut command = std::process::Command::new(&program);
+    command.args(["run", "--backend", "kvm"]).env("DIGLOT_KVM", &file).stdin(Stdio::null());
+    // SAFETY: asking for one's own id has no conditions.
+    if unsafe { libc::geteuid() } == 0 {
+        command.uid(65_534).gid(65_534);
+    }
+    let (code, _, stderr) = output(&mut command);
+    assert_eq!(code, Some(125), "{stderr}");
+    assert!(stderr.contains("no permission to open") && stderr.contains("usermod"), "{stderr}");
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+}
+
+/// The host has no file left to open when the machine is to be created.
+#[test]
+fn a_host_that_is_short_of_something_is_code_125() {
+    if !support::has_kvm(support::Asks::Little) {
+        return;
+    }
+    let program = env!("CARGO_BIN_EXE_diglot");
+    let script = format!("ulimit -n 8; exec '{program}' run --backend kvm --slow-kvm --memory 16M");
+    let (code, stdout, stderr) = output(std::process::Command::new("sh").args(["-c", &script]).stdin(Stdio::null()));
+    assert_eq!((code, stdout.as_str()), (Some(125), ""), "{stderr}");
+    assert!(stderr.lines().count() == 1 && stderr.contains("Too many open files"), "{stderr}");
+}
+
+#[test]
+fn the_doctor_tells_what_auto_does() {
+    for device in ["/dev/kvm", "/no/such/kvm"] {
+        let (code, stdout, stderr) = output(diglot(&["doctor", "--json"]).env("DIGLOT_KVM", device));
+        assert_eq!((code, stderr.as_str()), (Some(0), ""));
+        let report: serde_json::Value = serde_json::from_str(&stdout).expect("JSON");
+        assert_eq!(report["kvm"]["device"], device);
+        assert_eq!(report["kvm"]["usable"], report["kvm"]["problem"].is_null(), "{report}");
+        let kvm = report["auto"]["engine"] == "kvm";
+        assert_eq!(report["kvm"]["usable"], kvm, "{report}");
+        assert!(report["memory"]["page_bytes"].as_u64().is_some_and(|n| n >= 4096), "{report}");
+        let (code, text, _) = output(diglot(&["doctor"]).env("DIGLOT_KVM", device));
+        assert_eq!(code, Some(0));
+        for part in ["host\n", "KVM\n", "memory\n", "terminal\n", "QEMU", "--backend auto\n"] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        let (_, _, stderr) = output(diglot(&["run", "--memory", "16M"]).env("DIGLOT_KVM", device));
+        assert_eq!(stderr.starts_with("diglot: backend: KVM ("), kvm, "{stderr}");
+    }
 }
 
 #[test]

@@ -8,7 +8,7 @@ use support::*;
 
 #[test]
 fn the_embedded_guest_passes_its_checks_on_every_engine() {
-    on_every_engine(&["--memory", "16M"], |engine, code, stdout, stderr| {
+    on_every_engine(Asks::Much, &["--memory", "16M"], |engine, code, stdout, stderr| {
         assert_eq!(code, Some(0), "{engine}: {stderr}");
         for part in ["] long mode", "timer interrupts taken", "hello from ring 3", "million instructions per second"] {
             assert!(stdout.contains(part), "{engine}: no '{part}' in {stdout}");
@@ -30,7 +30,7 @@ fn a_failed_check_of_the_embedded_guest_is_a_crash() {
         image.bytes[at] ^= 1;
     }
     let kernel = write(directory.path(), "kernel", &pvh(&image.bytes, image.load_gpa, image.entry.eip));
-    on_every_engine(&["--kernel", text(&kernel)], |engine, code, stdout, stderr| {
+    on_every_engine(Asks::Much, &["--kernel", text(&kernel)], |engine, code, stdout, stderr| {
         assert_eq!(code, Some(255), "{engine}: {stderr}");
         let wanted = "FAIL sieve of Eratosthenes: primes below 1000000: found 132a2, not 132a3\r\n";
         assert!(stdout.ends_with(wanted), "{engine}: {stdout}");
@@ -93,7 +93,13 @@ fn ends_of_a_guest_have_their_codes_on_every_engine() {
     for (name, code, options, exit, printed, told) in guests {
         let kernel = guest(directory.path(), "kernel", code);
         let args = [&["--memory", "4M", "--kernel", text(&kernel)], options].concat();
-        on_every_engine(&args, |engine, code, stdout, stderr| {
+        on_every_engine(Asks::Little, &args, |engine, code, stdout, stderr| {
+            if engine == KVM.0 && code == Some(125) {
+                // The one thing that KVM does not do, and says so.
+                assert!(stderr.contains("KVM_EXIT_INTERNAL_ERROR"), "{name}: {stderr}");
+                assert_eq!(name, "runs into zeroed memory", "{stderr}");
+                return;
+            }
             assert_eq!((code, stdout), (Some(exit), printed), "{name}, {engine}: {stderr}");
             // The first line is about the engine.
             let line = stderr.lines().nth(1).unwrap_or_default();
@@ -119,8 +125,9 @@ fn random_bytes_as_code_end_in_a_code_of_the_guests() {
         .collect();
         let kernel = write(directory.path(), "kernel", &pvh(&image, LOAD, LOAD as u32));
         let args = ["--memory", "4M", "--serial", "null", "--timeout", "1", "--no-reboot", "--kernel", text(&kernel)];
-        on_every_engine(&args, |engine, code, stdout, stderr| {
-            assert!(matches!(code, Some(0 | 124 | 255)), "{round}, {engine}: {code:?} {stderr}");
+        on_every_engine(Asks::Little, &args, |engine, code, stdout, stderr| {
+            let stuck = engine == KVM.0 && code == Some(125) && stderr.contains("KVM_EXIT_INTERNAL_ERROR");
+            assert!(stuck || matches!(code, Some(0 | 124 | 255)), "{round}, {engine}: {code:?} {stderr}");
             assert_eq!(stdout, "", "{round}, {engine}");
         });
     }
@@ -176,17 +183,26 @@ fn engines_agree_about_how_much_a_guest_did() {
         power_off(a)
     });
     let stats = directory.path().join("stats.json");
-    on_every_engine(&["--kernel", text(&kernel), "--stats-json", text(&stats)], |engine, code, _, stderr| {
-        assert_eq!(code, Some(0), "{engine}: {stderr}");
-        let json: serde_json::Value =
-            serde_json::from_str(&std::fs::read_to_string(&stats).expect("statistics")).expect("JSON");
-        let count = |name: &str| json[name].as_u64().unwrap_or_else(|| panic!("{engine}: no {name} in {json}"));
-        // Up to the OUT that turns the machine off.
-        assert_eq!(count("interpreted") + count("compiled"), 1 + 2 * 1_000_000 + 3 + 3, "{engine}");
-        assert_eq!((count("port_writes"), count("port_reads"), count("halts")), (2, 0, 0), "{engine}");
-        assert!(count("resident_bytes") >= count("guest_resident_bytes") + count("beyond_guest_bytes"), "{engine}");
-        assert!(json["mips"].as_f64().is_some_and(|mips| mips > 0.0), "{engine}: {json}");
-    });
+    on_every_engine(
+        Asks::Little,
+        &["--kernel", text(&kernel), "--stats-json", text(&stats)],
+        |engine, code, _, stderr| {
+            assert_eq!(code, Some(0), "{engine}: {stderr}");
+            let json: serde_json::Value =
+                serde_json::from_str(&std::fs::read_to_string(&stats).expect("statistics")).expect("JSON");
+            let count = |name: &str| json[name].as_u64().unwrap_or_else(|| panic!("{engine}: no {name} in {json}"));
+            assert_eq!((count("port_writes"), count("port_reads"), count("halts")), (2, 0, 0), "{engine}");
+            if engine == KVM.0 {
+                // Nobody counts instructions there.
+                assert!(count("kvm_runs") >= 2 && json["mips"] == 0.0, "{json}");
+                return;
+            }
+            // Up to the OUT that turns the machine off.
+            assert_eq!(count("interpreted") + count("compiled"), 1 + 2 * 1_000_000 + 3 + 3, "{engine}");
+            assert!(count("resident_bytes") >= count("guest_resident_bytes") + count("beyond_guest_bytes"), "{engine}");
+            assert!(json["mips"].as_f64().is_some_and(|mips| mips > 0.0), "{engine}: {json}");
+        },
+    );
 }
 
 /// Code that Linux perf can name: every line has an address, a length and the guest's address.

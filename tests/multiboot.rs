@@ -150,7 +150,7 @@ fn multiboot_kernels_find_what_they_are_given() {
         let printed = format!("Diglot|{} one two|content|{}|", text(&kernel), text(&module));
         let files = ["--kernel", text(&kernel), "--initrd", text(&module), "--append", "one two"];
         let args = [&files[..], &["--memory", "16M", "--debug-exit", "0xf4", "--timeout", "60"]].concat();
-        on_every_engine(&args, |engine, code, stdout, stderr| {
+        on_every_engine(Asks::Little, &args, |engine, code, stdout, stderr| {
             assert_eq!((code, stdout), (Some(33), printed.as_str()), "{name}, {engine}: {stderr}");
         });
     }
@@ -161,7 +161,7 @@ fn a_kernel_sleeps_until_the_alarm() {
     let directory = tempfile::tempdir().expect("directory");
     let kernel = write(directory.path(), "sleeper", &flat(sleeper));
     let args = ["--kernel", text(&kernel), "--memory", "16M", "--debug-exit", "0xf4", "--timeout", "60"];
-    on_every_engine(&args, |engine, code, stdout, stderr| {
+    on_every_engine(Asks::Little, &args, |engine, code, stdout, stderr| {
         assert_eq!((code, stdout), (Some(33), ""), "{engine}: {stderr}");
     });
     // Asleep, it can be ended all the same.
@@ -176,5 +176,5 @@ fn a_kernel_sleeps_until_the_alarm() {
         }),
     );
     let args = ["--kernel", text(&kernel), "--memory", "16M", "--timeout", "1"];
-    on_every_engine(&args, |engine, code, _, stderr| assert_eq!(code, Some(124), "{engine}: {stderr}"));
+    on_every_engine(Asks::Little, &args, |engine, code, _, stderr| assert_eq!(code, Some(124), "{engine}: {stderr}"));
 }

@@ -20,7 +20,7 @@ pub enum StateError {
 }
 
 /// `value` scaled by `numerator / denominator` without overflow.
-pub(crate) fn scale(value: u64, numerator: u64, denominator: u64) -> u64 {
+pub fn scale(value: u64, numerator: u64, denominator: u64) -> u64 {
     (u128::from(value) * u128::from(numerator) / u128::from(denominator.max(1))).min(u128::from(u64::MAX)) as u64
 }
 

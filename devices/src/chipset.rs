@@ -11,7 +11,7 @@ use crate::debug_exit::DebugExit;
 use crate::hpet::{Hpet, Line};
 use crate::i8042::I8042;
 use crate::ioapic::{IoApic, Message};
-use crate::lapic::{Effect, Ipi, Lapic};
+use crate::lapic::{Clock, Effect, Ipi, Lapic, Page};
 use crate::pci::{ECAM_BASE, ECAM_SIZE, Pci};
 use crate::pic::Pic;
 use crate::pit::Pit;
@@ -39,6 +39,8 @@ pub struct ChipsetConfig {
     pub low_memory_bytes: u64,
     /// Wall-clock time at power-on, seconds since 1970.
     pub rtc_epoch_seconds: u64,
+    /// Frequency of the guest's time-stamp counter.
+    pub tsc_hz: u64,
     /// The port at which a guest ends the run with a code, if there is one.
     pub debug_exit: Option<u16>,
     /// Whether there is the device of hypervisor tests.
@@ -58,9 +60,23 @@ pub enum PowerEvent {
     Exit(u8),
 }
 
+/// Local APICs that are not the chipset's: those of an engine that has its own.
+pub trait ApicBus: Send {
+    /// A message of the I/O APIC.
+    fn send(&mut self, message: Message);
+    /// What the I/O APIC's level-triggered inputs send from now on, by input. The end of such an interrupt is to be told
+    /// to [`Chipset::end_of_interrupt`].
+    fn watch(&mut self, inputs: &[(usize, Message)]);
+}
+
 /// All devices.
 pub struct Chipset {
     lapics: Vec<Lapic>,
+    /// Where the local APICs are while they are not here; what is here then is of no account.
+    outside: Option<Box<dyn ApicBus>>,
+    /// What was last told of level-triggered inputs.
+    watched: Vec<(usize, Message)>,
+    tsc_hz: u64,
     ioapic: IoApic,
     pic: Pic,
     pit: Pit,
@@ -99,6 +115,9 @@ impl Chipset {
     pub fn new(config: &ChipsetConfig, serial_out: Box<dyn Write + Send>) -> Chipset {
         Chipset {
             lapics: (0..config.cpus.max(1)).map(Lapic::new).collect(),
+            outside: None,
+            watched: Vec::new(),
+            tsc_hz: config.tsc_hz,
             ioapic: IoApic::new(),
             pic: Pic::new(),
             pit: Pit::new(0),
@@ -130,8 +149,8 @@ impl Chipset {
     }
 
     fn set_pin(&mut self, pin: usize, level: bool) {
-        let lapics = &mut self.lapics;
-        self.ioapic.set_line(pin, level, &mut |m| deliver(lapics, m));
+        let mut to = Destinations { lapics: &mut self.lapics, outside: &mut self.outside };
+        self.ioapic.set_line(pin, level, &mut |m| to.deliver(m));
     }
 
     /// Sets an input of the I/O APIC, of which the first 16 are ISA interrupts.
@@ -187,20 +206,64 @@ impl Chipset {
             self.drive(line, false);
             self.drive(line, true);
         }
-        for lapic in &mut self.lapics {
-            lapic.advance(now);
+        if self.outside.is_none() {
+            self.lapics.iter_mut().for_each(|lapic| lapic.advance(now));
         }
         self.update_lines();
     }
 
     /// When a timer has something to do next.
     pub fn next_deadline(&self) -> Option<Nanos> {
-        let lapics = self.lapics.iter().filter_map(Lapic::next_event);
+        let lapics = self.lapics.iter().filter(|_| self.outside.is_none()).filter_map(Lapic::next_event);
         [self.pit.next_event(), self.rtc.next_event(), self.hpet.next_event()].into_iter().flatten().chain(lapics).min()
+    }
+
+    // ---- local APICs elsewhere ----
+
+    /// Gives the local APICs away, each as its register page. From now on only the 8259s' interrupts are to be had here,
+    /// and whether a local APIC lets these through is for it to say.
+    pub fn give_lapics(&mut self, to: Box<dyn ApicBus>, now: Nanos) -> Vec<Page> {
+        self.outside = Some(to);
+        self.watched.clear();
+        self.watch();
+        self.lapic_pages(now)
+    }
+
+    /// The local APICs' register pages.
+    pub fn lapic_pages(&self, now: Nanos) -> Vec<Page> {
+        self.lapics.iter().map(|lapic| lapic.page(now)).collect()
+    }
+
+    /// Takes local APICs back, each with its CPU's time-stamp counter.
+    pub fn take_lapics(&mut self, pages: &[(Page, u64)], now: Nanos) {
+        let tsc_hz = self.tsc_hz;
+        let taken =
+            (0..).zip(pages).map(|(id, (page, tsc))| Lapic::from_page(id, page, Clock { now, tsc: *tsc, tsc_hz }));
+        self.lapics = taken.collect();
+        self.outside = None;
+    }
+
+    /// The end of a level-triggered interrupt at a local APIC that is elsewhere.
+    pub fn end_of_interrupt(&mut self, vector: u8) {
+        let mut to = Destinations { lapics: &mut self.lapics, outside: &mut self.outside };
+        self.ioapic.end_of_interrupt(vector, &mut |m| to.deliver(m));
+    }
+
+    /// Tells local APICs elsewhere about level-triggered inputs if these have changed.
+    fn watch(&mut self) {
+        let Some(outside) = &mut self.outside else { return };
+        let inputs = self.ioapic.level_messages();
+        if inputs != self.watched {
+            outside.watch(&inputs);
+            self.watched = inputs;
+        }
     }
 
     /// Whether `cpu` has a maskable interrupt to take.
     pub fn interrupt_pending(&self, cpu: usize) -> bool {
+        if self.outside.is_some() {
+            return self.pic.pending();
+        }
         self.lapics.get(cpu).is_some_and(|l| l.pending().is_some() || self.extint(l))
     }
 
@@ -210,6 +273,9 @@ impl Chipset {
 
     /// Takes `cpu`'s highest interrupt: the vector.
     pub fn acknowledge(&mut self, cpu: usize) -> Option<u8> {
+        if self.outside.is_some() {
+            return self.pic.pending().then(|| self.pic.acknowledge());
+        }
         let lapic = self.lapics.get_mut(cpu)?;
         if let Some(vector) = lapic.acknowledge() {
             return Some(vector);
@@ -246,7 +312,8 @@ impl Chipset {
 
     /// Writes an MSR of `cpu`'s APIC; `None` raises #GP.
     pub fn apic_msr_write(&mut self, cpu: usize, msr: u32, value: u64, tsc: u64, now: Nanos) -> Option<()> {
-        let effect = self.lapics.get_mut(cpu)?.msr_write(msr, value, tsc, now)?;
+        let clock = Clock { now, tsc, tsc_hz: self.tsc_hz };
+        let effect = self.lapics.get_mut(cpu)?.msr_write(msr, value, clock)?;
         self.apply(cpu, effect);
         Some(())
     }
@@ -254,10 +321,7 @@ impl Chipset {
     fn apply(&mut self, cpu: usize, effect: Effect) {
         match effect {
             Effect::None => {}
-            Effect::Eoi(vector) => {
-                let lapics = &mut self.lapics;
-                self.ioapic.end_of_interrupt(vector, &mut |m| deliver(lapics, m));
-            }
+            Effect::Eoi(vector) => self.end_of_interrupt(vector),
             Effect::Ipi(ipi) => self.send_ipi(cpu, ipi),
         }
     }
@@ -295,6 +359,7 @@ impl Chipset {
     pub fn suspend(&mut self, now: Nanos) {
         self.lapics = (0..self.lapics.len() as u8).map(Lapic::new).collect();
         self.ioapic = IoApic::new();
+        self.watch();
         self.pic = Pic::new();
         self.pit = Pit::new(now);
         self.hpet = Hpet::new();
@@ -415,8 +480,9 @@ impl Chipset {
             let effect = self.lapics[0].mmio_write(offset, value as u32, now);
             self.apply(0, effect);
         } else if let Some(offset) = inside(gpa, IOAPIC_BASE, PAGE) {
-            let lapics = &mut self.lapics;
-            self.ioapic.write(offset, value as u32, &mut |m| deliver(lapics, m));
+            let mut to = Destinations { lapics: &mut self.lapics, outside: &mut self.outside };
+            self.ioapic.write(offset, value as u32, &mut |m| to.deliver(m));
+            self.watch();
         } else if let Some(offset) = inside(gpa, HPET_BASE, PAGE) {
             self.hpet.write(offset, size, value, now);
         } else if let Some(memory) = self.test_device.as_mut().and_then(|d| d.memory(gpa)) {
@@ -428,6 +494,9 @@ impl Chipset {
     }
 
     fn lapic_offset(&self, gpa: u64) -> Option<u64> {
+        if self.outside.is_some() {
+            return None;
+        }
         inside(gpa, self.lapics[0].mmio_base()?, PAGE)
     }
 
@@ -450,7 +519,7 @@ impl Chipset {
         self.control.post_code()
     }
 
-    /// The state of every device.
+    /// The state of every device. Local APICs that are elsewhere are to be taken back before.
     pub fn save(&self) -> ChipsetState {
         ChipsetState {
             version: STATE_VERSION,
@@ -500,15 +569,28 @@ impl Chipset {
     }
 }
 
-/// Hands an I/O APIC message to the local APICs that it is for.
-fn deliver(lapics: &mut [Lapic], m: Message) {
-    for lapic in lapics.iter_mut().filter(|l| l.is_destination(m.logical, u32::from(m.destination))) {
-        match m.mode {
-            0 => lapic.accept(m.vector, m.level),
-            1 => return lapic.accept(m.vector, m.level),
-            4 => lapic.accept_nmi(),
-            // SMI, INIT and ExtINT through the I/O APIC are not wired.
-            _ => {}
+/// Where messages of the I/O APIC go.
+struct Destinations<'a> {
+    lapics: &'a mut [Lapic],
+    outside: &'a mut Option<Box<dyn ApicBus>>,
+}
+
+impl Destinations<'_> {
+    /// Hands a message to the local APICs that it is for.
+    fn deliver(&mut self, m: Message) {
+        // SMI, INIT and ExtINT through the I/O APIC are not wired.
+        if !matches!(m.mode, 0 | 1 | 4) {
+            return;
+        }
+        if let Some(outside) = self.outside {
+            return outside.send(m);
+        }
+        for lapic in self.lapics.iter_mut().filter(|l| l.is_destination(m.logical, u32::from(m.destination))) {
+            match m.mode {
+                0 => lapic.accept(m.vector, m.level),
+                1 => return lapic.accept(m.vector, m.level),
+                _ => lapic.accept_nmi(),
+            }
         }
     }
 }
@@ -529,6 +611,7 @@ mod tests {
             memory_bytes: 64 << 20,
             low_memory_bytes: 64 << 20,
             rtc_epoch_seconds: 1 << 30,
+            tsc_hz: 1_000_000_000,
             debug_exit: Some(0xf4),
             test_device: true,
         };

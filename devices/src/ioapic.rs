@@ -78,13 +78,7 @@ impl IoApic {
             return;
         }
         self.edges &= !bit;
-        send(Message {
-            vector: e as u8,
-            mode: (e >> 8 & 7) as u8,
-            logical: e >> 11 & 1 != 0,
-            destination: (e >> 56) as u8,
-            level: e & rte::LEVEL != 0,
-        });
+        send(message(e));
     }
 
     /// An end of interrupt for a level-triggered vector, broadcast by a local APIC or written to the EOI register.
@@ -96,6 +90,12 @@ impl IoApic {
                 self.deliver(pin, send);
             }
         }
+    }
+
+    /// What level-triggered inputs that are not masked send.
+    pub fn level_messages(&self) -> Vec<(usize, Message)> {
+        let levels = self.entries.iter().enumerate().filter(|(_, e)| *e & (rte::MASKED | rte::LEVEL) == rte::LEVEL);
+        levels.map(|(pin, &e)| (pin, message(e))).collect()
     }
 
     /// Reads the register at an offset of the 4 KiB window.
@@ -143,6 +143,17 @@ impl IoApic {
         }
         self.entries[pin] = new;
         self.deliver(pin, send);
+    }
+}
+
+/// What a redirection entry sends.
+fn message(e: u64) -> Message {
+    Message {
+        vector: e as u8,
+        mode: (e >> 8 & 7) as u8,
+        logical: e >> 11 & 1 != 0,
+        destination: (e >> 56) as u8,
+        level: e & rte::LEVEL != 0,
     }
 }
 

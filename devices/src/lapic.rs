@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::bus::{Nanos, scale, scale_up};
 
-/// Frequency of the timer's input clock and of the time-stamp counter.
+/// Frequency of the timer's input clock.
 pub const TIMER_HZ: u64 = 1_000_000_000;
 /// Where a local APIC answers after RESET.
 pub const DEFAULT_BASE: u64 = 0xfee0_0000;
@@ -62,6 +62,30 @@ pub struct Ipi {
     pub logical: bool,
     /// Destination, 8 bits in xAPIC and 32 in x2APIC mode.
     pub destination: u32,
+}
+
+/// The time, and the guest's time-stamp counter then.
+#[derive(Clone, Copy, Debug)]
+pub struct Clock {
+    /// The time.
+    pub now: Nanos,
+    /// The time-stamp counter.
+    pub tsc: u64,
+    /// Its frequency.
+    pub tsc_hz: u64,
+}
+
+/// A local APIC's state as its register page, in the form that other implementations understand.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Page {
+    /// IA32_APIC_BASE.
+    pub base: u64,
+    /// Register n, which is at offset 16 n. The current count is as of now.
+    pub registers: [u32; 64],
+    /// IA32_TSC_DEADLINE.
+    pub tsc_deadline: u64,
+    /// Whether a non-maskable interrupt waits.
+    pub nmi: bool,
 }
 
 /// What a register write asks of the chipset.
@@ -352,8 +376,8 @@ impl Lapic {
 
     fn read(&self, n: u32, now: Nanos) -> Option<u32> {
         Some(match n {
-            // Version 15h, six LVT entries, EOI-broadcast suppression absent.
-            reg::VERSION => 0x15 | (LVT_COUNT as u32 - 1) << 16,
+            // Version 14h, as KVM's, six LVT entries, EOI-broadcast suppression absent.
+            reg::VERSION => 0x14 | (LVT_COUNT as u32 - 1) << 16,
             reg::TPR => u32::from(self.tpr),
             reg::PPR => u32::from(self.ppr()),
             reg::EOI => 0,
@@ -412,15 +436,19 @@ impl Lapic {
         Some(Effect::None)
     }
 
-    fn write_lvt(&mut self, k: usize, v: u32) {
-        let mask = match k {
-            0 => 0x0007_10ff & !(1 << 12),
+    /// The bits of an LVT entry that can be written.
+    fn lvt_mask(k: usize) -> u32 {
+        match k {
+            0 => 0x0006_00ff | MASKED,
             LVT_LINT0 | LVT_LINT1 => 0x0001_a7ff,
             LVT_ERROR => 0x0001_00ff,
             _ => 0x0001_07ff,
-        };
+        }
+    }
+
+    fn write_lvt(&mut self, k: usize, v: u32) {
         let old_mode = self.timer_mode();
-        self.lvt[k] = v & mask | if self.software_enabled() { 0 } else { MASKED };
+        self.lvt[k] = v & Lapic::lvt_mask(k) | if self.software_enabled() { 0 } else { MASKED };
         // Changing to or from deadline mode disarms the timer (SDM vol. 3 §11.5.4.1). Between the other two the count
         // goes on, and the mode decides what happens at its end.
         if (old_mode == 2) != (self.timer_mode() == 2) {
@@ -459,14 +487,13 @@ impl Lapic {
     }
 
     /// Writes an MSR of the APIC; `None` raises #GP.
-    pub fn msr_write(&mut self, msr: u32, v: u64, tsc: u64, now: Nanos) -> Option<Effect> {
+    pub fn msr_write(&mut self, msr: u32, v: u64, clock: Clock) -> Option<Effect> {
+        let now = clock.now;
         match msr {
             0x1b => self.write_base(v)?,
             0x6e0 => {
                 if self.timer_mode() == 2 {
-                    self.tsc_deadline = v;
-                    let wait = v.saturating_sub(tsc);
-                    self.expiry = (v != 0).then(|| now.saturating_add(scale_up(wait, NANOS, TIMER_HZ)));
+                    self.set_deadline(v, clock);
                 }
             }
             0x830 if self.x2apic() => {
@@ -485,6 +512,52 @@ impl Lapic {
             _ => return None,
         }
         Some(Effect::None)
+    }
+
+    /// Sets the time-stamp at which the timer fires; 0 stops it.
+    fn set_deadline(&mut self, deadline: u64, clock: Clock) {
+        self.tsc_deadline = deadline;
+        let wait = scale_up(deadline.saturating_sub(clock.tsc), NANOS, clock.tsc_hz);
+        self.expiry = (deadline != 0).then(|| clock.now.saturating_add(wait));
+    }
+
+    /// The register page, for a local APIC elsewhere to go on with.
+    pub fn page(&self, now: Nanos) -> Page {
+        let mut registers = [0; 64];
+        for (n, register) in (0..).zip(&mut registers) {
+            *register = self.read(n, now).unwrap_or(0);
+        }
+        registers[reg::ID as usize] = if self.x2apic() { self.id } else { self.id << 24 };
+        registers[reg::ICR_HIGH as usize] = (self.icr >> 32) as u32;
+        Page { base: self.apic_base, registers, tsc_deadline: self.tsc_deadline, nmi: self.nmi }
+    }
+
+    /// APIC number `id` with the registers of another. Bits that this one does not have read as zero afterwards.
+    pub fn from_page(id: u8, page: &Page, clock: Clock) -> Lapic {
+        let r = |n: u32| page.registers[n as usize];
+        let bits = |first: u32| Bits(std::array::from_fn(|k| r(first + k as u32)));
+        let mut lapic = Lapic {
+            apic_base: page.base,
+            tpr: r(reg::TPR) as u8,
+            svr: r(reg::SVR) & 0x1ff,
+            ldr: r(reg::LDR) & 0xff00_0000,
+            dfr: r(reg::DFR) | 0x0fff_ffff,
+            isr: bits(reg::ISR),
+            tmr: bits(reg::TMR),
+            irr: bits(reg::IRR),
+            esr: r(reg::ESR),
+            icr: u64::from(r(reg::ICR_HIGH)) << 32 | u64::from(r(reg::ICR_LOW) & !(1 << 12)),
+            lvt: std::array::from_fn(|k| r(reg::LVT_TIMER + k as u32) & Lapic::lvt_mask(k)),
+            divide: r(reg::TIMER_DIVIDE) & 0xb,
+            initial: r(reg::TIMER_INITIAL),
+            nmi: page.nmi,
+            ..Lapic::new(id)
+        };
+        match lapic.timer_mode() {
+            2 => lapic.set_deadline(page.tsc_deadline, clock),
+            _ => lapic.start(r(reg::TIMER_CURRENT), clock.now),
+        }
+        lapic
     }
 
     /// Mode changes of IA32_APIC_BASE (SDM vol. 3 §11.12.5): x2APIC is entered from xAPIC and left by disabling.
@@ -519,6 +592,43 @@ impl Lapic {
 mod tests {
     use super::*;
 
+    fn at(tsc: u64, now: Nanos) -> Clock {
+        Clock { now, tsc, tsc_hz: 1_000_000_000 }
+    }
+
+    /// What has been through a page goes on as before, in each mode of the timer and of the APIC.
+    #[test]
+    fn a_page_holds_the_state() {
+        let mut a = Lapic::new(0);
+        a.mmio_write(0x3e0, 3, 0);
+        a.mmio_write(0x80, 0x20, 0);
+        a.mmio_write(0xd0, 1 << 24, 0);
+        a.accept(0x51, true);
+        a.accept(0x62, false);
+        assert_eq!(a.acknowledge(), Some(0x62));
+        a.accept_nmi();
+        for mode in [0, 1 << 17, 2 << 17] {
+            a.mmio_write(0x320, 0x30 | mode, 1000);
+            a.mmio_write(0x380, 500, 1000);
+            a.msr_write(0x6e0, 9000, at(1000, 1000));
+            let b = Lapic::from_page(0, &a.page(1320), at(1320, 1320));
+            assert_eq!(b, a, "mode {mode:#x}");
+        }
+        assert!(a.msr_write(0x1b, a.apic_base | base::X2APIC, at(0, 0)).is_some());
+        let page = a.page(2000);
+        assert_eq!((page.registers[2], page.registers[0xd]), (0, 1));
+        assert_eq!(Lapic::from_page(0, &page, at(2000, 2000)).page(2000), page);
+    }
+
+    /// Deadlines are in ticks of the guest's own clock.
+    #[test]
+    fn a_deadline_is_in_ticks_of_the_time_stamp_counter() {
+        let mut a = Lapic::new(0);
+        a.mmio_write(0x320, 0x30 | 2 << 17, 0);
+        a.msr_write(0x6e0, 5000, Clock { now: 100, tsc: 2000, tsc_hz: 3_000_000_000 });
+        assert_eq!(a.next_event(), Some(1100));
+    }
+
     #[test]
     fn priority_and_eoi() {
         let mut a = Lapic::new(0);
@@ -551,7 +661,7 @@ mod tests {
         assert_eq!((a.acknowledge(), a.next_event()), (Some(0x30), Some(1_000_100)));
         a.mmio_write(0xb0, 0, 0);
         a.mmio_write(0x320, 0x30 | 2 << 17, 0);
-        assert!(a.msr_write(0x6e0, 5000, 4000, 100).is_some());
+        assert!(a.msr_write(0x6e0, 5000, at(4000, 100)).is_some());
         assert_eq!(a.next_event(), Some(1100));
         a.advance(1100);
         assert_eq!((a.acknowledge(), a.msr_read(0x6e0, 0)), (Some(0x30), Some(0)));
@@ -584,12 +694,12 @@ mod tests {
         let mut a = Lapic::new(0);
         assert_eq!(a.msr_read(0x802, 0), None, "x2APIC registers need x2APIC mode");
         let b = a.msr_read(0x1b, 0).unwrap_or_default();
-        assert!(a.msr_write(0x1b, b | 1 << 10, 0, 0).is_some());
+        assert!(a.msr_write(0x1b, b | 1 << 10, at(0, 0)).is_some());
         assert_eq!((a.msr_read(0x802, 0), a.mmio_base()), (Some(0), None));
-        assert!(a.msr_write(0x1b, b, 0, 0).is_none(), "back to xAPIC only through disabled");
-        assert!(a.msr_write(0x80b, 1, 0, 0).is_none());
-        assert!(a.msr_write(0x83f, 0x141, 0, 0).is_none(), "reserved bits of the self-IPI register");
-        assert!(a.msr_write(0x83f, 0x41, 0, 0).is_some());
+        assert!(a.msr_write(0x1b, b, at(0, 0)).is_none(), "back to xAPIC only through disabled");
+        assert!(a.msr_write(0x80b, 1, at(0, 0)).is_none());
+        assert!(a.msr_write(0x83f, 0x141, at(0, 0)).is_none(), "reserved bits of the self-IPI register");
+        assert!(a.msr_write(0x83f, 0x41, at(0, 0)).is_some());
         assert_eq!(a.acknowledge(), Some(0x41));
     }
 }

@@ -105,6 +105,7 @@ impl Machine {
             memory_bytes: 6 << 30,
             low_memory_bytes: 64 << 20,
             rtc_epoch_seconds: 1 << 30,
+            tsc_hz: 1_000_000_000,
             debug_exit: Some(0xf4),
             test_device,
         };

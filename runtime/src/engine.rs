@@ -4,49 +4,214 @@
 
 use std::sync::Arc;
 
+use diglot_kvm_backend::{Kvm, KvmError, LEAST_MIPS, Offer, VmOptions};
 use diglot_translator::cpu::Cpu;
-use diglot_translator::cpuid::{CpuModel, Level};
-use diglot_translator::engine::{CpuState, EngineError, Exit, Vcpu, VcpuSetup, Vm};
+use diglot_translator::cpuid::CpuModel;
+use diglot_translator::engine::{CpuState, CpuidEntry, EngineError, Exit, Vcpu, VcpuSetup, Vm};
 use diglot_translator::jit::Jit;
 use diglot_translator::jit::frame::reason;
 use diglot_translator::mem::GuestRam as CpuRam;
+use diglot_translator::platform::TSC_HZ;
 use diglot_translator::state::gpr;
 use diglot_translator::trace::Trace;
 use diglot_translator::vcpu;
 use vm_memory::GuestMemoryMmap;
 
-use crate::machine::{Backend, MachineConfig, RuntimeError};
+use crate::machine::{self, Backend, MachineConfig, RuntimeError};
 
-/// Gives a machine's memory to the engine that its configuration asks for.
-pub(crate) fn open(config: &MachineConfig, ram: Arc<GuestMemoryMmap>) -> Result<Box<dyn Vm>, RuntimeError> {
-    let compiler = match config.backend {
-        Backend::Kvm => return Ok(diglot_kvm_backend::open(ram)?),
-        Backend::Interp => None,
-        // A trace is of instructions one by one, which only the interpreter runs.
-        Backend::Auto if config.trace.is_some() => None,
-        Backend::Auto | Backend::Jit => Some(CompilerOptions {
-            code_bytes: config.code_cache_bytes as usize,
-            perf_map: config.perf_map,
-            counted: config.counted,
-        }),
-    };
-    Ok(Box::new(Translator {
-        ram,
-        level: config.cpu_model.into(),
-        compiler,
-        lockstep: config.lockstep,
-        trace: config.trace.clone(),
-    }))
+/// The engines of one machine: the one that runs it, another that may take over, and the CPU that both of them show.
+pub(crate) struct Engines {
+    /// What runs the guest now.
+    pub current: Engine,
+    /// What takes over at a switch.
+    other: Engine,
+    why: String,
+    /// Open if one of the two is KVM.
+    kvm: Option<Kvm>,
+    model: CpuModel,
+    /// The host's CPUID, if that is what the guest is to see.
+    host: Option<Vec<CpuidEntry>>,
+    /// Frequency of the guest's time-stamp counter.
+    pub tsc_hz: u64,
 }
 
-/// One line that says which engine runs the guest, and why.
-pub(crate) fn choice(config: &MachineConfig, vm: &dyn Vm) -> String {
-    let why = match (config.backend, diglot_kvm_backend::probe()) {
-        (Backend::Auto, _) if config.trace.is_some() => "for --trace",
-        (Backend::Auto, Err(diglot_kvm_backend::KvmError::NotBuilt)) => "KVM is not built yet",
-        _ => "as asked",
+/// An engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Engine {
+    Interp,
+    Jit,
+    Kvm,
+}
+
+impl Engine {
+    fn of(backend: Backend) -> Option<Engine> {
+        match backend {
+            Backend::Auto => None,
+            Backend::Interp => Some(Engine::Interp),
+            Backend::Jit => Some(Engine::Jit),
+            Backend::Kvm => Some(Engine::Kvm),
+        }
+    }
+
+    /// What `--backend` calls it.
+    pub fn option(self) -> &'static str {
+        match self {
+            Engine::Interp => "interp",
+            Engine::Jit => "jit",
+            Engine::Kvm => "kvm",
+        }
+    }
+
+    /// Its name, for the user.
+    pub fn name(self) -> &'static str {
+        match self {
+            Engine::Interp => "interpreter",
+            Engine::Jit => "interpreter and compiler",
+            Engine::Kvm => "KVM",
+        }
+    }
+}
+
+/// Opens KVM and makes sure that it runs guests, at a speed that is worth it unless any will do.
+fn open_kvm(slow: bool) -> Result<(Kvm, f64), KvmError> {
+    let kvm = Kvm::open()?;
+    let mips = kvm.measure()?.mips;
+    if mips < LEAST_MIPS && !slow {
+        return Err(KvmError::Slow { mips });
+    }
+    Ok((kvm, mips))
+}
+
+/// What of the configuration only the translator can do, by the name of its option.
+fn translator_only(config: &MachineConfig) -> Option<&'static str> {
+    [(config.trace.is_some(), "--trace"), (config.lockstep, "--lockstep"), (config.perf_map, "--perf-map")]
+        .into_iter()
+        .find_map(|(asked, name)| asked.then_some(name))
+}
+
+/// Which engine `auto` stands for, and why.
+fn choose(config: &MachineConfig) -> Result<(Engine, String, Option<Kvm>), RuntimeError> {
+    if let Some(engine) = Engine::of(config.backend) {
+        let kvm = if engine == Engine::Kvm { Some(open_kvm(config.slow_kvm)?.0) } else { None };
+        return Ok((engine, "as asked".into(), kvm));
+    }
+    if let Some(option) = translator_only(config) {
+        // A trace is of instructions one by one, which only the interpreter runs.
+        let engine = if config.trace.is_some() { Engine::Interp } else { Engine::Jit };
+        return Ok((engine, format!("for {option}"), None));
+    }
+    let wanted = config.cpu_model;
+    match open_kvm(config.slow_kvm) {
+        Ok((kvm, mips)) => match missing(wanted, kvm.cpuid()) {
+            None => {
+                let (engine, why) = chosen_kvm(mips);
+                Ok((engine, why, Some(kvm)))
+            }
+            Some(lacks) => Ok((Engine::Jit, format!("this host's processor lacks {lacks}"), None)),
+        },
+        Err(error) if wanted == machine::CpuModel::Host => Err(error.into()),
+        Err(error) => {
+            let (engine, why) = chosen_instead(&error);
+            Ok((engine, why, None))
+        }
+    }
+}
+
+/// What `auto` stands for where KVM runs guests, and why.
+pub(crate) fn chosen_kvm(mips: f64) -> (Engine, String) {
+    (Engine::Kvm, format!("it runs {mips:.0} million guest instructions a second here"))
+}
+
+/// What `auto` stands for where it does not.
+pub(crate) fn chosen_instead(error: &KvmError) -> (Engine, String) {
+    (Engine::Jit, error.brief())
+}
+
+/// What KVM offers, and what of the most capable CPU model it lacks.
+pub(crate) fn look_at_kvm() -> Result<(Offer, Vec<String>), KvmError> {
+    let kvm = Kvm::open()?;
+    let lacks = CpuModel::new(machine::CpuModel::Max.level(), 1, 0).limited_to(kvm.cpuid()).lacks();
+    Ok((kvm.measure()?, lacks))
+}
+
+/// What a processor lacks of a model that says what it has.
+fn missing(model: machine::CpuModel, host: &[CpuidEntry]) -> Option<String> {
+    let level = match model {
+        machine::CpuModel::V2 | machine::CpuModel::V3 => model.level(),
+        machine::CpuModel::Max | machine::CpuModel::Host => return None,
     };
-    format!("backend: {} ({why}), x86_64 guest on {} host", vm.name(), std::env::consts::ARCH)
+    let lacks = CpuModel::new(level, 1, 0).limited_to(host).lacks();
+    (!lacks.is_empty()).then(|| lacks.join(", "))
+}
+
+impl Engines {
+    /// Decides, by the configuration and what the host has.
+    pub fn new(config: &MachineConfig) -> Result<Engines, RuntimeError> {
+        let (current, why, mut kvm) = choose(config)?;
+        let other = config.switch_to.and_then(Engine::of).unwrap_or(match current {
+            Engine::Interp | Engine::Kvm => Engine::Jit,
+            Engine::Jit => Engine::Kvm,
+        });
+        if config.switches && other == Engine::Kvm && kvm.is_none() {
+            kvm = Some(open_kvm(config.slow_kvm)?.0);
+        }
+        let mut model = CpuModel::new(config.cpu_model.level(), u32::from(config.cpus), 0);
+        let mut tsc_hz = TSC_HZ;
+        let mut host = None;
+        if let Some(kvm) = &kvm {
+            tsc_hz = kvm.tsc_hz(TSC_HZ);
+            model = model.limited_to(kvm.cpuid()).with_tsc(tsc_hz);
+            if let Some(lacks) = missing(config.cpu_model, kvm.cpuid()) {
+                return Err(RuntimeError::Processor(lacks));
+            }
+            if config.cpu_model == machine::CpuModel::Host {
+                host = Some(kvm.cpuid().to_vec());
+            }
+        }
+        if config.cpu_model == machine::CpuModel::Host && (current != Engine::Kvm || config.switches) {
+            return Err(RuntimeError::HostProcessor);
+        }
+        Ok(Engines { current, other, why, kvm, model, host, tsc_hz })
+    }
+
+    /// Gives a machine's memory to the engine that runs it.
+    pub fn open(&self, config: &MachineConfig, ram: Arc<GuestMemoryMmap>) -> Result<Box<dyn Vm>, RuntimeError> {
+        let compiler = match self.current {
+            Engine::Kvm => {
+                let (model, host) = (self.model.clone(), self.host.clone());
+                let cpuid = Box::new(move |index, count| {
+                    let model = model.numbered(count, index);
+                    host.as_ref().map_or_else(|| model.table(), |host| model.of_host(host))
+                });
+                let kvm = self.kvm.as_ref().ok_or(RuntimeError::HostProcessor)?;
+                return Ok(kvm.create_vm(VmOptions { ram, cpuid, tsc_hz: self.tsc_hz })?);
+            }
+            Engine::Interp => None,
+            Engine::Jit => Some(CompilerOptions {
+                code_bytes: config.code_cache_bytes as usize,
+                perf_map: config.perf_map,
+                counted: config.counted,
+            }),
+        };
+        Ok(Box::new(Translator {
+            ram,
+            model: self.model.clone(),
+            compiler,
+            lockstep: config.lockstep,
+            trace: config.trace.clone(),
+        }))
+    }
+
+    /// Has the other engine take over, from the next [`Self::open`] on.
+    pub fn switch(&mut self) {
+        std::mem::swap(&mut self.current, &mut self.other);
+    }
+
+    /// One line that says which engine runs the guest, and why.
+    pub fn line(&self) -> String {
+        let (name, why) = (self.current.name(), &self.why);
+        format!("backend: {name} ({why}), x86_64 guest on {} host", std::env::consts::ARCH)
+    }
 }
 
 struct CompilerOptions {
@@ -58,7 +223,7 @@ struct CompilerOptions {
 /// The interpreter, with the compiler or without.
 struct Translator {
     ram: Arc<GuestMemoryMmap>,
-    level: Level,
+    model: CpuModel,
     compiler: Option<CompilerOptions>,
     lockstep: bool,
     trace: Option<Trace>,
@@ -66,11 +231,11 @@ struct Translator {
 
 impl Vm for Translator {
     fn name(&self) -> &'static str {
-        if self.compiler.is_some() { "interpreter and compiler" } else { "interpreter" }
+        if self.compiler.is_some() { Engine::Jit.name() } else { Engine::Interp.name() }
     }
 
     fn create_vcpu(&mut self, setup: VcpuSetup) -> Result<Box<dyn Vcpu>, EngineError> {
-        let model = CpuModel::new(self.level, setup.count, setup.index);
+        let model = self.model.numbered(setup.count, setup.index);
         let mut cpu = Cpu::new(Arc::new(CpuRam::new(self.ram.clone())), setup.platform, model);
         cpu.kick = setup.kick;
         cpu.set_state(setup.state);
@@ -101,6 +266,9 @@ struct Translated {
 
 impl Vcpu for Translated {
     fn run(&mut self) -> Exit {
+        if self.vcpu.deliver_due().is_err() {
+            return Exit::Shutdown(describe(&self.vcpu.cpu));
+        }
         let exit = match &mut self.trace {
             Some(trace) => self.vcpu.run_traced(trace),
             None => self.vcpu.run(),
@@ -116,15 +284,13 @@ impl Vcpu for Translated {
         }
     }
 
-    fn state(&self) -> CpuState {
-        let mut state = self.vcpu.cpu.s.clone();
-        // Equal flags have one form.
-        state.set_flags(state.flags());
-        state
+    fn state(&mut self) -> Result<CpuState, EngineError> {
+        Ok(self.vcpu.state())
     }
 
-    fn set_state(&mut self, state: &CpuState) {
+    fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
         self.vcpu.cpu.set_state(state.clone());
+        Ok(())
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
@@ -218,6 +384,9 @@ mod tests {
             cpus: 1,
             cpu_model: Model::Max,
             backend,
+            slow_kvm: true,
+            switches: false,
+            switch_to: None,
             boot: Boot::Embedded,
             reboot: RebootPolicy::Exit,
             code_cache_bytes: 1 << 20,
@@ -249,23 +418,26 @@ mod tests {
         a.assemble(CODE).expect("code that can be encoded")
     }
 
-    fn vcpu(config: &MachineConfig, ram: &GuestRam, state: CpuState) -> Box<dyn Vcpu> {
+    /// A vCPU of an engine, with a chipset of its own.
+    fn vcpu(engines: &Engines, config: &MachineConfig, ram: &GuestRam, state: CpuState) -> Box<dyn Vcpu> {
         let chipset = ChipsetConfig {
             cpus: 1,
             memory_bytes: ram.size(),
             low_memory_bytes: ram.size(),
             rtc_epoch_seconds: 0,
+            tsc_hz: engines.tsc_hz,
             debug_exit: None,
             test_device: false,
         };
-        let shared = Arc::new(Shared::new(Chipset::new(&chipset, Box::new(std::io::sink()))));
+        let chipset = Chipset::new(&chipset, Box::new(std::io::sink()));
+        let shared = Arc::new(Shared::new(chipset, engines.tsc_hz));
         let kick = shared.kick.clone();
         let platform = Box::new(VcpuPlatform { shared, cpu: 0 });
-        let mut vm = open(config, ram.mmap().clone()).expect("an engine");
+        let mut vm = engines.open(config, ram.mmap().clone()).expect("an engine");
         vm.create_vcpu(VcpuSetup { state, platform, kick, index: 0, count: 1 }).expect("a vCPU")
     }
 
-    /// A guest that changes engines at every HLT ends in the state of one that stays.
+    /// A guest that changes engines over and over ends in the state of one that stays.
     #[test]
     fn a_state_from_one_engine_goes_on_in_another() {
         let flat = |attr| Segment { base: 0, limit: u32::MAX, attr, selector: 8 };
@@ -279,15 +451,17 @@ mod tests {
         let (interp, jit) = (config(Backend::Interp, false), config(Backend::Jit, false));
         let lockstep = config(Backend::Jit, true);
 
-        let run = |engines: &[&MachineConfig]| {
+        let run = |configs: &[&MachineConfig]| {
             let mut state = start.clone();
             for turn in 0..TURNS as usize {
                 state.halted = false;
-                let mut vcpu = vcpu(engines[turn % engines.len()], &ram, CpuState::reset());
-                vcpu.set_state(&state);
-                assert_eq!(vcpu.state(), state, "a state comes out as it went in");
+                let config = configs[turn % configs.len()];
+                let engines = Engines::new(config).expect("an engine");
+                let mut vcpu = vcpu(&engines, config, &ram, CpuState::reset());
+                vcpu.set_state(&state).expect("a state");
+                assert_eq!(vcpu.state().expect("a state"), state, "a state comes out as it went in");
                 assert_eq!(vcpu.run(), Exit::Halt);
-                state = vcpu.state();
+                state = vcpu.state().expect("a state");
             }
             state
         };
@@ -298,12 +472,5 @@ mod tests {
         assert_eq!((stays.gpr[0], stays.halted), (u64::from(expected), true));
         assert_eq!(run(&[&jit]), stays);
         assert_eq!(run(&[&interp, &jit, &lockstep]), stays);
-    }
-
-    #[test]
-    fn kvm_says_that_it_is_not_built() {
-        let ram = GuestRam::new(4 << 20).expect("memory");
-        let refusal = open(&config(Backend::Kvm, false), ram.mmap().clone()).err().expect("no engine");
-        assert!(matches!(refusal, RuntimeError::Kvm(_)), "{refusal}");
     }
 }

@@ -10,6 +10,7 @@ pub mod machine;
 pub mod memory;
 mod platform;
 pub mod stats;
+pub mod survey;
 mod sync;
 
 pub use boot::InitrdSource as Initrd;

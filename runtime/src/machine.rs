@@ -5,10 +5,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use diglot_devices::chipset::{Chipset, ChipsetConfig, PowerEvent};
+use diglot_devices::chipset::{ApicBus, Chipset, ChipsetConfig, PowerEvent};
+use diglot_devices::ioapic::Message;
+use diglot_devices::lapic::Page;
 use diglot_kvm_backend::KvmError;
 use diglot_translator::cpuid::Level;
-use diglot_translator::engine::{CpuState, EngineError, Exit, Vcpu, VcpuSetup, Vm};
+use diglot_translator::engine::{CpuState, EngineError, Exit, Kick, LapicState, LocalApics, Msi, Vcpu, VcpuSetup, Vm};
 use diglot_translator::state::{Segment, Table, cr, gpr, seg};
 use diglot_translator::trace::Trace;
 use parking_lot::Mutex;
@@ -16,11 +18,12 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::acpi::{self, AcpiError};
 use crate::boot::{self, BootError, InitrdSource, Registers};
+use crate::embedded;
+use crate::engine::Engines;
 use crate::footprint::Footprint;
 use crate::memory::{GuestRam, MemoryError, low_ram_end};
 use crate::platform::{Shared, VcpuPlatform};
 use crate::stats::Stats;
-use crate::{embedded, engine};
 
 /// What to build and boot.
 pub struct MachineConfig {
@@ -32,6 +35,12 @@ pub struct MachineConfig {
     pub cpu_model: CpuModel,
     /// What runs guest code.
     pub backend: Backend,
+    /// KVM will do even where it is emulated.
+    pub slow_kvm: bool,
+    /// Whether [`Controller::switch`] will be called.
+    pub switches: bool,
+    /// What takes over then; by default the compiler from KVM and from the interpreter, and KVM from the compiler.
+    pub switch_to: Option<Backend>,
     /// What to boot.
     pub boot: Boot,
     /// What a reset by the guest does.
@@ -59,16 +68,19 @@ pub enum CpuModel {
     V2,
     /// x86-64-v3.
     V3,
-    /// Everything implemented.
+    /// Everything implemented; on KVM, everything of it that the host's processor has.
     Max,
+    /// The host's processor, on KVM.
+    Host,
 }
 
-impl From<CpuModel> for Level {
-    fn from(model: CpuModel) -> Level {
-        match model {
+impl CpuModel {
+    /// How much of the instruction set the translator has for it.
+    pub(crate) fn level(self) -> Level {
+        match self {
             CpuModel::V2 => Level::V2,
             CpuModel::V3 => Level::V3,
-            CpuModel::Max => Level::Max,
+            CpuModel::Max | CpuModel::Host => Level::Max,
         }
     }
 }
@@ -173,6 +185,12 @@ pub enum RuntimeError {
     /// A number of CPUs that this version cannot run.
     #[error("{0} CPUs are not supported yet; use --cpus 1")]
     Cpus(u8),
+    /// The host's processor has not what the CPU model says.
+    #[error("this host's KVM lacks {0}; use --cpu max for what there is, or --backend jit")]
+    Processor(String),
+    /// The host's processor without KVM.
+    #[error("only KVM runs a guest on the host's own processor; use --cpu max, or --backend kvm and no other")]
+    HostProcessor,
     /// The host could not start a thread.
     #[error("cannot start the timer thread: {0}; free some host resources and try again")]
     Thread(std::io::Error),
@@ -188,6 +206,11 @@ impl Controller {
     /// Ends the run; the first reason counts.
     pub fn stop(&self, why: StopReason) {
         self.shared.stop(why);
+    }
+
+    /// Has the other engine take over.
+    pub fn switch(&self) {
+        self.shared.switch();
     }
 
     /// Sends bytes to COM1, waiting while the guest is far behind in reading them.
@@ -212,9 +235,11 @@ impl Write for SharedOutput {
 /// A machine, ready to run.
 pub struct Machine {
     config: MachineConfig,
+    engines: Engines,
     shared: Arc<Shared>,
     output: SharedOutput,
     parts: Parts,
+    stats: Stats,
 }
 
 /// What a reset builds anew.
@@ -230,18 +255,20 @@ impl Machine {
         if config.cpus != 1 {
             return Err(RuntimeError::Cpus(config.cpus));
         }
+        let engines = Engines::new(&config)?;
         let output = SharedOutput(Arc::new(Mutex::new(console.output)));
         let ram = GuestRam::new(config.memory_bytes)?;
         let epoch = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        let chipset = Chipset::new(&chipset_config(&config, &ram, epoch), Box::new(output.clone()));
-        let shared = Arc::new(Shared::new(chipset));
-        let parts = build(&config, ram, &shared)?;
-        Ok(Machine { config, shared, output, parts })
+        let chipset = chipset_config(&config, &ram, epoch, engines.tsc_hz);
+        let chipset = Chipset::new(&chipset, Box::new(output.clone()));
+        let shared = Arc::new(Shared::new(chipset, engines.tsc_hz));
+        let parts = build(&config, &engines, ram, &shared)?;
+        Ok(Machine { config, engines, shared, output, parts, stats: Stats::default() })
     }
 
     /// One line that says which engine runs the guest, and why.
     pub fn backend_line(&self) -> String {
-        engine::choice(&self.config, &*self.parts.vm)
+        self.engines.line()
     }
 
     /// A handle for other threads.
@@ -257,23 +284,12 @@ impl Machine {
             .name("timer".into())
             .spawn(move || timer.run_timer())
             .map_err(RuntimeError::Thread)?;
-        let mut stats = Stats::default();
-        let outcome = loop {
-            match self.run_once() {
-                Outcome::Reset if self.config.reboot == RebootPolicy::Reset => {
-                    stats.add(self.parts.vcpu.counters());
-                    if let Err(e) = self.reset() {
-                        self.shared.finish();
-                        let _ = timer.join();
-                        return Err(e);
-                    }
-                }
-                outcome => break outcome,
-            }
-        };
+        let outcome = self.run_to_end();
         self.shared.finish();
         let _ = timer.join();
+        let outcome = outcome?;
         let _ = self.output.flush();
+        let mut stats = self.stats;
         stats.add(self.parts.vcpu.counters());
         stats.add(self.shared.exits.counters());
         stats.memory = Footprint::measure(self.parts.ram.mmap());
@@ -281,33 +297,80 @@ impl Machine {
         Ok((outcome, stats))
     }
 
-    fn run_once(&mut self) -> Outcome {
+    fn run_to_end(&mut self) -> Result<Outcome, RuntimeError> {
+        loop {
+            match self.run_once()? {
+                Outcome::Reset if self.config.reboot == RebootPolicy::Reset => {
+                    self.stats.add(self.parts.vcpu.counters());
+                    self.reset()?;
+                }
+                outcome => return Ok(outcome),
+            }
+        }
+    }
+
+    fn run_once(&mut self) -> Result<Outcome, RuntimeError> {
         loop {
             match self.parts.vcpu.run() {
                 Exit::Halt => self.shared.sleep_until_event(),
-                Exit::Shutdown(detail) => return Outcome::TripleFault { detail },
-                Exit::Failed(why) => return Outcome::Failed(why),
+                Exit::Shutdown(detail) => return Ok(Outcome::TripleFault { detail }),
+                Exit::Failed(why) => return Ok(Outcome::Failed(why)),
                 Exit::Stopped => {
-                    if let Some(event) = self.shared.power.lock().take() {
+                    let event = self.shared.power.lock().take();
+                    if let Some(event) = event {
                         match event {
-                            PowerEvent::PowerOff => return Outcome::PoweredOff,
-                            PowerEvent::Reset => return Outcome::Reset,
-                            PowerEvent::Exit(code) => return Outcome::Exited(code),
+                            PowerEvent::PowerOff => return Ok(Outcome::PoweredOff),
+                            PowerEvent::Reset => return Ok(Outcome::Reset),
+                            PowerEvent::Exit(code) => return Ok(Outcome::Exited(code)),
                             PowerEvent::Suspend if self.shared.sleep_until_woken() => {
                                 let Some(vector) = acpi::waking_vector(self.parts.ram.mmap()) else {
-                                    return Outcome::Reset;
+                                    return Ok(Outcome::Reset);
                                 };
-                                self.parts.vcpu.set_state(&woken_state(vector));
+                                self.wake(vector)?;
                             }
                             PowerEvent::Suspend => {}
                         }
                     }
                     if let Some(why) = *self.shared.stop.lock() {
-                        return Outcome::Stopped(why);
+                        return Ok(Outcome::Stopped(why));
+                    }
+                    if self.shared.take_switch() {
+                        self.switch()?;
                     }
                 }
             }
         }
+    }
+
+    /// Ends S3: the CPU begins anew, and so does its local APIC, wherever that is.
+    fn wake(&mut self, vector: u32) -> Result<(), RuntimeError> {
+        let vcpu = &mut self.parts.vcpu;
+        vcpu.set_state(&woken_state(vector))?;
+        for page in self.shared.chipset.lock().lapic_pages(self.shared.now()) {
+            vcpu.set_lapic(&lapic_state(&page))?;
+        }
+        Ok(())
+    }
+
+    /// Has the other engine go on with the guest where this one has stopped.
+    fn switch(&mut self) -> Result<(), RuntimeError> {
+        let parts = &mut self.parts;
+        let state = parts.vcpu.state()?;
+        if let Some(lapic) = parts.vcpu.lapic()? {
+            let now = self.shared.now();
+            let tsc = self.shared.tsc(now).wrapping_add(state.tsc_offset);
+            let page =
+                Page { base: lapic.base, registers: lapic.registers, tsc_deadline: lapic.tsc_deadline, nmi: lapic.nmi };
+            self.shared.chipset.lock().take_lapics(&[(page, tsc)], now);
+        }
+        self.stats.add(parts.vcpu.counters());
+        self.stats.add([("engine_switches", 1)]);
+        self.engines.switch();
+        let Started { vm, vcpu } = start(&self.config, &self.engines, &parts.ram, state, &self.shared)?;
+        (parts.vm, parts.vcpu) = (vm, vcpu);
+        // What waits at the local APIC has been asked for of the engine that was.
+        self.shared.kick.request(Kick::ATTENTION);
+        Ok(())
     }
 
     /// Power-on state again: fresh memory and devices, the kernel loaded anew.
@@ -315,26 +378,32 @@ impl Machine {
         let ram = GuestRam::new(self.config.memory_bytes)?;
         let epoch = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
         let epoch = epoch.saturating_sub(self.shared.now() / 1_000_000_000);
-        let chipset = Chipset::new(&chipset_config(&self.config, &ram, epoch), Box::new(self.output.clone()));
-        *self.shared.chipset.lock() = chipset;
-        self.parts = build(&self.config, ram, &self.shared)?;
+        let chipset = chipset_config(&self.config, &ram, epoch, self.engines.tsc_hz);
+        *self.shared.chipset.lock() = Chipset::new(&chipset, Box::new(self.output.clone()));
+        self.parts = build(&self.config, &self.engines, ram, &self.shared)?;
         Ok(())
     }
 }
 
-fn chipset_config(config: &MachineConfig, ram: &GuestRam, epoch: u64) -> ChipsetConfig {
+fn chipset_config(config: &MachineConfig, ram: &GuestRam, epoch: u64, tsc_hz: u64) -> ChipsetConfig {
     ChipsetConfig {
         cpus: config.cpus,
         memory_bytes: ram.size(),
         low_memory_bytes: low_ram_end(ram.mmap()),
         rtc_epoch_seconds: epoch,
+        tsc_hz,
         debug_exit: config.debug_exit,
         test_device: config.test_device,
     }
 }
 
 /// Loads what is to be booted into `ram`, and gives that to an engine.
-fn build(config: &MachineConfig, ram: GuestRam, shared: &Arc<Shared>) -> Result<Parts, RuntimeError> {
+fn build(
+    config: &MachineConfig,
+    engines: &Engines,
+    ram: GuestRam,
+    shared: &Arc<Shared>,
+) -> Result<Parts, RuntimeError> {
     let rsdp = acpi::write_tables(ram.mmap(), config.cpus)?;
     let state = match &config.boot {
         Boot::Embedded => {
@@ -350,15 +419,67 @@ fn build(config: &MachineConfig, ram: GuestRam, shared: &Arc<Shared>) -> Result<
             initial_state(&boot::load(ram.mmap(), kernel, initrd.clone(), cmdline, rsdp)?.entry.registers())
         }
     };
-    let mut vm = engine::open(config, ram.mmap().clone())?;
-    let vcpu = vm.create_vcpu(VcpuSetup {
+    let Started { vm, vcpu } = start(config, engines, &ram, state, shared)?;
+    Ok(Parts { ram, vm, vcpu })
+}
+
+/// An engine with a machine.
+struct Started {
+    vm: Box<dyn Vm>,
+    vcpu: Box<dyn Vcpu>,
+}
+
+/// Gives the machine to the engine that is to run it, from `state` on.
+fn start(
+    config: &MachineConfig,
+    engines: &Engines,
+    ram: &GuestRam,
+    state: CpuState,
+    shared: &Arc<Shared>,
+) -> Result<Started, RuntimeError> {
+    let mut vm = engines.open(config, ram.mmap().clone())?;
+    let mut vcpu = vm.create_vcpu(VcpuSetup {
         state,
         platform: Box::new(VcpuPlatform { shared: shared.clone(), cpu: 0 }),
         kick: shared.kick.clone(),
         index: 0,
         count: u32::from(config.cpus),
     })?;
-    Ok(Parts { ram, vm, vcpu })
+    if let Some(apics) = vm.local_apics() {
+        let pages = shared.chipset.lock().give_lapics(Box::new(Bus(apics)), shared.now());
+        for page in pages {
+            vcpu.set_lapic(&lapic_state(&page))?;
+        }
+    }
+    Ok(Started { vm, vcpu })
+}
+
+/// The way from the chipset to local APICs of an engine's own.
+struct Bus(Box<dyn LocalApics>);
+
+impl ApicBus for Bus {
+    fn send(&mut self, message: Message) {
+        self.0.signal(msi(message));
+    }
+
+    fn watch(&mut self, inputs: &[(usize, Message)]) {
+        let messages: Vec<(u32, Msi)> = inputs.iter().map(|(input, m)| (*input as u32, msi(*m))).collect();
+        self.0.watch_levels(&messages);
+    }
+}
+
+/// An I/O APIC message as address and data (SDM vol. 3 §11.11).
+fn msi(m: Message) -> Msi {
+    const LOCAL_APICS: u32 = 0xfee0_0000;
+    const ASSERTED: u32 = 1 << 14;
+    Msi {
+        address: LOCAL_APICS | u32::from(m.destination) << 12 | u32::from(m.logical) << 2,
+        data: u32::from(m.vector) | u32::from(m.mode) << 8 | ASSERTED | u32::from(m.level) << 15,
+    }
+}
+
+fn lapic_state(page: &Page) -> LapicState {
+    LapicState { base: page.base, registers: page.registers, tsc_deadline: page.tsc_deadline, nmi: page.nmi }
 }
 
 /// The CPU state of a boot protocol's entry point.

@@ -2,10 +2,10 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use diglot_devices::bus::Nanos;
+use diglot_devices::bus::{Nanos, scale};
 use diglot_devices::chipset::{Chipset, PowerEvent};
 use diglot_translator::engine::{Kick, Platform};
 use parking_lot::{Condvar, Mutex};
@@ -21,6 +21,10 @@ pub(crate) struct Shared {
     pub chipset: Mutex<Chipset>,
     pub kick: Kick,
     start: Instant,
+    /// Frequency of the time-stamp counter.
+    tsc_hz: u64,
+    /// Whether another engine is to take over.
+    switch: AtomicBool,
     /// Bytes for COM1 that its FIFO had no room for yet.
     input: Mutex<VecDeque<u8>>,
     pub stop: Mutex<Option<StopReason>>,
@@ -65,11 +69,13 @@ fn count(counter: &AtomicU64) {
 }
 
 impl Shared {
-    pub fn new(chipset: Chipset) -> Shared {
+    pub fn new(chipset: Chipset, tsc_hz: u64) -> Shared {
         Shared {
             chipset: Mutex::new(chipset),
             kick: Kick::default(),
             start: Instant::now(),
+            tsc_hz,
+            switch: AtomicBool::new(false),
             input: Mutex::new(VecDeque::new()),
             stop: Mutex::new(None),
             power: Mutex::new(None),
@@ -83,6 +89,22 @@ impl Shared {
     /// Virtual time.
     pub fn now(&self) -> Nanos {
         self.start.elapsed().as_nanos() as u64
+    }
+
+    /// The time-stamp counter at a time.
+    pub fn tsc(&self, now: Nanos) -> u64 {
+        scale(now, self.tsc_hz, 1_000_000_000)
+    }
+
+    /// Asks for another engine.
+    pub fn switch(&self) {
+        self.switch.store(true, Ordering::Release);
+        self.notify(Kick::STOP);
+    }
+
+    /// Whether another engine was asked for since this was last called.
+    pub fn take_switch(&self) -> bool {
+        self.switch.swap(false, Ordering::Acquire)
     }
 
     /// Makes the vCPU look at the world, whether it runs or is halted.
@@ -243,7 +265,7 @@ impl Platform for VcpuPlatform {
     }
 
     fn tsc(&mut self) -> u64 {
-        self.shared.now()
+        self.shared.tsc(self.shared.now())
     }
 
     fn apic_msr_read(&mut self, msr: u32, tsc: u64) -> Option<u64> {
@@ -285,6 +307,10 @@ impl Platform for VcpuPlatform {
 
     fn take_nmi(&mut self) -> bool {
         self.shared.chipset.lock().take_nmi(self.cpu)
+    }
+
+    fn end_of_interrupt(&mut self, vector: u8) {
+        self.with(|c, _| c.end_of_interrupt(vector));
     }
 
     fn random(&mut self) -> Option<u64> {

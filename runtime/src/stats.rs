@@ -16,7 +16,7 @@ enum Row {
 use Row::{Count, Heading};
 
 /// Every counter, by the name that an engine or the machine gives it, and what the report says instead of the name.
-const ROWS: [Row; 51] = [
+const ROWS: [Row; 56] = [
     Heading("guest instructions"),
     Count("interpreted", "interpreted"),
     Count("stepped", "of these, one by one"),
@@ -51,6 +51,11 @@ const ROWS: [Row; 51] = [
     Count("other_exceptions", "other exceptions"),
     Count("undefined", "undefined instructions"),
     Count("unknown_msr", "unknown MSRs"),
+    Heading("KVM"),
+    Count("kvm_runs", "times that it was entered"),
+    Count("kvm_interrupted", "exits by a signal"),
+    Count("kvm_msrs", "exits by MSRs that it does not have"),
+    Count("engine_switches", "engines that took over"),
     Heading("compiled code"),
     Count("entries", "entries"),
     Count("exits_next", "exits to code not yet compiled"),
@@ -121,11 +126,16 @@ impl Stats {
 
 impl fmt::Display for Stats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // A heading of nothing is left out.
+        let mut heading = None;
         for row in &ROWS {
             match row {
-                Heading(text) => writeln!(f, "{text}")?,
+                Heading(text) => heading = Some(text),
                 Count(name, text) => {
                     if let Some(n) = self.counts.get(name) {
+                        if let Some(heading) = heading.take() {
+                            writeln!(f, "{heading}")?;
+                        }
                         writeln!(f, "  {text:36} {n:>16}")?;
                     }
                 }
@@ -141,8 +151,12 @@ impl fmt::Display for Stats {
             writeln!(f, "  {:36} {:>16}", "beyond it", m.beyond_guest_bytes / 1024)?;
             writeln!(f, "  {:36} {:>16}", "most that was resident", m.peak_resident_bytes / 1024)?;
         }
-        writeln!(f, "{:38} {:>16.3}", "seconds", self.seconds)?;
-        write!(f, "{:38} {:>16.1}", "million guest instructions/s", self.mips())
+        write!(f, "{:38} {:>16.3}", "seconds", self.seconds)?;
+        // KVM counts none.
+        if self.mips() != 0.0 {
+            write!(f, "\n{:38} {:>16.1}", "million guest instructions/s", self.mips())?;
+        }
+        Ok(())
     }
 }
 

@@ -7,13 +7,45 @@ use std::process::{Command, Output, Stdio};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
-/// Every way to run guest code: its name, and its options.
-pub const ENGINES: [(&str, &[&str]); 4] = [
+/// A way to run guest code: its name, and its options.
+pub type Engine = (&'static str, &'static [&'static str]);
+
+/// Those that every host has.
+pub const ENGINES: [Engine; 4] = [
     ("interpreter", &["--backend", "interp"]),
     ("compiler", &["--backend", "jit"]),
     ("compiler with 1 MiB of code memory", &["--backend", "jit", "--code-cache", "1M"]),
     ("lock-step", &["--lockstep"]),
 ];
+/// The one that a host may have.
+pub const KVM: Engine = ("KVM", &["--backend", "kvm", "--slow-kvm"]);
+
+/// What a guest asks of KVM.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Asks {
+    /// A few kinds of instructions, which an emulated KVM has too.
+    Little,
+    /// Any instructions.
+    Much,
+}
+
+/// Whether this host's KVM runs guests that ask for so much; if not, it is said why.
+pub fn has_kvm(asks: Asks) -> bool {
+    let (code, stdout, stderr) = output(&mut diglot(&["doctor", "--json"]));
+    assert_eq!(code, Some(0), "{stderr}");
+    let report: serde_json::Value = serde_json::from_str(&stdout).expect("JSON");
+    let kvm = &report["kvm"];
+    let works = kvm["usable"] == true || (kvm["emulated"] == true && asks == Asks::Little);
+    if !works {
+        println!("skipped: KVM: {}", kvm["problem"].as_str().unwrap_or_default());
+    }
+    works
+}
+
+/// Every engine that can run a guest which asks for so much.
+pub fn engines(asks: Asks) -> Vec<Engine> {
+    ENGINES.into_iter().chain(has_kvm(asks).then_some(KVM)).collect()
+}
 
 /// The program under test with arguments, nothing to read, and no environment of the tester's.
 pub fn diglot(args: &[&str]) -> Command {
@@ -30,8 +62,8 @@ pub fn output(command: &mut Command) -> (Option<i32>, String, String) {
 }
 
 /// Runs a guest on every engine, and hands the engine's name and what came of it to `check`.
-pub fn on_every_engine(args: &[&str], check: impl Fn(&str, Option<i32>, &str, &str)) {
-    for (engine, options) in ENGINES {
+pub fn on_every_engine(asks: Asks, args: &[&str], check: impl Fn(&str, Option<i32>, &str, &str)) {
+    for (engine, options) in engines(asks) {
         let (code, stdout, stderr) = output(&mut diglot(&[&["run"], options, args].concat()));
         assert!(!stderr.contains("panicked"), "{engine}: {stderr}");
         check(engine, code, &stdout, &stderr);

@@ -1,7 +1,7 @@
 //! One vCPU: its architectural state, its MMU and its way to the machine.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::addr::PAGE_MASK;
 use crate::cpuid::CpuModel;
@@ -14,8 +14,17 @@ use crate::platform::Platform;
 use crate::state::{CpuState, Segment, cr, flag, seg};
 
 /// Asks a vCPU, from any thread, to leave guest code soon and look at what changed.
-#[derive(Clone, Debug, Default)]
-pub struct Kick(Arc<AtomicU32>);
+#[derive(Clone, Default)]
+pub struct Kick(Arc<Inner>);
+
+#[derive(Default)]
+struct Inner {
+    word: AtomicU32,
+    waker: Mutex<Option<Waker>>,
+}
+
+/// How a vCPU that does not poll the word is made to look at it. Called on the asking thread.
+pub type Waker = Arc<dyn Fn() + Send + Sync>;
 
 impl Kick {
     /// Kick bit: an interrupt may wait, or a timer is due.
@@ -25,23 +34,33 @@ impl Kick {
 
     /// Sets bits of the request.
     pub fn request(&self, bits: u32) {
-        self.0.fetch_or(bits, Ordering::Release);
+        // Together with the waker's own store: whoever clears that and then finds no bit here will be woken again.
+        self.0.word.fetch_or(bits, Ordering::SeqCst);
+        let waker = self.0.waker.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(waker) = waker {
+            waker();
+        }
+    }
+
+    /// Sets or removes what [`Self::request`] calls besides.
+    pub fn set_waker(&self, waker: Option<Waker>) {
+        *self.0.waker.lock().unwrap_or_else(PoisonError::into_inner) = waker;
     }
 
     /// The requested bits, left set.
     #[inline(always)]
     pub fn pending(&self) -> u32 {
-        self.0.load(Ordering::Relaxed)
+        self.0.word.load(Ordering::Relaxed)
     }
 
     /// Takes the bits of `mask`.
     pub fn take(&self, mask: u32) -> u32 {
-        self.0.fetch_and(!mask, Ordering::AcqRel) & mask
+        self.0.word.fetch_and(!mask, Ordering::SeqCst) & mask
     }
 
     /// The word that compiled code polls.
     pub(crate) fn as_ptr(&self) -> *const AtomicU32 {
-        Arc::as_ptr(&self.0)
+        &raw const self.0.word
     }
 }
 

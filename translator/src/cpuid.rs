@@ -1,12 +1,13 @@
 //! CPU models: what CPUID reports and which instructions exist, from one table of features.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use iced_x86::{Code, CpuidFeature};
 
+use crate::engine::CpuidEntry;
 use crate::mmu::walk::PHYSICAL_BITS;
-use crate::platform::TSC_HZ;
-use crate::state::{CpuState, cr};
+use crate::platform::{APIC_HZ, TSC_HZ};
+use crate::state::{CpuState, Segment, cr, seg};
 use crate::xsave_area::{self, component};
 
 /// How much of the instruction set a model has.
@@ -21,7 +22,7 @@ pub enum Level {
 }
 
 /// A CPUID output register.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Reg {
     Eax,
     Ebx,
@@ -153,38 +154,143 @@ const ALWAYS: &[CpuidFeature] = &[
     F::SYSCALL,
 ];
 
+/// What needs no feature of the host's processor, as an engine that runs guest code on it has it all the same: TSC
+/// deadline and x2APIC, with the local APIC, and that there is a hypervisor. KVM reports the first of them elsewhere.
+const OWN: [(u32, Reg, u32); 3] = [(1, Ecx, 24), (1, Ecx, 21), (1, Ecx, 31)];
+
+/// By [`Code`], whether an instruction exists: found out when it is first asked.
+type Executed = Arc<OnceLock<Box<[bool]>>>;
+
+/// A set of features, by their places in [`FEATURES`].
+type Features = u128;
+const _: () = assert!(FEATURES.len() <= Features::BITS as usize);
+
 /// A CPU model.
 #[derive(Clone, Debug)]
 pub struct CpuModel {
     level: Level,
+    features: Features,
+    /// Models of one level share theirs.
+    executed: Executed,
     cpus: u32,
     apic_id: u32,
+    tsc_hz: u64,
+    physical_bits: u32,
 }
 
 impl CpuModel {
-    /// CPU number `apic_id` of `cpus`, with the instruction set of `level`.
+    /// CPU number `apic_id` of `cpus`, with the instruction set of `level` and a time-stamp counter of [`TSC_HZ`].
     pub fn new(level: Level, cpus: u32, apic_id: u32) -> CpuModel {
-        CpuModel { level, cpus: cpus.max(1), apic_id }
+        static EXECUTED: OnceLock<[Executed; 3]> = OnceLock::new();
+        let features =
+            FEATURES.iter().enumerate().filter(|(_, x)| x.level <= level).fold(0, |all, (k, _)| all | 1 << k);
+        let executed = EXECUTED.get_or_init(Default::default)[level as usize].clone();
+        let cpus = cpus.max(1);
+        CpuModel { level, features, executed, cpus, apic_id, tsc_hz: TSC_HZ, physical_bits: PHYSICAL_BITS }
+    }
+
+    /// The same model as CPU number `apic_id` of `cpus`.
+    pub fn numbered(&self, cpus: u32, apic_id: u32) -> CpuModel {
+        CpuModel { cpus: cpus.max(1), apic_id, ..self.clone() }
+    }
+
+    /// The same model with a time-stamp counter of `hz`.
+    pub fn with_tsc(&self, hz: u64) -> CpuModel {
+        CpuModel { tsc_hz: hz, ..self.clone() }
+    }
+
+    /// What is left of the model where guest code runs on a processor that has only what `host` reports.
+    pub fn limited_to(&self, host: &[CpuidEntry]) -> CpuModel {
+        let of = |leaf, subleaf| host.iter().find(|e| e.leaf == leaf && e.subleaf == subleaf).map(|e| e.registers);
+        let has = |x: &Feature| {
+            let bit = of(x.leaf, x.subleaf).is_some_and(|r| r[x.reg as usize] >> x.bit & 1 != 0);
+            // XSAVE puts a component where the processor has its place, be that another than ours.
+            let placed = !x.iced.contains(&F::PKU)
+                || xsave_area::EXTENDED
+                    .iter()
+                    .filter(|c| c.bit == component::PKRU)
+                    .all(|c| of(0xd, c.bit.trailing_zeros()).is_some_and(|r| r[1] as usize == c.offset));
+            (bit || OWN.contains(&(x.leaf, x.reg, x.bit))) && placed
+        };
+        let kept = FEATURES.iter().enumerate().filter(|(_, x)| has(x)).fold(0, |all, (k, _)| all | 1 << k);
+        let bits = of(0x8000_0008, 0).map_or(PHYSICAL_BITS, |r| r[0] & 0xff);
+        CpuModel {
+            features: self.features & kept,
+            executed: Arc::default(),
+            physical_bits: self.physical_bits.min(bits),
+            ..self.clone()
+        }
+    }
+
+    /// The instruction classes that its level has and it has not.
+    pub fn lacks(&self) -> Vec<String> {
+        let whole = CpuModel::new(self.level, 1, 0);
+        whole.features().flat_map(|x| x.iced).filter(|&&f| !self.supports(f)).map(|f| format!("{f:?}")).collect()
     }
 
     /// Whether an instruction exists.
     #[inline]
     pub fn executes(&self, code: Code) -> bool {
-        static EXECUTED: [OnceLock<Box<[bool]>>; 3] = [const { OnceLock::new() }; 3];
-        let all = EXECUTED[self.level as usize].get_or_init(|| {
+        let all = self.executed.get_or_init(|| {
             let classes = |code: Code| code.cpuid_features().iter().all(|&f| self.supports(f));
             Code::values().map(classes).collect()
         });
         all[code as usize]
     }
 
+    /// The features that the model has.
+    fn features(&self) -> impl Iterator<Item = &'static Feature> {
+        let own = self.features;
+        FEATURES.iter().enumerate().filter(move |(k, _)| own >> k & 1 != 0).map(|(_, x)| x)
+    }
+
     /// Whether instructions of an iced feature class exist.
     pub fn supports(&self, f: CpuidFeature) -> bool {
-        ALWAYS.contains(&f) || FEATURES.iter().any(|x| x.level <= self.level && x.iced.contains(&f))
+        ALWAYS.contains(&f) || self.features().any(|x| x.iced.contains(&f))
     }
 
     fn has(&self, leaf: u32, reg: Reg, bit: u32) -> bool {
-        FEATURES.iter().any(|x| x.leaf == leaf && x.reg == reg && x.bit == bit && x.level <= self.level)
+        self.features().any(|x| x.leaf == leaf && x.reg == reg && x.bit == bit)
+    }
+
+    /// What CPUID reports, leaf by leaf, for an engine in whose hands CPUID is. What depends on the state is as after
+    /// RESET, but for SYSCALL, which is reported as in 64-bit mode.
+    pub fn table(&self) -> Vec<CpuidEntry> {
+        let mut s = CpuState::reset();
+        s.efer |= cr::EFER_LMA;
+        s.seg[usize::from(seg::CS)].attr |= Segment::L;
+        let leaves = (0..=self.max_leaf()).chain([0x4000_0000, 0x4000_0010]).chain(0x8000_0000..=0x8000_0008);
+        let subleaves = |leaf| match leaf {
+            4 => Some(5),
+            7 | 0xb => Some(3),
+            0xd => Some(64),
+            _ => None,
+        };
+        let entry =
+            |leaf, subleaf, indexed| CpuidEntry { leaf, subleaf, indexed, registers: self.cpuid(leaf, subleaf, &s) };
+        leaves
+            .flat_map(|leaf| (0..subleaves(leaf).unwrap_or(1)).map(move |n| (leaf, n)))
+            .map(|(leaf, n)| entry(leaf, n, subleaves(leaf).is_some()))
+            .filter(|e| e.subleaf == 0 || e.registers != [0; 4])
+            .collect()
+    }
+
+    /// What `host` reports, as this CPU: its number, the topology, the clocks and the hypervisor are the model's.
+    pub fn of_host(&self, host: &[CpuidEntry]) -> Vec<CpuidEntry> {
+        let own = self.table();
+        let replaced = |leaf: u32| matches!(leaf, 4 | 0xb | 0x15 | 0x16 | 0x1f) || leaf >> 28 == 4;
+        let max = host.iter().find(|e| e.leaf == 0).map_or(0, |e| e.registers[0]);
+        let mut all: Vec<CpuidEntry> = host.iter().filter(|e| !replaced(e.leaf)).copied().collect();
+        // Deterministic caches, topology and frequencies are leaves of Intel's; where there are none of these, none are
+        // made up.
+        all.extend(own.iter().filter(|e| replaced(e.leaf) && (e.leaf >> 28 == 4 || e.leaf <= max)).copied());
+        for e in all.iter_mut().filter(|e| e.leaf == 1) {
+            let [_, ebx, ecx, edx] = self.leaf_1(&CpuState::reset());
+            e.registers[1] = ebx;
+            e.registers[2] |= ecx & OWN.iter().fold(0, |bits, (.., bit)| bits | 1 << bit);
+            e.registers[3] = e.registers[3] & !(1 << 28) | edx & (1 << 28);
+        }
+        all
     }
 
     /// State components that XCR0 may enable.
@@ -213,9 +319,8 @@ impl CpuModel {
 
     /// The bits of one output register that the feature table sets.
     fn bits(&self, leaf: u32, subleaf: u32, reg: Reg) -> u32 {
-        FEATURES
-            .iter()
-            .filter(|x| x.leaf == leaf && x.subleaf == subleaf && x.reg == reg && x.level <= self.level)
+        self.features()
+            .filter(|x| x.leaf == leaf && x.subleaf == subleaf && x.reg == reg)
             .fold(0, |bits, x| bits | 1 << x.bit)
     }
 
@@ -225,6 +330,11 @@ impl CpuModel {
 
     fn max_leaf(&self) -> u32 {
         0x16
+    }
+
+    /// MSR_PLATFORM_INFO: the base ratio, of 100 MHz.
+    pub fn platform_info(&self) -> u64 {
+        (self.tsc_hz / 100_000_000) << 8
     }
 
     /// CPUID: EAX, EBX, ECX, EDX of a leaf.
@@ -253,11 +363,15 @@ impl CpuModel {
             },
             0xb => self.topology(subleaf),
             0xd => self.xsave(subleaf, s),
-            0x15 => [1, 1, TSC_HZ as u32, 0],
-            0x16 => [(TSC_HZ / 1_000_000) as u32, (TSC_HZ / 1_000_000) as u32, 100, 0],
+            0x15 => {
+                // Linux multiplies the crystal's frequency in kHz by the numerator, in 32 bits.
+                let (numerator, denominator) = ratio(self.tsc_hz, APIC_HZ, u64::from(u32::MAX) / (APIC_HZ / 1000));
+                [denominator as u32, numerator as u32, APIC_HZ as u32, 0]
+            }
+            0x16 => [(self.tsc_hz / 1_000_000) as u32, (self.tsc_hz / 1_000_000) as u32, 100, 0],
             0x4000_0000 => signature(0x4000_0010, b"DiglotDiglot", [0, 4, 8]),
             // TSC and APIC-timer frequency in kHz, the form that Linux reads from several hypervisors.
-            0x4000_0010 => [(TSC_HZ / 1000) as u32, (TSC_HZ / 1000) as u32, 0, 0],
+            0x4000_0010 => [(self.tsc_hz / 1000) as u32, (APIC_HZ / 1000) as u32, 0, 0],
             0x8000_0000 => [0x8000_0008, 0, 0, 0],
             0x8000_0001 => {
                 let mut r = self.registers(leaf, 0);
@@ -270,7 +384,7 @@ impl CpuModel {
             0x8000_0002..=0x8000_0004 => self.brand(leaf - 0x8000_0002),
             0x8000_0006 => [0, 0, 2048 << 16 | 8 << 12 | 64, 0],
             0x8000_0007 => self.registers(leaf, 0),
-            0x8000_0008 => [48 << 8 | PHYSICAL_BITS, 0, 0, 0],
+            0x8000_0008 => [48 << 8 | self.physical_bits, 0, 0, 0],
             _ => [0; 4],
         }
     }
@@ -345,6 +459,22 @@ impl CpuModel {
     }
 }
 
+/// The fraction nearest to `a / b`, of those that continue it, whose numerator is at most `most`; numerator and
+/// denominator.
+fn ratio(mut a: u64, mut b: u64, most: u64) -> (u64, u64) {
+    let (mut before, mut last) = ((0, 1), (1, 0));
+    while b != 0 {
+        let whole = a / b;
+        let next = (whole.saturating_mul(last.0) + before.0, whole.saturating_mul(last.1) + before.1);
+        if next.0 > most {
+            break;
+        }
+        (before, last) = (last, next);
+        (a, b) = (b, a % b);
+    }
+    last
+}
+
 fn word(text: &[u8], at: usize) -> u32 {
     let mut bytes = [0; 4];
     bytes.copy_from_slice(&text[at..at + 4]);
@@ -360,6 +490,66 @@ fn signature(eax: u32, text: &[u8; 12], order: [usize; 3]) -> [u32; 4] {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Leaf 15H tells the time-stamp counter's frequency to a millionth, in numbers that 32 bits multiply.
+    #[test]
+    fn the_clock_is_told_exactly_and_in_small_numbers() {
+        let s = CpuState::reset();
+        for hz in [TSC_HZ, 2_599_998_000, 2_899_999_999, 3_600_000_000, 4_999_987_000, 800_000_000] {
+            let [denominator, numerator, crystal, _] = CpuModel::new(Max, 1, 0).with_tsc(hz).cpuid(0x15, 0, &s);
+            let khz = u64::from(crystal / 1000) * u64::from(numerator);
+            assert!(u32::try_from(khz).is_ok(), "{hz}");
+            let told = khz * 1000 / u64::from(denominator);
+            assert!(told.abs_diff(hz) <= hz / 1_000_000, "{hz} is told as {told}");
+        }
+        assert_eq!(CpuModel::new(Max, 1, 0).cpuid(0x15, 0, &s), [1, 1, 1_000_000_000, 0]);
+    }
+
+    /// What a host lacks is neither reported nor executed, and what KVM reports elsewhere stays.
+    #[test]
+    fn a_model_is_limited_to_its_host() {
+        let s = CpuState::reset();
+        let max = CpuModel::new(Max, 1, 0);
+        let mut host = max.table();
+        assert_eq!((max.limited_to(&host).features, max.limited_to(&host).lacks()), (max.features, vec![]));
+        for e in &mut host {
+            match (e.leaf, e.subleaf) {
+                (1, _) => e.registers[2] &= !(1 << 25 | 1 << 24 | 1 << 21),
+                // AMD's place of PKRU.
+                (0xd, 9) => e.registers[1] = 2432,
+                (0x8000_0008, _) => e.registers[0] = 48 << 8 | 39,
+                _ => {}
+            }
+        }
+        let limited = max.limited_to(&host);
+        assert_eq!(limited.lacks(), ["AES", "PKU"]);
+        assert!(!limited.executes(Code::Aesenc_xmm_xmmm128) && max.executes(Code::Aesenc_xmm_xmmm128));
+        assert_eq!(limited.xcr0_mask(), 7);
+        let [_, _, ecx, _] = limited.cpuid(1, 0, &s);
+        assert_eq!((ecx >> 25 & 1, ecx >> 24 & 1, ecx >> 21 & 1), (0, 1, 1));
+        assert_eq!(limited.cpuid(0x8000_0008, 0, &s)[0], 48 << 8 | 39);
+    }
+
+    /// A guest on the host's processor has its number and topology of the machine, and what the host has for the rest.
+    #[test]
+    fn the_hosts_own_processor_is_numbered() {
+        let host = [
+            CpuidEntry { leaf: 0, subleaf: 0, indexed: false, registers: [0x10, 1, 2, 3] },
+            CpuidEntry { leaf: 1, subleaf: 0, indexed: false, registers: [0xa20f12, 0x1234_5678, 1 << 13, 1 << 28] },
+            CpuidEntry { leaf: 0xb, subleaf: 0, indexed: true, registers: [9; 4] },
+        ];
+        let seen = CpuModel::new(Max, 4, 2).of_host(&host);
+        let of = |leaf| seen.iter().find(|e| e.leaf == leaf).map(|e| e.registers);
+        assert_eq!(of(0), Some([0x10, 1, 2, 3]));
+        let [eax, ebx, ecx, edx] = of(1).expect("leaf 1");
+        assert_eq!((eax, ebx >> 24, ecx >> 13 & 1, ecx >> 31, edx), (0xa20f12, 2, 1, 1, 1 << 28));
+        assert_eq!(of(0xb).map(|r| r[3]), Some(2));
+        assert_eq!(
+            (of(0x15), of(0x4000_0000).is_some()),
+            (None, true),
+            "leaves beyond the host's last are not made up"
+        );
+    }
 
     #[test]
     fn levels_are_monotonic() {

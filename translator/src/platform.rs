@@ -15,7 +15,8 @@ pub trait Platform: Send {
     }
     /// Writes `size` (1, 2, 4 or 8) bytes to a guest physical address that is not RAM.
     fn mmio_write(&mut self, _gpa: u64, _size: u8, _value: u64) {}
-    /// The time-stamp counter without the guest's offset: [`TSC_HZ`] ticks a second since power-on, never backwards.
+    /// The time-stamp counter without the guest's offset: as many ticks a second as the CPU model says since power-on,
+    /// never backwards.
     fn tsc(&mut self) -> u64 {
         0
     }
@@ -50,11 +51,15 @@ pub trait Platform: Send {
     fn take_nmi(&mut self) -> bool {
         false
     }
+    /// The end of a level-triggered interrupt, from an engine with local APICs of its own.
+    fn end_of_interrupt(&mut self, _vector: u8) {}
     /// 64 random bits for RDRAND and RDSEED; `None` when the host has none to give (CF=0).
     fn random(&mut self) -> Option<u64> {
         None
     }
 }
 
-/// Frequency of the guest's time-stamp counter and of the APIC timer's crystal.
+/// Frequency of the guest's time-stamp counter, unless an engine can only have the host's.
 pub const TSC_HZ: u64 = 1_000_000_000;
+/// Frequency of the APIC timer's crystal.
+pub const APIC_HZ: u64 = 1_000_000_000;

@@ -206,6 +206,29 @@ pub struct CpuState {
     pub msr: Msrs,
     /// Guest TSC minus the platform's (IA32_TSC writes, IA32_TSC_ADJUST).
     pub tsc_offset: u64,
+    /// What is to be delivered before the next instruction.
+    pub due: Option<Due>,
+}
+
+/// An event on its way to the guest: taken from where it came from, not delivered yet. CR2 and DR6 have what belongs to
+/// it already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Due {
+    /// Its vector.
+    pub vector: u8,
+    /// What it is.
+    pub kind: DueKind,
+}
+
+/// Kinds of events.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum DueKind {
+    /// An acknowledged interrupt.
+    Interrupt,
+    /// The non-maskable interrupt.
+    Nmi,
+    /// An exception, with its error code if it has one.
+    Exception(Option<u32>),
 }
 
 /// Model-specific registers that only hold what was written (SDM vol. 4).
@@ -274,6 +297,7 @@ impl CpuState {
             x87: X87::reset(),
             msr: Msrs { pat: 0x0007_0406_0007_0406, misc_enable: 1, ..Msrs::default() },
             tsc_offset: 0,
+            due: None,
         }
     }
 

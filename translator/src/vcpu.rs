@@ -11,7 +11,7 @@ use crate::jit::frame::reason;
 use crate::jit::region::Plan;
 use crate::jit::{Jit, THRESHOLD};
 use crate::jump::{JumpCache, JumpEntry};
-use crate::state::{Segment, flag, seg};
+use crate::state::{CpuState, Due, DueKind, Segment, flag, seg};
 
 /// Why [`Vcpu::run`] returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +33,8 @@ const PATIENCE: u32 = 20_000;
 /// Of so many times that quick code goes on back or elsewhere it is looked where it is. A prime, for loops to have no part
 /// of it for their period.
 const LOOK: u32 = 1009;
+/// DR6: B0 to B3, BD, BS, BT.
+const DR6_CONDITIONS: u64 = 0xe00f;
 /// Invalidations of compiled code in a page after which its blocks must be twice as hot to be compiled again.
 const REWRITES: u32 = 8;
 
@@ -168,6 +170,41 @@ impl Vcpu {
             }
             None => Ok(()),
         }
+    }
+
+    /// What the state has to be delivered before the next instruction. To be called after a state was set.
+    pub fn deliver_due(&mut self) -> Result<(), TripleFault> {
+        let s = &mut self.cpu.s;
+        let Some(due) = s.due.take() else { return Ok(()) };
+        let event = match due.kind {
+            DueKind::Interrupt => Event::Interrupt(due.vector),
+            DueKind::Nmi => {
+                s.nmi_blocked = true;
+                Event::Nmi
+            }
+            // RF is in the flags already if it is to be.
+            DueKind::Exception(error) => {
+                let payload = match due.vector {
+                    vector::PF => s.cr2,
+                    vector::DB => s.dr[6] & DR6_CONDITIONS,
+                    _ => 0,
+                };
+                Event::Trap(Exception { vector: due.vector, error, payload })
+            }
+        };
+        self.deliver(event)
+    }
+
+    /// The state between two instructions. What is to be delivered before the next one is in it.
+    pub fn state(&self) -> CpuState {
+        let mut state = self.cpu.s.clone();
+        // Equal flags have one form.
+        state.set_flags(state.flags());
+        if self.cpu.pending_debug != 0 {
+            state.dr[6] = state.dr[6] & !15 | self.cpu.pending_debug;
+            state.due = Some(Due { vector: vector::DB, kind: DueKind::Exception(None) });
+        }
+        state
     }
 
     /// Delivers an event, which wakes a halted CPU and ends interrupt shadows.

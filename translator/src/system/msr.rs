@@ -127,8 +127,7 @@ fn read(cpu: &mut Cpu, n: u32) -> Option<u64> {
         id::SPEC_CTRL => m.spec_ctrl,
         id::PKRS if cpu.model.allows_cr4(cr::CR4_PKS) => m.pkrs.into(),
         id::BIOS_SIGN_ID => 1 << 32,
-        // Base ratio 10 × 100 MHz.
-        id::PLATFORM_INFO => 10 << 8,
+        id::PLATFORM_INFO => cpu.model.platform_info(),
         id::MTRRCAP => MTRRCAP,
         id::ARCH_CAPABILITIES => ARCH_CAPABILITIES,
         id::MISC_FEATURES => 0,

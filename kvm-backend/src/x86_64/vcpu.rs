@@ -1,0 +1,361 @@
+//! One vCPU: the loop around KVM_RUN.
+
+use std::sync::Arc;
+
+use diglot_translator::engine::{self, CpuState, EngineError, Exit, Kick, LapicState, Platform, VcpuSetup};
+use kvm_bindings::{
+    KVM_EXIT_IO_IN, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVM_VCPUEVENT_VALID_NMI_PENDING, KVMIO, kvm_device_attr,
+};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
+use vmm_sys_util::ioctl_iow_nr;
+
+use super::{KvmVm, Machine, call, describe, lapic, msr, state};
+use crate::KvmError;
+use crate::kick::{Door, Inside};
+
+ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
+ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
+ioctl_iow_nr!(KVM_X86_SETUP_MCE, KVMIO, 0x9c, u64);
+
+/// The bytes of an instruction that KVM gave up on, as far as KVM_EXIT_INTERNAL_ERROR names them.
+const SUBERRORS: [(u32, &str); 4] = [
+    (1, "it does not know the instruction"),
+    (2, "an exception or interrupt came while another was being delivered"),
+    (3, "delivering an event ended in a page that is no memory"),
+    (4, "the processor left the guest for an unexpected reason"),
+];
+
+/// What KVM_RUN came back for, with nothing borrowed from the run page.
+enum Why {
+    /// A signal, or nothing.
+    Again,
+    Port,
+    Halted,
+    Shutdown,
+    /// What it was, for the user.
+    Failed(String),
+}
+
+/// What the loop counted.
+#[derive(Default)]
+struct Counts {
+    runs: u64,
+    interrupted: u64,
+    msrs: u64,
+    unknown_msrs: u64,
+    injected: u64,
+}
+
+pub struct Vcpu {
+    fd: VcpuFd,
+    machine: Arc<Machine>,
+    platform: Box<dyn Platform>,
+    kick: Kick,
+    door: Door,
+    layout: state::Layout,
+    /// What KVM has no place for.
+    rest: CpuState,
+    /// The last exit is completed by the next KVM_RUN only.
+    unfinished: bool,
+    /// Whether an interrupt of the 8259s may wait.
+    irq_maybe: bool,
+    counts: Counts,
+}
+
+impl Vcpu {
+    /// A vCPU with its first state.
+    pub fn new(vm: &KvmVm, setup: VcpuSetup) -> Result<Vcpu, KvmError> {
+        let fd = vm.machine.fd.create_vcpu(setup.index.into()).map_err(|e| call("create a vCPU", e))?;
+        let cpuid = vm.cpuid_of(setup.index, setup.count)?;
+        let has_pku = cpuid.as_slice().iter().any(|e| e.function == 7 && e.index == 0 && e.ecx >> 3 & 1 != 0);
+        let pkru = cpuid.as_slice().iter().find(|e| e.function == 0xd && e.index == 9).map(|e| e.ebx as usize);
+        fd.set_cpuid2(&cpuid).map_err(|e| call("set CPUID", e))?;
+        if vm.tsc_scaling {
+            let khz = u32::try_from(vm.tsc_hz / 1000).unwrap_or(u32::MAX);
+            fd.set_tsc_khz(khz).map_err(|e| call("scale the time-stamp counter", e))?;
+        }
+        let mut banks = msr::MC_BANKS;
+        // SAFETY: the call reads a u64. A KVM that has no such call has another number of banks, which is no harm.
+        unsafe { ioctl_with_mut_ref(&fd, KVM_X86_SETUP_MCE(), &mut banks) };
+        for (index, value) in msr::constants(vm.tsc_hz) {
+            state::set_msr(&fd, index, value);
+        }
+        let mut vcpu = Vcpu {
+            fd,
+            machine: vm.machine.clone(),
+            platform: setup.platform,
+            kick: setup.kick,
+            door: Door::default(),
+            layout: state::Layout { pkru: pkru.filter(|_| has_pku) },
+            rest: setup.state.clone(),
+            unfinished: false,
+            irq_maybe: true,
+            counts: Counts::default(),
+        };
+        vcpu.door.open_to(&vcpu.kick);
+        vcpu.store(&setup.state)?;
+        Ok(vcpu)
+    }
+
+    fn load(&mut self) -> Result<CpuState, KvmError> {
+        let mut s = self.rest.clone();
+        state::load(&self.fd, &mut s, self.layout)?;
+        let (platform, guest) = self.clocks()?;
+        s.tsc_offset = guest.wrapping_sub(platform);
+        Ok(s)
+    }
+
+    fn store(&mut self, s: &CpuState) -> Result<(), KvmError> {
+        state::store(&self.fd, s, self.layout)?;
+        self.rest = s.clone();
+        let (platform, guest) = self.clocks()?;
+        self.move_tsc(platform.wrapping_add(s.tsc_offset).wrapping_sub(guest))
+    }
+
+    /// The machine's time-stamp counter, and the guest's at the same time.
+    fn clocks(&mut self) -> Result<(u64, u64), KvmError> {
+        let guest = state::get_msr(&self.fd, msr::TSC);
+        let guest = guest.ok_or_else(|| KvmError::Broken("it does not tell the time-stamp counter".into()))?;
+        Ok((self.platform.tsc(), guest))
+    }
+
+    /// Moves the guest's time-stamp counter by so many ticks. Writing the MSR would have KVM guess whether several vCPUs'
+    /// are to be alike; the offset is taken as it is.
+    fn move_tsc(&self, ticks: u64) -> Result<(), KvmError> {
+        let attribute = |value: &mut u64| kvm_device_attr {
+            group: KVM_VCPU_TSC_CTRL,
+            attr: u64::from(KVM_VCPU_TSC_OFFSET),
+            addr: std::ptr::from_mut(value) as u64,
+            flags: 0,
+        };
+        let failed = || call("move the time-stamp counter", kvm_ioctls::Error::last());
+        let mut offset = 0;
+        // SAFETY: the call writes a u64 to `addr`, which is that of one.
+        if unsafe { ioctl_with_ref(&self.fd, KVM_GET_DEVICE_ATTR(), &attribute(&mut offset)) } != 0 {
+            return Err(failed());
+        }
+        let mut moved = offset.wrapping_add(ticks);
+        // SAFETY: the call reads a u64 from `addr`, which is that of one.
+        if unsafe { ioctl_with_ref(&self.fd, KVM_SET_DEVICE_ATTR(), &attribute(&mut moved)) } != 0 {
+            return Err(failed());
+        }
+        Ok(())
+    }
+
+    /// Runs until something needs the machine's attention.
+    fn run_inside(&mut self, inside: &Inside) -> Result<Exit, KvmError> {
+        loop {
+            inside.clear();
+            if self.kick.pending() != 0 {
+                if self.kick.take(Kick::STOP) != 0 {
+                    self.finish(inside)?;
+                    return Ok(Exit::Stopped);
+                }
+                self.kick.take(Kick::ATTENTION);
+                self.irq_maybe = true;
+            }
+            if self.irq_maybe {
+                self.offer_interrupt()?;
+            }
+            match self.enter() {
+                Why::Again => {}
+                Why::Port => self.access_port(),
+                Why::Halted => return Ok(Exit::Halt),
+                Why::Shutdown => return Ok(Exit::Shutdown(describe::place(&self.load()?))),
+                Why::Failed(why) => {
+                    let registers = self.load().map(|s| describe::registers(&s, &self.fd, self.machine.slots.ram()));
+                    return Ok(Exit::Failed(format!("{why}{}", registers.unwrap_or_default())));
+                }
+            }
+        }
+    }
+
+    /// Completes the access that the guest is in the middle of.
+    fn finish(&mut self, inside: &Inside) -> Result<(), KvmError> {
+        while self.unfinished {
+            inside.finish_only();
+            match self.enter() {
+                Why::Port => self.access_port(),
+                Why::Failed(why) => return Err(KvmError::Broken(why)),
+                // Guest code has not run on.
+                Why::Again | Why::Halted | Why::Shutdown => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Brings the machine's timers up to date and delivers what waits at the 8259s, or has KVM come back once it can be
+    /// delivered.
+    fn offer_interrupt(&mut self) -> Result<(), KvmError> {
+        let waits = self.platform.interrupt_pending();
+        let run = self.fd.get_kvm_run();
+        run.request_interrupt_window = u8::from(waits);
+        self.irq_maybe = waits;
+        if waits
+            && run.ready_for_interrupt_injection != 0
+            && !self.unfinished
+            && state::is_quiet(&self.fd)?
+            && let Some(vector) = self.platform.acknowledge()
+        {
+            state::inject(&self.fd, vector)?;
+            self.counts.injected += 1;
+            // Not before the guest is out of the handler's way; what waits behind is asked for then.
+            self.fd.get_kvm_run().ready_for_interrupt_injection = 0;
+        }
+        Ok(())
+    }
+
+    /// KVM_RUN, and what can be done about its exit at once.
+    fn enter(&mut self) -> Why {
+        self.counts.runs += 1;
+        let exit = match self.fd.run() {
+            Ok(exit) => exit,
+            Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => {
+                self.unfinished = false;
+                self.counts.interrupted += 1;
+                return Why::Again;
+            }
+            Err(e) => return Why::Failed(format!("KVM refused to run the guest: {e}")),
+        };
+        self.unfinished = false;
+        match exit {
+            VcpuExit::IoIn(..) | VcpuExit::IoOut(..) => return Why::Port,
+            VcpuExit::MmioRead(gpa, data) => {
+                let value = self.platform.mmio_read(gpa, data.len() as u8).to_le_bytes();
+                data.iter_mut().zip(value).for_each(|(byte, v)| *byte = v);
+            }
+            VcpuExit::MmioWrite(gpa, data) => {
+                let mut value = [0; 8];
+                value.iter_mut().zip(data).for_each(|(v, byte)| *v = *byte);
+                self.platform.mmio_write(gpa, data.len() as u8, u64::from_le_bytes(value));
+            }
+            VcpuExit::IoapicEoi(vector) => {
+                self.platform.end_of_interrupt(vector);
+                return Why::Again;
+            }
+            VcpuExit::X86Rdmsr(access) => {
+                self.counts.msrs += 1;
+                let value = msr::read(access.index);
+                self.counts.unknown_msrs += u64::from(value.is_none());
+                (*access.data, *access.error) = (value.unwrap_or(0), u8::from(value.is_none()));
+            }
+            VcpuExit::X86Wrmsr(access) => {
+                self.counts.msrs += 1;
+                let known = msr::write(access.index);
+                self.counts.unknown_msrs += u64::from(!known);
+                *access.error = u8::from(!known);
+            }
+            VcpuExit::Hlt => return Why::Halted,
+            VcpuExit::Shutdown => return Why::Shutdown,
+            // The window is open, or there is nothing to tell.
+            VcpuExit::IrqWindowOpen => {
+                self.irq_maybe = true;
+                return Why::Again;
+            }
+            VcpuExit::Intr => return Why::Again,
+            VcpuExit::InternalError => return Why::Failed(self.internal_error()),
+            VcpuExit::FailEntry(reason, cpu) => {
+                return Why::Failed(format!(
+                    "the processor refused to enter the guest: hardware reason {reason:#x}, on host CPU {cpu}"
+                ));
+            }
+            other => return Why::Failed(format!("KVM stopped for a reason that machines have not: {other:?}")),
+        }
+        self.unfinished = true;
+        // An access to a device may have raised an interrupt or lowered one.
+        self.irq_maybe = true;
+        Why::Again
+    }
+
+    fn internal_error(&mut self) -> String {
+        // SAFETY: the exit reason is KVM_EXIT_INTERNAL_ERROR, whose part of the union this is.
+        let error = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal };
+        let what = SUBERRORS.iter().find(|(n, _)| *n == error.suberror).map_or("it does not say why", |(_, what)| what);
+        format!("KVM cannot go on with the guest: {what} (KVM_EXIT_INTERNAL_ERROR, suberror {})", error.suberror)
+    }
+
+    /// An access to a port, of which string instructions make several.
+    fn access_port(&mut self) {
+        let run = self.fd.get_kvm_run();
+        // SAFETY: the exit reason is KVM_EXIT_IO, whose part of the union this is.
+        let io = unsafe { run.__bindgen_anon_1.io };
+        let size = usize::from(io.size);
+        let base = (&raw mut *run).cast::<u8>();
+        for k in 0..io.count as usize {
+            // SAFETY: KVM has `count` units of `size` bytes, 1, 2 or 4, at `data_offset`, on the page behind the run
+            // page, which is mapped with it.
+            let unit = unsafe { std::slice::from_raw_parts_mut(base.add(io.data_offset as usize + k * size), size) };
+            if u32::from(io.direction) == KVM_EXIT_IO_IN {
+                let value = self.platform.port_in(io.port, io.size).to_le_bytes();
+                unit.iter_mut().zip(value).for_each(|(byte, v)| *byte = v);
+            } else {
+                let mut value = [0; 4];
+                value.iter_mut().zip(&*unit).for_each(|(v, byte)| *v = *byte);
+                self.platform.port_out(io.port, io.size, u32::from_le_bytes(value));
+            }
+        }
+        self.unfinished = true;
+        self.irq_maybe = true;
+    }
+
+    fn load_lapic(&self) -> Result<LapicState, KvmError> {
+        let failed = |e| call("tell a local APIC's state", e);
+        let page = self.fd.get_lapic().map_err(failed)?;
+        Ok(LapicState {
+            base: self.fd.get_sregs().map_err(failed)?.apic_base,
+            registers: lapic::registers(&page),
+            tsc_deadline: state::get_msr(&self.fd, msr::TSC_DEADLINE).unwrap_or(0),
+            nmi: self.fd.get_vcpu_events().map_err(failed)?.nmi.pending != 0,
+        })
+    }
+
+    fn store_lapic(&mut self, s: &LapicState) -> Result<(), KvmError> {
+        let failed = |e| call("take a local APIC's state", e);
+        let mut sregs = self.fd.get_sregs().map_err(failed)?;
+        sregs.apic_base = s.base;
+        // KVM has the task priority in both places.
+        sregs.cr8 = u64::from(s.registers[8] >> 4 & 15);
+        self.fd.set_sregs(&sregs).map_err(failed)?;
+        self.fd.set_lapic(&lapic::page(s)).map_err(failed)?;
+        state::set_msr(&self.fd, msr::TSC_DEADLINE, s.tsc_deadline);
+        let mut events = self.fd.get_vcpu_events().map_err(failed)?;
+        events.flags |= KVM_VCPUEVENT_VALID_NMI_PENDING;
+        events.nmi.pending = u8::from(s.nmi);
+        self.fd.set_vcpu_events(&events).map_err(failed)
+    }
+}
+
+impl engine::Vcpu for Vcpu {
+    fn run(&mut self) -> Exit {
+        let inside = self.door.enter(&mut self.fd);
+        self.run_inside(&inside).unwrap_or_else(|e| Exit::Failed(e.to_string()))
+    }
+
+    fn state(&mut self) -> Result<CpuState, EngineError> {
+        Ok(self.load()?)
+    }
+
+    fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
+        Ok(self.store(state)?)
+    }
+
+    fn lapic(&mut self) -> Result<Option<LapicState>, EngineError> {
+        Ok(Some(self.load_lapic()?))
+    }
+
+    fn set_lapic(&mut self, state: &LapicState) -> Result<(), EngineError> {
+        Ok(self.store_lapic(state)?)
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let c = &self.counts;
+        vec![
+            ("kvm_runs", c.runs),
+            ("kvm_interrupted", c.interrupted),
+            ("kvm_msrs", c.msrs),
+            ("unknown_msr", c.unknown_msrs),
+            ("interrupts", c.injected),
+        ]
+    }
+}
