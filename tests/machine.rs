@@ -2,6 +2,8 @@
 
 mod support;
 
+use std::process::Stdio;
+
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use support::*;
@@ -218,7 +220,7 @@ fn the_map_for_perf_names_guest_code() {
         power_off(a)
     });
     let mut child = diglot(&["run", "--backend", "jit", "--perf-map", "--kernel", text(&kernel)])
-        .stderr(std::process::Stdio::null())
+        .stderr(Stdio::null())
         .spawn()
         .expect("diglot starts");
     let path = format!("/tmp/perf-{}.map", child.id());
@@ -230,5 +232,43 @@ fn the_map_for_perf_names_guest_code() {
         let mut words = line.split(' ');
         let number = |word: Option<&str>| u64::from_str_radix(word.unwrap_or_default(), 16).expect("hexadecimal");
         assert!(number(words.next()) != 0 && number(words.next()) != 0, "{line}");
+    }
+}
+
+/// Signals that mean nothing, as fast as they go: a guest that counts loses nothing, on any engine.
+#[test]
+fn a_storm_of_signals_is_weathered() {
+    let directory = tempfile::tempdir().expect("directory");
+    let kernel = guest(directory.path(), "kernel", |a| {
+        let mut again = a.create_label();
+        a.xor(ebx, ebx)?;
+        a.set_label(&mut again)?;
+        put(a, b'.')?;
+        a.mov(edx, 0x608)?;
+        a.in_(eax, dx)?;
+        a.inc(ebx)?;
+        a.cmp(ebx, 20_000)?;
+        a.jne(again)?;
+        power_off(a)
+    });
+    for (engine, options) in engines(Asks::Little) {
+        let args = [&["run", "--memory", "4M", "--kernel", text(&kernel)], options].concat();
+        let child = diglot(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("diglot starts");
+        let id = child.id() as libc::pid_t;
+        let (done, is_done) = std::sync::mpsc::channel::<()>();
+        let storm = std::thread::spawn(move || {
+            // Not before it has handlers.
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            while is_done.try_recv() == Err(std::sync::mpsc::TryRecvError::Empty) {
+                // SAFETY: sending a signal has no conditions. Until it is waited for the child's id is its own.
+                unsafe { libc::kill(id, libc::SIGCONT) };
+                std::thread::yield_now();
+            }
+        });
+        let output = child.wait_with_output().expect("ends");
+        drop(done);
+        storm.join().expect("no panic");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!((output.status.code(), output.stdout.len()), (Some(0), 20_000), "{engine}: {stderr}");
     }
 }

@@ -44,7 +44,13 @@ pub fn has_kvm(asks: Asks) -> bool {
 
 /// Every engine that can run a guest which asks for so much.
 pub fn engines(asks: Asks) -> Vec<Engine> {
-    ENGINES.into_iter().chain(has_kvm(asks).then_some(KVM)).collect()
+    let kvm = has_kvm(asks).then_some(KVM);
+    ENGINES.into_iter().filter(|_| !only_kvm()).chain(kvm).collect()
+}
+
+/// Whether the environment asks for KVM alone, as where the other engines have been tested before.
+pub fn only_kvm() -> bool {
+    std::env::var("DIGLOT_TEST_ENGINES").is_ok_and(|only| only == "kvm")
 }
 
 /// The program under test with arguments, nothing to read, and no environment of the tester's.

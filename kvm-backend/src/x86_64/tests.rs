@@ -1,9 +1,11 @@
 //! Tiny guests on the KVM of this host, be it an emulated one. Without any they say so.
 
+use std::os::fd::AsRawFd;
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use diglot_translator::engine::Vcpu as _;
 use diglot_translator::engine::{
     CpuState, CpuidEntry, Due, DueKind, Exit, Kick, LapicState, Platform, Segment, VcpuSetup, Vm, cr, flag, gpr, seg,
 };
@@ -11,7 +13,7 @@ use iced_x86::code_asm::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::{Kvm, KvmVm};
-use crate::VmOptions;
+use crate::{LEAST_MIPS, VmOptions};
 
 const CODE: u64 = 0x1_0000;
 const DATA: u64 = 0x8_0000;
@@ -410,6 +412,41 @@ fn pages_that_the_guest_writes_are_logged() {
     assert_eq!(written, [DATA / 4096 + 3, DATA / 4096 + 5]);
     assert_eq!(pages(&machine), [0u64; 0], "what was told is forgotten");
     machine.vm.log_writes(false).expect("no log");
+}
+
+/// A code segment that is for 64 bits and for 32 at once: no processor enters that.
+#[test]
+fn what_cannot_be_entered_says_so() {
+    let Some(mut machine) = Machine::new() else { return };
+    if Kvm::open().and_then(|kvm| kvm.measure()).is_ok_and(|offer| offer.mips < LEAST_MIPS) {
+        println!("skipped: this KVM is emulated, and enters anything");
+        return;
+    }
+    let mut s = crowded();
+    s.cpl = 0;
+    s.seg[usize::from(seg::CS)] = Segment { selector: 0x10, ..flat(0xe09b) };
+    s.seg[usize::from(seg::SS)] = Segment { selector: 0x18, ..flat(0xc093) };
+    let Exit::Failed(why) = machine.vcpu(s).run() else { panic!("it was entered") };
+    assert!(why.starts_with("the processor refused to enter the guest") && why.contains("RFLAGS"), "{why}");
+}
+
+/// Calls that fail in the middle of a run end it, with what failed.
+#[test]
+fn a_vcpu_that_fails_says_what() {
+    let Some(machine) = Machine::new() else { return };
+    machine.program(|a| a.hlt());
+    let (board, kick) = (machine.board.clone(), machine.board.kick.clone());
+    let setup = VcpuSetup { state: protected(), platform: Box::new(board), kick, index: 0, count: 1 };
+    let mut vcpu = super::vcpu::Vcpu::new(&machine.vm, setup).expect("a vCPU");
+    let null = std::fs::File::open("/dev/null").expect("a file");
+    // SAFETY: the vCPU's file becomes another one, on which no call of KVM's does anything; its run page stays mapped.
+    assert!(unsafe { libc::dup2(null.as_raw_fd(), vcpu.as_raw_fd()) } >= 0);
+    let Exit::Failed(why) = vcpu.run() else { panic!("it ran") };
+    assert!(why.starts_with("KVM refused to run the guest: Inappropriate ioctl"), "{why}");
+    for error in [vcpu.state().err(), vcpu.set_state(&protected()).err(), vcpu.lapic().err()] {
+        let text = error.map(|e| e.to_string()).unwrap_or_default();
+        assert!(text.starts_with("KVM refused to ") && text.contains("Inappropriate ioctl"), "{text}");
+    }
 }
 
 /// MSRs that KVM does not have come to us: what the machine has is there, another raises #GP.

@@ -326,6 +326,13 @@ impl Vcpu {
     }
 }
 
+#[cfg(test)]
+impl std::os::fd::AsRawFd for Vcpu {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
 impl engine::Vcpu for Vcpu {
     fn run(&mut self) -> Exit {
         let inside = self.door.enter(&mut self.fd);
