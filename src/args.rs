@@ -48,6 +48,7 @@ Keys, on a terminal that the guest owns:
 
 Environment:
   XDG_CACHE_HOME  where the debian guest is kept (default ~/.cache)
+  DIGLOT_KVM      the device that is KVM (default /dev/kvm)
   DIGLOT_LOG      what to log to standard error, such as diglot_translator=debug";
 
 /// Runs whole x86-64 computers on this host. Without a command it boots the guest built into it.

@@ -1,7 +1,6 @@
 //! Those who run the programs, and how each is started.
 
 use std::collections::BTreeMap;
-use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader, ErrorKind, Read};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -148,10 +147,11 @@ impl Contender {
     }
 
     fn run_from(&self, files: &Files, initrd: &Path, programs: &[String]) -> Outcome {
+        // Where Diglot would not use KVM, QEMU would take for ever with it or fail.
         if self.kind == Kind::Qemu("kvm")
-            && let Err(e) = OpenOptions::new().read(true).write(true).open("/dev/kvm")
+            && let Some(problem) = diglot_runtime::survey::survey().problem
         {
-            return Outcome::Unavailable(format!("/dev/kvm: {e}"));
+            return Outcome::Unavailable(problem);
         }
         let mut command = self.command(files, initrd, programs);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());

@@ -1,4 +1,5 @@
-//! How other threads get a vCPU out of guest code: its run page's `immediate_exit` and a signal.
+//! How other threads get a vCPU out of guest code: its run page's `immediate_exit` and a signal. And how what must not
+//! be interrupted is not.
 //!
 //! The signal interrupts KVM_RUN where that runs guest code or sleeps in the kernel; `immediate_exit` has it return at
 //! once where it is only about to.
@@ -91,5 +92,19 @@ impl Inside {
 impl Drop for Inside {
     fn drop(&mut self) {
         *self.door.0.lock() = None;
+    }
+}
+
+/// Does something with all signals held back, which makes KVM_CREATE_VM give up halfway.
+pub fn undisturbed<T>(work: impl FnOnce() -> T) -> T {
+    // SAFETY: both sets are valid for all zeroes, and the calls only write to them; the thread's own mask comes back.
+    unsafe {
+        let mut all = std::mem::zeroed();
+        let mut before = std::mem::zeroed();
+        libc::sigfillset(&mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
+        let result = work();
+        libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
+        result
     }
 }

@@ -18,8 +18,9 @@ use kvm_bindings::{
     KvmIrqRouting, kvm_cpuid_entry2, kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
     kvm_irq_routing_msi, kvm_irq_routing_msi__bindgen_ty_1, kvm_msi,
 };
-use kvm_ioctls::{Cap, VmFd};
+use kvm_ioctls::{Cap, VcpuFd, VmFd};
 
+use crate::kick::undisturbed;
 use crate::memory::{Slots, Written};
 use crate::{API_VERSION, KvmError, Offer, VmOptions, device};
 
@@ -63,6 +64,14 @@ fn call(what: &'static str, error: kvm_ioctls::Error) -> KvmError {
     KvmError::Call { what, why: error.to_string(), advice }
 }
 
+fn create_vm(system: &kvm_ioctls::Kvm) -> Result<VmFd, KvmError> {
+    undisturbed(|| system.create_vm()).map_err(|e| call("create a machine", e))
+}
+
+fn create_vcpu(vm: &VmFd, index: u32) -> Result<VcpuFd, KvmError> {
+    undisturbed(|| vm.create_vcpu(index.into())).map_err(|e| call("create a vCPU", e))
+}
+
 impl Kvm {
     /// Opens KVM and makes sure that it has what machines need. Whether it runs guests, and how fast, is for
     /// [`Self::measure`] to say.
@@ -91,8 +100,8 @@ impl Kvm {
         let cpuid = system.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(|e| call("tell its CPUID", e))?;
         let cpuid = cpuid.as_slice().iter().map(entry).collect();
         let tsc_scaling = system.check_extension(Cap::TscControl);
-        let vm = system.create_vm().map_err(|e| call("create a machine", e))?;
-        let vcpu = vm.create_vcpu(0).map_err(|e| call("create a vCPU", e))?;
+        let vm = create_vm(&system)?;
+        let vcpu = create_vcpu(&vm, 0)?;
         let khz = vcpu.get_tsc_khz().map_err(|e| call("tell the frequency of the time-stamp counter", e))?;
         Ok(Kvm { system, cpuid, host_tsc_hz: u64::from(khz) * 1000, tsc_scaling })
     }
@@ -156,7 +165,7 @@ pub struct KvmVm {
 impl KvmVm {
     /// A machine with memory and no vCPU.
     pub fn new(kvm: &Kvm, options: VmOptions) -> Result<KvmVm, KvmError> {
-        let fd = kvm.system.create_vm().map_err(|e| call("create a machine", e))?;
+        let fd = create_vm(&kvm.system)?;
         let enable = |cap: u32, argument: u64| {
             let mut cap = kvm_enable_cap { cap, ..Default::default() };
             cap.args[0] = argument;

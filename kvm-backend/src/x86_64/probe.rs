@@ -7,7 +7,7 @@ use diglot_translator::engine::{CpuState, Segment, cr, flag, gpr, seg};
 use kvm_ioctls::VcpuExit;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::{call, state};
+use super::{call, create_vcpu, create_vm, state};
 use crate::KvmError;
 use crate::memory::Slots;
 
@@ -39,9 +39,9 @@ pub fn measure(system: &kvm_ioctls::Kvm) -> Result<f64, KvmError> {
     }
     ram.write_slice(&PROGRAM, GuestAddress(CODE)).map_err(|e| broken(&e))?;
 
-    let vm = system.create_vm().map_err(|e| call("create a machine", e))?;
+    let vm = create_vm(system)?;
     let _slots = Slots::new(&vm, Arc::new(ram))?;
-    let mut vcpu = vm.create_vcpu(0).map_err(|e| call("create a vCPU", e))?;
+    let mut vcpu = create_vcpu(&vm, 0)?;
     let cpuid =
         system.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(|e| call("tell its CPUID", e))?;
     vcpu.set_cpuid2(&cpuid).map_err(|e| call("set CPUID", e))?;

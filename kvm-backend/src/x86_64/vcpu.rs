@@ -10,7 +10,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 use vmm_sys_util::ioctl_iow_nr;
 
-use super::{KvmVm, Machine, call, describe, lapic, msr, state};
+use super::{KvmVm, Machine, call, create_vcpu, describe, lapic, msr, state};
 use crate::KvmError;
 use crate::kick::{Door, Inside};
 
@@ -66,7 +66,7 @@ pub struct Vcpu {
 impl Vcpu {
     /// A vCPU with its first state.
     pub fn new(vm: &KvmVm, setup: VcpuSetup) -> Result<Vcpu, KvmError> {
-        let fd = vm.machine.fd.create_vcpu(setup.index.into()).map_err(|e| call("create a vCPU", e))?;
+        let fd = create_vcpu(&vm.machine.fd, setup.index)?;
         let cpuid = vm.cpuid_of(setup.index, setup.count)?;
         let has_pku = cpuid.as_slice().iter().any(|e| e.function == 7 && e.index == 0 && e.ecx >> 3 & 1 != 0);
         let pkru = cpuid.as_slice().iter().find(|e| e.function == 0xd && e.index == 9).map(|e| e.ebx as usize);
