@@ -14,6 +14,9 @@ pub struct Options {
     /// Says in the end how often which instructions were reached, and where cases faulted.
     #[arg(long)]
     census: bool,
+    /// Compiles floating point with the guards that AArch64 hosts need.
+    #[arg(long)]
+    guards: bool,
     /// Chooses the programs; another one each time if not given.
     #[arg(long)]
     seed: Option<u32>,
@@ -33,6 +36,9 @@ pub fn run(options: &Options) -> ExitCode {
 
     use diglot_translator::testing::silicon::{self, Census, Progress, STATES};
 
+    if options.guards {
+        diglot_translator::jit::host::force_guards();
+    }
     let clock = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(1, |d| d.as_millis() as u32);
     let seed = options.seed.unwrap_or_else(clock);
     let programs = if options.seconds.is_some() { u64::MAX / 2 } else { options.cases.div_ceil(STATES) };
@@ -104,7 +110,7 @@ fn tell(census: &diglot_translator::testing::silicon::Census) {
 /// Exits with 2: there is nothing to compare with.
 #[cfg(not(target_arch = "x86_64"))]
 pub fn run(options: &Options) -> ExitCode {
-    let Options { cases, seed: _, first: _, seconds: _, census: _ } = options;
+    let Options { cases, seed: _, first: _, seconds: _, census: _, guards: _ } = options;
     eprintln!("skipped: this host is no x86-64 processor to compare {cases} cases with");
     ExitCode::from(2)
 }

@@ -5,7 +5,7 @@
 //! and at exits. Flags are kept as the operation that made them and turned into words only where something reads
 //! them; at a possible fault that happens on the cold path.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use cranelift_codegen::ir::condcodes::IntCC;
 use cranelift_codegen::ir::types::{I8, I8X16, I16, I32, I64};
@@ -26,6 +26,7 @@ use crate::jit::liveness::{dirty_on_entry, flags_live_on_entry, flags_read_on_en
 use crate::jit::region::Plan;
 use crate::jit::usage::{Regs, Usage};
 use crate::mmu::tlb::SITES;
+use crate::simd::fp::FpFmt;
 use crate::width::Width;
 
 /// Index of a helper's address in [`crate::jit::frame::JitFrame::helpers`].
@@ -167,6 +168,10 @@ pub struct JitEmit<'a> {
     pub(super) fp_read: (u16, u16),
     /// Whether the instruction being emitted computes such results.
     pub(super) fp_result: bool,
+    /// Vectors whose elements, those that the format names, are known to be no denormals: by how they were computed,
+    /// and, in the current block, by having been looked at.
+    pub(super) regular: HashSet<(Value, FpFmt)>,
+    pub(super) seen_regular: HashSet<(Value, FpFmt)>,
     pub(super) emitted: Emitted,
 }
 
@@ -267,6 +272,8 @@ impl<'a> JitEmit<'a> {
             fp_unused: (0, 0),
             fp_read: (0, 0),
             fp_result: false,
+            regular: HashSet::new(),
+            seen_regular: HashSet::new(),
             emitted: Emitted::default(),
         };
         let off = e.b.ins().band_imm_u(rip, PAGE_MASK as i64);
@@ -324,6 +331,7 @@ impl<'a> JitEmit<'a> {
             self.ended = false;
             self.wide.clear();
             self.low.clear();
+            self.seen_regular.clear();
             self.fp_ready = false;
             self.fp_unused = (self.dirty.x, self.dirty.y);
             let mut rest = &block.insns[..];

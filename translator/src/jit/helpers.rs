@@ -106,11 +106,11 @@ extern "C" fn fold(cpu: &mut Cpu, _: u64, _: u64, _: u64) {
     cpu.fold_flags();
 }
 
-/// Makes the guest's MXCSR the host's, if the guest masks every exception.
+/// Makes the guest's MXCSR the host's, if the guest masks every exception and the host's unit has such controls.
 extern "C" fn load_fp(cpu: &mut Cpu, _: u64, _: u64, _: u64) {
     let env = FpEnv::new(cpu.s.mxcsr);
-    cpu.jit.slow_result = env.all_masked().into();
-    if env.all_masked() {
+    cpu.jit.slow_result = env.loadable().into();
+    if env.loadable() {
         env.load();
         cpu.jit.fp_loaded = 1;
     }

@@ -1,24 +1,56 @@
 //! What the host's CPU has that Cranelift may use.
 
+#[cfg(any(test, feature = "testing"))]
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use crate::code::HostIsa;
+
+/// Whether a host's floating-point instructions are the guest's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unit {
+    /// They are.
+    Exact,
+    /// They are where operands and result are zeros or normal numbers, which code around them sees to
+    /// ([`super::guard`]).
+    Regular,
+    /// They are not.
+    Other,
+}
 
 /// What decides whether floating point compiles to the host's own instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Host {
-    /// Whether the host's floating-point instructions are the guest's.
-    pub exact: bool,
+    /// Its floating-point unit.
+    pub unit: Unit,
     /// Whether the host has fused multiply-add; without it Cranelift would call a library.
     pub fma: bool,
 }
 
 impl Host {
     /// An x86-64 host that lacks nothing which the compiler has a use for.
-    pub const COMPLETE: Host = Host { exact: true, fma: true };
+    pub const COMPLETE: Host = Host { unit: Unit::Exact, fma: true };
 
     /// This host.
     pub fn this() -> Host {
-        Host { exact: HostIsa::native() == Some(HostIsa::X86_64), fma: has_fma() }
+        let unit = match HostIsa::native() {
+            #[cfg(any(test, feature = "testing"))]
+            Some(HostIsa::X86_64) if GUARDED.load(Ordering::Relaxed) => Unit::Regular,
+            Some(HostIsa::X86_64) => Unit::Exact,
+            Some(HostIsa::Aarch64) => Unit::Regular,
+            None => Unit::Other,
+        };
+        Host { unit, fma: has_fma() }
     }
+}
+
+#[cfg(any(test, feature = "testing"))]
+static GUARDED: AtomicBool = AtomicBool::new(false);
+
+/// Has this process compile floating point with guards though the host needs none, for these to be tested where the
+/// results can be judged.
+#[cfg(any(test, feature = "testing"))]
+pub fn force_guards() {
+    GUARDED.store(true, Ordering::Relaxed);
 }
 
 impl Default for Host {

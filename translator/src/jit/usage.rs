@@ -191,7 +191,7 @@ impl Emit for Usage {
     fn x_high(&mut self, _: ()) {}
     fn x_make(&mut self, _: (), _: ()) {}
     fn lane(&mut self, op: LaneOp, _: (), _: (), _: ()) -> Result<(), Unsupported> {
-        if vector::has_lane(op, self.host) { Ok(()) } else { Err(Unsupported) }
+        if vector::has_lane(op) { Ok(()) } else { Err(Unsupported) }
     }
     fn signs(&mut self, _: (), _: u8) {}
     fn fp(&mut self, op: FpCall, _: FpArgs<()>, high: Option<FpArgs<()>>) -> Result<((), Option<()>), Unsupported> {
@@ -199,12 +199,12 @@ impl Emit for Usage {
         Ok(((), high.map(|_| ())))
     }
     fn fp_comi(&mut self, _: FpFmt, _: bool, _: (), _: ()) -> Result<(), Unsupported> {
-        self.may_leave(self.host.exact)?;
+        self.may_leave(vector::has_scalar(self.host))?;
         self.flags_killed = flag_part::ALL;
         Ok(())
     }
     fn fp_from_int(&mut self, _: FpFmt, _: bool, _: (), _: ()) -> Result<(), Unsupported> {
-        self.may_leave(self.host.exact)
+        self.may_leave(vector::has_scalar(self.host))
     }
     fn fp_to_int(&mut self, _: FpFmt, _: bool, truncate: bool, _: ()) -> Result<(), Unsupported> {
         self.may_leave(vector::has_to_int(truncate, self.host))

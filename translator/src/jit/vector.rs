@@ -1,7 +1,7 @@
 //! Vector and floating-point operations as Cranelift values.
 //!
-//! Lane operations are portable Cranelift. Floating point is the host's own and only where the host is an x86-64, whose
-//! results, NaNs and flags are the guest's; elsewhere helpers evaluate it. Its flags accumulate in the host's MXCSR,
+//! Lane operations are portable Cranelift. Floating point is the host's own: on an x86-64, whose results, NaNs and flags
+//! are the guest's, as it is, and on an AArch64 with guards around it ([`super::guard`]). Its flags accumulate in the host's MXCSR,
 //! which has the guest's controls from the first floating-point instruction of a run of compiled code until its end,
 //! or until a helper evaluates an instruction ([`crate::jit::frame`]).
 
@@ -9,20 +9,21 @@ use cranelift_codegen::ir::condcodes::{FloatCC, IntCC};
 use cranelift_codegen::ir::types::{F32, F32X4, F64, F64X2, I8, I8X16, I16X8, I32, I32X4, I64, I64X2};
 use cranelift_codegen::ir::{InstBuilder, MemFlagsData, Type, Value};
 
+use crate::code::HostIsa;
 use crate::emit::{Emit, Flags, FpArgs, FpCall, LaneOp};
 use crate::jit::Unsupported;
 use crate::jit::emit::at;
 use crate::jit::emit::{FlagVal, Helper, JitEmit};
-use crate::jit::host::Host;
+use crate::jit::host::{Host, Unit};
 use crate::simd::fp::{CvtOp, FmaKind, FpFmt, FpOp};
 use crate::simd::{VecImmOp, VecOp, VecTerOp, VecUnOp};
 use crate::width::W8;
 
 /// Whether a lane operation has a compiled form on a host.
-pub fn has_lane(op: LaneOp, host: Host) -> bool {
+pub fn has_lane(op: LaneOp) -> bool {
     match op {
         LaneOp::One(op) => !matches!(op, VecUnOp::Phminposuw | VecUnOp::Aesimc),
-        LaneOp::Two(VecOp::Pshufb) => host.exact,
+        LaneOp::Two(VecOp::Pshufb) => true,
         LaneOp::Two(op) => simple(op).is_some() || shift(op).is_some() || interleaving(op).is_some() || packing(op),
         LaneOp::Immediate(op, _) => {
             use VecImmOp::*;
@@ -35,22 +36,28 @@ pub fn has_lane(op: LaneOp, host: Host) -> bool {
 /// Whether a floating-point operation has a compiled form on a host.
 pub fn has_fp(op: FpCall, host: Host) -> bool {
     use FpOp::*;
-    host.exact
+    has_scalar(host)
         && match op {
             FpCall::Arith(op, _) => matches!(op, Add | Sub | Mul | Div | Min | Max | Sqrt),
             FpCall::Compare(_, predicate) => predicate < 8,
             FpCall::Fused(kind, _) => host.fma && !matches!(kind, FmaKind::AddSub | FmaKind::SubAdd),
+            FpCall::Convert(CvtOp::Cvttps2dq) => host.unit == Unit::Exact,
             FpCall::Convert(op) => {
                 use CvtOp::*;
-                matches!(op, Cvtdq2ps | Cvttps2dq | Cvtdq2pd | Cvtps2pd | Cvtpd2ps | Cvtss2sd | Cvtsd2ss)
+                matches!(op, Cvtdq2ps | Cvtdq2pd | Cvtps2pd | Cvtpd2ps | Cvtss2sd | Cvtsd2ss)
             }
             FpCall::Round(..) | FpCall::Dot(..) | FpCall::ToHalf(_) => false,
         }
 }
 
+/// Whether comparisons that set flags, and conversions from integers, have a compiled form on a host.
+pub fn has_scalar(host: Host) -> bool {
+    host.unit != Unit::Other
+}
+
 /// Whether a conversion to an integer has a compiled form on a host.
 pub fn has_to_int(truncate: bool, host: Host) -> bool {
-    host.exact && truncate
+    has_scalar(host) && truncate
 }
 
 /// Operations on corresponding elements that are one Cranelift instruction.
@@ -200,7 +207,7 @@ impl JitEmit<'_> {
     }
 
     pub(super) fn emit_lane(&mut self, op: LaneOp, a: Value, b: Value, c: Value) -> Result<Value, Unsupported> {
-        if !has_lane(op, Host::this()) {
+        if !has_lane(op) {
             return Err(Unsupported);
         }
         let r = match op {
@@ -281,7 +288,14 @@ impl JitEmit<'_> {
                 let (a, b) = (self.lanes(a, t), self.lanes(b, t));
                 self.b.ins().unarrow(a, b)
             }
-            VecOp::Pshufb => self.b.ins().x86_pshufb(a, b),
+            VecOp::Pshufb if HostIsa::native() == Some(HostIsa::X86_64) => self.b.ins().x86_pshufb(a, b),
+            VecOp::Pshufb => {
+                // Numbers from 16 on pick zeros here, and those from 128 on there.
+                let sixteen = self.b.ins().iconst(I8, 0x8f);
+                let mask = self.b.ins().splat(I8X16, sixteen);
+                let b = self.b.ins().band(b, mask);
+                self.b.ins().swizzle(a, b)
+            }
             _ => return Err(Unsupported),
         })
     }
@@ -453,7 +467,7 @@ impl JitEmit<'_> {
         self.lanes(x, I8X16)
     }
 
-    fn is_scalar(fmt: FpFmt) -> bool {
+    pub(super) fn is_scalar(fmt: FpFmt) -> bool {
         matches!(fmt, FpFmt::Ss | FpFmt::Sd)
     }
 
@@ -481,12 +495,19 @@ impl JitEmit<'_> {
 
     fn fp_lane(&mut self, op: FpCall, args: FpArgs<Value>) -> Result<Value, Unsupported> {
         match op {
-            FpCall::Arith(op, fmt) => {
+            FpCall::Arith(arith, fmt) => {
                 let (a, b) = self.operands(fmt, args.a, args.b);
-                let r = self.arithmetic(op, fmt, a, b)?;
-                Ok(self.result(fmt, args.a, r))
+                let r = self.arithmetic(arith, fmt, a, b)?;
+                self.guard(op, &[args.a, args.b], &[a, b], r);
+                let r = self.result(fmt, args.a, r);
+                self.note_regular(r, fmt);
+                Ok(r)
             }
-            FpCall::Compare(fmt, predicate) => Ok(self.compare(fmt, args.a, args.b, predicate)),
+            FpCall::Compare(fmt, predicate) => {
+                let (a, b) = self.operands(fmt, args.a, args.b);
+                self.guard_numbers(fmt, &[a, b]);
+                Ok(self.compare(fmt, args.a, args.b, predicate))
+            }
             FpCall::Fused(kind, fmt) => {
                 let (a, b) = self.operands(fmt, args.a, args.b);
                 let (c, _) = self.operands(fmt, args.c, args.c);
@@ -496,7 +517,10 @@ impl JitEmit<'_> {
                 // The host instruction is the 213 form, whose operand 1, the first here, comes second when NaNs are
                 // chosen from.
                 let r = self.b.ins().fma(b, a, c);
-                Ok(self.result(fmt, args.dst, r))
+                self.guard(op, &[args.a, args.b, args.c], &[a, b, c], r);
+                let r = self.result(fmt, args.dst, r);
+                self.note_regular(r, fmt);
+                Ok(r)
             }
             FpCall::Convert(op) => self.convert(op, args.a, args.b),
             FpCall::Round(..) | FpCall::Dot(..) | FpCall::ToHalf(_) => Err(Unsupported),
@@ -571,22 +595,28 @@ impl JitEmit<'_> {
     fn convert(&mut self, op: CvtOp, a: Value, b: Value) -> Result<Value, Unsupported> {
         let r = match op {
             CvtOp::Cvtss2sd => {
-                let v = self.element(b, FpFmt::Ss);
-                let v = self.b.ins().fpromote(F64, v);
+                let x = self.element(b, FpFmt::Ss);
+                let v = self.b.ins().fpromote(F64, x);
+                self.guard(FpCall::Convert(op), &[], &[x], v);
                 return Ok(self.with_element(a, v, FpFmt::Sd));
             }
             CvtOp::Cvtsd2ss => {
-                let v = self.element(b, FpFmt::Sd);
-                let v = self.b.ins().fdemote(F32, v);
+                let x = self.element(b, FpFmt::Sd);
+                let v = self.b.ins().fdemote(F32, x);
+                self.guard(FpCall::Convert(op), &[], &[x], v);
                 return Ok(self.with_element(a, v, FpFmt::Ss));
             }
             CvtOp::Cvtps2pd => {
                 let b = self.lanes(b, F32X4);
-                self.b.ins().fvpromote_low(b)
+                let r = self.b.ins().fvpromote_low(b);
+                self.guard(FpCall::Convert(op), &[], &[b], r);
+                r
             }
             CvtOp::Cvtpd2ps => {
                 let b = self.lanes(b, F64X2);
-                self.b.ins().fvdemote(b)
+                let r = self.b.ins().fvdemote(b);
+                self.guard(FpCall::Convert(op), &[], &[b], r);
+                r
             }
             CvtOp::Cvtdq2ps => {
                 let b = self.lanes(b, I32X4);
@@ -608,11 +638,12 @@ impl JitEmit<'_> {
 
     /// Ordered operands set the flags here; NaNs are left to the interpreter.
     pub(super) fn emit_comi(&mut self, fmt: FpFmt, a: Value, b: Value) -> Result<(), Unsupported> {
-        if !Host::this().exact {
+        if !has_scalar(Host::this()) {
             return Err(Unsupported);
         }
         self.begin_fp();
         let (a, b) = (self.element(a, fmt), self.element(b, fmt));
+        self.guard_numbers(if fmt.is_double() { FpFmt::Sd } else { FpFmt::Ss }, &[a, b]);
         let unordered = self.b.ins().fcmp(FloatCC::Unordered, a, b);
         self.side_exit_if(unordered);
         let less = self.b.ins().fcmp(FloatCC::LessThan, a, b);
@@ -637,13 +668,15 @@ impl JitEmit<'_> {
     }
 
     pub(super) fn emit_from_int(&mut self, fmt: FpFmt, wide: bool, a: Value, v: Value) -> Result<Value, Unsupported> {
-        if !Host::this().exact {
+        if !has_scalar(Host::this()) {
             return Err(Unsupported);
         }
         self.begin_fp();
         let v = if wide { v } else { self.b.ins().ireduce(I32, v) };
         let v = self.b.ins().fcvt_from_sint(Self::format(fmt).1, v);
-        Ok(self.with_element(a, v, fmt))
+        let r = self.with_element(a, v, fmt);
+        self.note_regular(r, fmt);
+        Ok(r)
     }
 
     /// Values inside the range are converted here; others are left to the interpreter.

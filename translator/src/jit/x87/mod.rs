@@ -21,7 +21,7 @@ use crate::insn::{Insn, Mode};
 use crate::jit::Unsupported;
 use crate::jit::emit::{FlagVal, Helper, JitEmit, aligned, at, name, plain};
 use crate::jit::frame::x87::{LOADED, TAGS, TOP, TOP_AT};
-use crate::jit::host::Host;
+use crate::jit::host::{Host, Unit};
 use crate::jit::usage::{Regs, Usage};
 use crate::jit::values::word_at;
 use crate::semantics::x87::operation;
@@ -37,7 +37,7 @@ const STATUS_TOP: i64 = status::TOP.trailing_zeros() as i64;
 
 /// The operation of an instruction that compiled code has a form of on `host`.
 fn compiled(i: &Insn, host: Host) -> Option<Op> {
-    operation(i).filter(|&op| host.exact && run::fits(op))
+    operation(i).filter(|&op| host.unit == Unit::Exact && run::fits(op))
 }
 
 /// What an instruction reads, writes and may fault on.

@@ -1,6 +1,6 @@
 //! SSE/AVX floating point (SDM vol. 1 chapters 10–14 and appendix E), bit-exact in results and in MXCSR flags.
 //!
-//! There are two implementations. `host_x86` executes the very instruction, on a processor that has it; its rounding,
+//! There are two implementations. `host` executes the very instruction, on a processor that has it; its rounding,
 //! flush-to-zero and denormals-are-zero modes are the *ambient* ones of the host's own MXCSR, where the sticky flags
 //! accumulate as well. `soft` computes with integers, controlled by [`FpEnv::mxcsr`] and raising flags there. It
 //! serves hosts of other architectures, instructions that the processor lacks, and guests that unmask an exception.
@@ -10,13 +10,13 @@
 //! floating-point environment.
 
 mod float;
-mod host_x86;
+mod host;
 mod soft;
 #[cfg(test)]
 mod tests;
 
 use super::lanes::op_enum;
-use host_x86::{FpUnit, Host};
+use host::{FpUnit, Host};
 
 /// MXCSR: invalid operation.
 pub const IE: u32 = 1 << 0;
@@ -36,13 +36,15 @@ pub const FLAGS: u32 = 0x3f;
 pub const DAZ: u32 = 1 << 6;
 /// MXCSR: all the exception masks, each 7 above its flag.
 pub const MASKS: u32 = 0x3f << 7;
+/// MXCSR: rounding control.
+pub const RC: u32 = 3 << 13;
 /// MXCSR: flush to zero.
 pub const FTZ: u32 = 1 << 15;
 /// MXCSR after reset: all exceptions masked, rounding to nearest.
 pub const MXCSR_RESET: u32 = MASKS;
 
 /// Operand formats: packed or scalar, single or double. Scalar operations keep the upper part of `a`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum FpFmt {
     /// Four singles.
@@ -144,6 +146,11 @@ impl FpEnv {
     /// Makes the guest's controls and flags those of this host thread, with every exception masked.
     pub fn load(&self) {
         Host::load(self.mxcsr | MASKS);
+    }
+
+    /// Whether [`FpEnv::load`] makes the host's unit do what the guest has asked for.
+    pub fn loadable(&self) -> bool {
+        self.all_masked() && Host::takes(self.mxcsr)
     }
 
     /// Adds the flags that the host has collected. After it `mxcsr` is what STMXCSR stores.

@@ -9,6 +9,10 @@ use super::{Comi, CvtOp, FmaKind, FpFmt, FpOp};
 pub(super) trait FpUnit {
     /// Sets the thread's control and flags; all exceptions must be masked.
     fn load(_mxcsr: u32) {}
+    /// Whether the unit has the controls that MXCSR says.
+    fn takes(_mxcsr: u32) -> bool {
+        true
+    }
     /// The sticky flags collected since [`FpUnit::load`].
     fn flags() -> u32 {
         0
@@ -59,8 +63,41 @@ pub(super) trait FpUnit {
 pub(super) struct Host;
 
 // Miri is no such host: it executes no assembly.
-#[cfg(any(not(target_arch = "x86_64"), miri))]
+#[cfg(any(not(any(target_arch = "x86_64", target_arch = "aarch64")), miri))]
 impl FpUnit for Host {}
+
+#[cfg(all(target_arch = "aarch64", not(miri)))]
+mod aarch64 {
+    use std::arch::asm;
+
+    use super::super::{DAZ, FTZ, PE, RC};
+    use super::*;
+
+    /// FPSR's cumulative inexact flag.
+    const IXC: u64 = 1 << 4;
+
+    /// Only the ambient controls and flags: what executes instructions under them is compiled code
+    /// (`jit/guard.rs`), and only where no other flag than that of an inexact result can be raised.
+    impl FpUnit for Host {
+        fn takes(mxcsr: u32) -> bool {
+            // Its one control for both flushes more than either. And rounded to another than the nearest an overflow looks
+            // like a number.
+            mxcsr & (FTZ | DAZ | RC) == 0
+        }
+
+        fn load(_mxcsr: u32) {
+            // SAFETY: the default controls are those that the guest asks for; of the flags nobody else takes notice.
+            unsafe { asm!("msr fpsr, xzr", options(nomem, nostack)) };
+        }
+
+        fn flags() -> u32 {
+            let fpsr: u64;
+            // SAFETY: reads a register.
+            unsafe { asm!("mrs {}, fpsr", out(reg) fpsr, options(nomem, nostack)) };
+            if fpsr & IXC != 0 { PE } else { 0 }
+        }
+    }
+}
 
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 mod x86 {
