@@ -91,7 +91,7 @@ fn a_counting_guest_counts_on() {
         let (code, stdout, stderr) = output(&mut diglot(&[&args[..], &options].concat()));
         assert_eq!((code, stdout.as_str()), (Some(0), expected.as_str()), "{name}: {stderr}");
         // A host that is slow to begin finds several of the times past, and moves it once for these.
-        assert!(switches(&stats) >= 3, "{name}");
+        assert!(switches(&stats) >= 1, "{name}");
     }
 }
 
@@ -105,7 +105,7 @@ fn the_embedded_guest_does_not_notice() {
         let (code, stdout, stderr) = output(&mut diglot(&[&args[..], &options].concat()));
         assert_eq!(code, Some(0), "{name}: {stderr}");
         assert!(stdout.ends_with("checks passed.\r\n") && !stdout.contains("FAIL"), "{name}: {stdout}");
-        assert!(switches(&stats) >= 2, "{name}");
+        assert!(switches(&stats) >= 1, "{name}");
     }
 }
 
