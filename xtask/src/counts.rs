@@ -1,7 +1,7 @@
 //! `cargo xtask counts`: benches/counts.txt, what compiled code costs where no clock is needed to tell.
 //!
-//! Each loop runs compiled, twice, for different numbers of rounds, while the host's trap flag counts its instructions;
-//! the difference belongs to the rounds alone. What the vCPU runs outside the code cache (helpers, the dispatch loop)
+//! Each loop runs compiled, twice, for different numbers of rounds, while the host counts its instructions (`steps.rs`); the
+//! difference belongs to the rounds alone. What the vCPU runs outside the code cache (helpers, the dispatch loop)
 //! is counted apart.
 
 mod loops;
@@ -20,11 +20,14 @@ use diglot_translator::jit::region::Plan;
 use diglot_translator::testing::bare::{self, CODE};
 use diglot_translator::vcpu::Vcpu;
 
-const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../benches/counts.txt");
-/// Rounds until everything is compiled, and of the two runs that are counted.
+/// The pages, one for each kind of host.
+const PAGES: [(&str, &str); 2] = [("x86_64", "counts.txt"), ("aarch64", "counts-aarch64.txt")];
+const DIRECTORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../benches");
+/// Rounds until everything is compiled, and of the two runs that are counted; fewer where another process has to take each
+/// step.
 const WARM: u64 = 5_000;
-const SHORT: u64 = 100;
-const LONG: u64 = 300;
+const SHORT: u64 = if cfg!(target_arch = "x86_64") { 100 } else { 20 };
+const LONG: u64 = 3 * SHORT;
 /// How much worse or better than the page says a figure may be before the check fails.
 const TOLERANCE: f64 = 0.03;
 /// The same for compile times, which are measured by a clock after all, if against another compile at the same time.
@@ -47,13 +50,18 @@ struct Cost {
 
 /// Writes the page, or compares what is measured with it.
 pub fn run(check: bool) -> ExitCode {
-    if !cfg!(target_arch = "x86_64") {
-        eprintln!("counts: skipped: only an x86-64 host's trap flag counts instructions here");
+    let Some((_, name)) = PAGES.iter().find(|(host, _)| *host == std::env::consts::ARCH) else {
+        eprintln!("counts: skipped: nothing counts instructions on such a host");
         return ExitCode::from(2);
+    };
+    if check && let Err(why) = compare_hosts() {
+        return fail(&why);
     }
     let costs: Vec<Cost> = loops::LOOPS.iter().map(|&(name, code)| cost(name, &code())).collect();
     let page = page(&costs, compile_ratio());
-    let path = Path::new(PAGE);
+    // Inside a virtual machine the page is where one runs this, if anywhere.
+    let directory = Some(Path::new(DIRECTORY)).filter(|d| d.is_dir()).unwrap_or(Path::new("."));
+    let path = &directory.join(name);
     if !check {
         return match std::fs::write(path, page) {
             Ok(()) => ExitCode::SUCCESS,
@@ -64,7 +72,7 @@ pub fn run(check: bool) -> ExitCode {
         Ok(text) => text,
         Err(e) => return fail(&format!("{}: {e}; run cargo xtask counts", path.display())),
     };
-    compare(&kept, &page)
+    compare(&kept, &page, path)
 }
 
 fn fail(why: &str) -> ExitCode {
@@ -185,10 +193,37 @@ fn figures(page: &str) -> Vec<(&str, Vec<f64>)> {
     rows.collect()
 }
 
-fn compare(kept: &str, now: &str) -> ExitCode {
+/// How many times more host instructions than on x86-64 hosts compiled code may cost on others.
+const HOSTS_RATIO: f64 = 1.3;
+/// Loops that cost more, because floating point needs guards there, and x87 instructions are evaluated by helper.
+const COSTLIER: [&str; 4] = ["scalar", "packed", "avx2", "x87"];
+
+/// Compares the kept pages of different hosts.
+fn compare_hosts() -> Result<(), String> {
+    let Some(directory) = Some(Path::new(DIRECTORY)).filter(|d| d.is_dir()) else { return Ok(()) };
+    let read = |name: &str| std::fs::read_to_string(directory.join(name)).map_err(|e| format!("{name}: {e}"));
+    let [(_, first), others @ ..] = PAGES;
+    let first = read(first)?;
+    for (host, name) in others {
+        let other = read(name)?;
+        for ((name, base), (_, numbers)) in figures(&first).iter().zip(figures(&other)) {
+            // Guest instructions, host instructions inside compiled code, and outside it.
+            let (&[_, inside, outside, ..], &[_, more_inside, more_outside, ..]) = (&base[..], &numbers[..]) else {
+                continue;
+            };
+            let ratio = (more_inside + more_outside) / (inside + outside);
+            if ratio > HOSTS_RATIO && !COSTLIER.contains(name) {
+                return Err(format!("{name}: {ratio:.2} times as many host instructions on {host} as on x86_64"));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn compare(kept: &str, now: &str, path: &Path) -> ExitCode {
     print!("{now}");
     if !kept.contains(&host_line()) {
-        eprintln!("counts: skipped: {PAGE} is of a host with other instructions");
+        eprintln!("counts: skipped: {} is of a host with other instructions", path.display());
         return ExitCode::from(2);
     }
     let (kept, now) = (figures(kept), figures(now));
