@@ -183,8 +183,11 @@ impl Engines {
                     let model = model.numbered(count, index);
                     host.as_ref().map_or_else(|| model.table(), |host| model.of_host(host))
                 });
-                let kvm = self.kvm.as_ref().ok_or(RuntimeError::HostProcessor)?;
-                return Ok(kvm.create_vm(VmOptions { ram, cpuid, tsc_hz: self.tsc_hz })?);
+                let options = VmOptions { ram, cpuid, tsc_hz: self.tsc_hz };
+                return Ok(match &self.kvm {
+                    Some(kvm) => kvm.create_vm(options)?,
+                    None => Kvm::open()?.create_vm(options)?,
+                });
             }
             Engine::Interp => None,
             Engine::Jit => Some(CompilerOptions {

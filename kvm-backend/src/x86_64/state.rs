@@ -2,7 +2,7 @@
 //!
 //! What a vCPU's local APIC has of it (IA32_APIC_BASE and CR8) stays as it is here.
 
-use diglot_translator::engine::{CpuState, Due, DueKind, Segment, Table, cr, seg, xsave_area};
+use diglot_translator::engine::{CpuState, Due, DueKind, Segment, Table, cr, xsave_area};
 use kvm_bindings::{
     KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, KVM_VCPUEVENT_VALID_SHADOW, KVM_X86_SHADOW_INT_MOV_SS,
     KVM_X86_SHADOW_INT_STI, Msrs, kvm_dtable, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
@@ -141,9 +141,6 @@ pub fn store(fd: &VcpuFd, s: &CpuState, layout: Layout) -> Result<(), KvmError> 
     }
     // From which KVM has the privilege level, whatever is loaded there.
     sregs.ss.dpl = s.cpl;
-    if s.seg[usize::from(seg::SS)].present() && s.cr0 & cr::CR0_PE == 0 {
-        sregs.ss.dpl = 0;
-    }
     (sregs.ldt, sregs.tr) = (to_segment(&s.ldtr, 0), to_segment(&s.tr, 0));
     (sregs.gdt, sregs.idt) = (to_table(&s.gdtr), to_table(&s.idtr));
     (sregs.cr0, sregs.cr2, sregs.cr3, sregs.cr4, sregs.efer) = (s.cr0, s.cr2, s.cr3, s.cr4, s.efer);

@@ -18,9 +18,9 @@ ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
 ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
 ioctl_iow_nr!(KVM_X86_SETUP_MCE, KVMIO, 0x9c, u64);
 
-/// The bytes of an instruction that KVM gave up on, as far as KVM_EXIT_INTERNAL_ERROR names them.
+/// What the suberrors of KVM_EXIT_INTERNAL_ERROR mean.
 const SUBERRORS: [(u32, &str); 4] = [
-    (1, "it does not know the instruction"),
+    (1, "it cannot emulate the instruction"),
     (2, "an exception or interrupt came while another was being delivered"),
     (3, "delivering an event ended in a page that is no memory"),
     (4, "the processor left the guest for an unexpected reason"),
@@ -200,7 +200,7 @@ impl Vcpu {
         {
             state::inject(&self.fd, vector)?;
             self.counts.injected += 1;
-            // Not before the guest is out of the handler's way; what waits behind is asked for then.
+            // The next has to wait until KVM says anew that it can take one.
             self.fd.get_kvm_run().ready_for_interrupt_injection = 0;
         }
         Ok(())
