@@ -82,13 +82,48 @@ fn exception(code: Code, bits: u32) -> Option<&'static str> {
 
 /// A quadword of anything: numbers that floating point finds ordinary or special, edges, random bits.
 fn word(r: &mut Random) -> u64 {
-    const SINGLES: [u32; 8] =
-        [0, 0x8000_0000, 0x3f80_0000, 0xc020_0000, 0x7f80_0000, 0x7fc0_0001, 0x0000_0123, 0x4f00_0000];
-    const DOUBLES: [f64; 8] = [0.0, -0.0, 1.5, -2.25, f64::INFINITY, 1e300, 3e9, 1e-310];
-    let pick = r.below(64) as usize;
+    // Zeros, ordinary numbers, infinities, quiet and signalling NaNs, the ends of the denormal and normal ranges, and
+    // numbers that no integer has.
+    const SINGLES: [u32; 16] = [
+        0,
+        0x8000_0000,
+        0x3f80_0000,
+        0xc020_0000,
+        0x7f80_0000,
+        0xff80_0000,
+        0x7fc0_0001,
+        0xffd2_3456,
+        0x7f81_2345,
+        0xff80_0001,
+        0x0000_0123,
+        0x807f_ffff,
+        0x0080_0000,
+        0x7f7f_ffff,
+        0x4f00_0000,
+        0xdf00_0001,
+    ];
+    const DOUBLES: [u64; 16] = [
+        0,
+        1 << 63,
+        0x3ff8_0000_0000_0000,
+        0xc002_0000_0000_0000,
+        0x7ff0_0000_0000_0000,
+        0xfff0_0000_0000_0000,
+        0x7ff8_0000_0000_0001,
+        0xfff9_2345_6789_abcd,
+        0x7ff4_3210_0000_0000,
+        0xfff0_0000_0000_0001,
+        0x0000_1268_8b70_e62b,
+        0x800f_ffff_ffff_ffff,
+        0x0010_0000_0000_0000,
+        0x7fef_ffff_ffff_ffff,
+        0x41e6_5a0b_c000_0000,
+        0xc3e0_0000_0000_0001,
+    ];
+    let pick = r.below(256) as usize;
     match r.below(16) {
-        0..4 => u64::from(SINGLES[pick & 7]) | u64::from(SINGLES[pick >> 3]) << 32,
-        4..7 => DOUBLES[pick & 7].to_bits(),
+        0..4 => u64::from(SINGLES[pick & 15]) | u64::from(SINGLES[pick >> 4]) << 32,
+        4..7 => DOUBLES[pick & 15],
         7 => r.u64() & 0x8080_ff01_0080_7f01,
         8..11 => r.nasty(),
         _ => r.u64(),
