@@ -1,7 +1,6 @@
 //! Every instruction that the largest model advertises, in every form that iced has a name for, against the host's
 //! processor: vector, x87 and MMX state, privilege, and the faults of memory operands included.
 
-#[cfg(test)]
 use std::ops::Range;
 
 use iced_x86::{
@@ -9,8 +8,9 @@ use iced_x86::{
     MemorySize, Mnemonic, OpCodeOperandKind, OpCodeTableKind, OpKind, Register,
 };
 
-use super::bench::is_image;
 use super::forms::{self, Choice};
+use super::integer::undefined;
+use super::outcome::{Case, is_image};
 use super::{ABSENT, DATA, DATA_LEN, EDGE, EDGE_LEN, Fpu, INSN, Machine, READ_ONLY, Random, TAKEN};
 use crate::cpuid::{CpuModel, Level};
 use crate::state::flag;
@@ -462,8 +462,7 @@ fn encode(mut i: Instruction, bits: u32, ip: u64) -> Option<Vec<u8>> {
 }
 
 /// What an image has that is the processor's own: which bits of MXCSR there are (SDM vol. 1 §11.6.6).
-#[cfg(test)]
-pub(super) fn ignored(i: &Instruction, m: &Machine) -> Range<u64> {
+fn ignored(i: &Instruction, m: &Machine) -> Range<u64> {
     use Mnemonic::*;
     if !matches!(i.mnemonic(), Fxsave | Fxsave64 | Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64) {
         return 0..0;
@@ -475,6 +474,23 @@ pub(super) fn ignored(i: &Instruction, m: &Machine) -> Range<u64> {
         r => Some(m.gpr[r.full_register().number()] & if r.size() == 4 { 0xffff_ffff } else { u64::MAX }),
     });
     at.map_or(0..0, |at| at.wrapping_add(28)..at.wrapping_add(32))
+}
+
+/// A state that `i` of 32- or 64-bit code can run from, and what it leaves open; `None` if that may be its result.
+pub(super) fn case(r: &mut Random, i: &Instruction, bits: u32) -> Option<Case> {
+    let m = state(r, i, bits);
+    let undefined = undefined(i, m.gpr[1])?;
+    let ignored = ignored(i, &m);
+    Some(Case { ignored, ..Case::single(m, undefined) })
+}
+
+/// How many cases `i` is worth: prefixes and other address registers do the same with fewer.
+pub(super) fn worth(i: &Instruction, bits: u32) -> u64 {
+    let base = if bits == 64 { Register::RSI } else { Register::ESI };
+    let plain = i.segment_prefix() == Register::None
+        && !i.has_lock_prefix()
+        && [Register::None, base].contains(&i.memory_base());
+    if plain { 32 } else { 8 }
 }
 
 /// Calls `f` with every form of every instruction that can run in 32- or 64-bit code.
