@@ -9,28 +9,24 @@
 )]
 
 pub mod bare;
-#[cfg(target_arch = "x86_64")]
 pub(crate) mod bench;
-#[cfg(target_arch = "x86_64")]
 mod bundles;
-#[cfg(target_arch = "x86_64")]
 mod engine;
-#[cfg(target_arch = "x86_64")]
 mod every;
 pub mod forms;
-#[cfg(target_arch = "x86_64")]
 mod integer;
 #[cfg(target_arch = "x86_64")]
 mod native;
-#[cfg(target_arch = "x86_64")]
+#[cfg(not(target_arch = "x86_64"))]
+#[path = "testing/no_native.rs"]
+mod native;
+mod outcome;
 mod program;
-#[cfg(all(test, target_arch = "x86_64"))]
+pub mod record;
+#[cfg(test)]
 mod rules;
-#[cfg(target_arch = "x86_64")]
 mod sequences;
-#[cfg(target_arch = "x86_64")]
 mod shrink;
-#[cfg(target_arch = "x86_64")]
 pub mod silicon;
 #[cfg(all(test, target_arch = "x86_64"))]
 mod undefined;

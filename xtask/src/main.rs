@@ -5,6 +5,7 @@ mod check;
 mod counts;
 mod coverage;
 mod fuzz;
+mod record;
 mod silicon;
 
 use std::process::ExitCode;
@@ -46,6 +47,9 @@ enum Command {
     },
     /// Compares random programs on both engines with this host's processor, until one differs.
     Silicon(silicon::Options),
+    /// Writes translator/src/testing/record/recorded.txt: what this host's x86-64 processor does, for the tests of hosts
+    /// that are none.
+    Record(record::Options),
     /// Looks for inputs that make a part of Diglot panic, hang or differ from itself (docs/fuzzing.md).
     Fuzz(fuzz::Options),
 }
@@ -57,6 +61,7 @@ fn main() -> ExitCode {
         Command::Coverage { check } => coverage::run(check),
         Command::Counts { check } => counts::run(check),
         Command::Silicon(options) => silicon::run(&options),
+        Command::Record(options) => record::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
     }
 }

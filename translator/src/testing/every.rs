@@ -1,7 +1,6 @@
 //! Every instruction that the largest model advertises, in every form that iced has a name for, against the host's
 //! processor: vector, x87 and MMX state, privilege, and the faults of memory operands included.
 
-#[cfg(test)]
 use std::ops::Range;
 
 use iced_x86::{
@@ -9,8 +8,9 @@ use iced_x86::{
     MemorySize, Mnemonic, OpCodeOperandKind, OpCodeTableKind, OpKind, Register,
 };
 
-use super::bench::is_image;
 use super::forms::{self, Choice};
+use super::integer::undefined;
+use super::outcome::{Case, is_image};
 use super::{ABSENT, DATA, DATA_LEN, EDGE, EDGE_LEN, Fpu, INSN, Machine, READ_ONLY, Random, TAKEN};
 use crate::cpuid::{CpuModel, Level};
 use crate::state::flag;
@@ -82,13 +82,48 @@ fn exception(code: Code, bits: u32) -> Option<&'static str> {
 
 /// A quadword of anything: numbers that floating point finds ordinary or special, edges, random bits.
 fn word(r: &mut Random) -> u64 {
-    const SINGLES: [u32; 8] =
-        [0, 0x8000_0000, 0x3f80_0000, 0xc020_0000, 0x7f80_0000, 0x7fc0_0001, 0x0000_0123, 0x4f00_0000];
-    const DOUBLES: [f64; 8] = [0.0, -0.0, 1.5, -2.25, f64::INFINITY, 1e300, 3e9, 1e-310];
-    let pick = r.below(64) as usize;
+    // Zeros, ordinary numbers, infinities, quiet and signalling NaNs, the ends of the denormal and normal ranges, and
+    // numbers that no integer has.
+    const SINGLES: [u32; 16] = [
+        0,
+        0x8000_0000,
+        0x3f80_0000,
+        0xc020_0000,
+        0x7f80_0000,
+        0xff80_0000,
+        0x7fc0_0001,
+        0xffd2_3456,
+        0x7f81_2345,
+        0xff80_0001,
+        0x0000_0123,
+        0x807f_ffff,
+        0x0080_0000,
+        0x7f7f_ffff,
+        0x4f00_0000,
+        0xdf00_0001,
+    ];
+    const DOUBLES: [u64; 16] = [
+        0,
+        1 << 63,
+        0x3ff8_0000_0000_0000,
+        0xc002_0000_0000_0000,
+        0x7ff0_0000_0000_0000,
+        0xfff0_0000_0000_0000,
+        0x7ff8_0000_0000_0001,
+        0xfff9_2345_6789_abcd,
+        0x7ff4_3210_0000_0000,
+        0xfff0_0000_0000_0001,
+        0x0000_1268_8b70_e62b,
+        0x800f_ffff_ffff_ffff,
+        0x0010_0000_0000_0000,
+        0x7fef_ffff_ffff_ffff,
+        0x41e6_5a0b_c000_0000,
+        0xc3e0_0000_0000_0001,
+    ];
+    let pick = r.below(256) as usize;
     match r.below(16) {
-        0..4 => u64::from(SINGLES[pick & 7]) | u64::from(SINGLES[pick >> 3]) << 32,
-        4..7 => DOUBLES[pick & 7].to_bits(),
+        0..4 => u64::from(SINGLES[pick & 15]) | u64::from(SINGLES[pick >> 4]) << 32,
+        4..7 => DOUBLES[pick & 15],
         7 => r.u64() & 0x8080_ff01_0080_7f01,
         8..11 => r.nasty(),
         _ => r.u64(),
@@ -427,8 +462,7 @@ fn encode(mut i: Instruction, bits: u32, ip: u64) -> Option<Vec<u8>> {
 }
 
 /// What an image has that is the processor's own: which bits of MXCSR there are (SDM vol. 1 §11.6.6).
-#[cfg(test)]
-pub(super) fn ignored(i: &Instruction, m: &Machine) -> Range<u64> {
+fn ignored(i: &Instruction, m: &Machine) -> Range<u64> {
     use Mnemonic::*;
     if !matches!(i.mnemonic(), Fxsave | Fxsave64 | Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64) {
         return 0..0;
@@ -440,6 +474,23 @@ pub(super) fn ignored(i: &Instruction, m: &Machine) -> Range<u64> {
         r => Some(m.gpr[r.full_register().number()] & if r.size() == 4 { 0xffff_ffff } else { u64::MAX }),
     });
     at.map_or(0..0, |at| at.wrapping_add(28)..at.wrapping_add(32))
+}
+
+/// A state that `i` of 32- or 64-bit code can run from, and what it leaves open; `None` if that may be its result.
+pub(super) fn case(r: &mut Random, i: &Instruction, bits: u32) -> Option<Case> {
+    let m = state(r, i, bits);
+    let undefined = undefined(i, m.gpr[1])?;
+    let ignored = ignored(i, &m);
+    Some(Case { ignored, ..Case::single(m, undefined) })
+}
+
+/// How many cases `i` is worth: prefixes and other address registers do the same with fewer.
+pub(super) fn worth(i: &Instruction, bits: u32) -> u64 {
+    let base = if bits == 64 { Register::RSI } else { Register::ESI };
+    let plain = i.segment_prefix() == Register::None
+        && !i.has_lock_prefix()
+        && [Register::None, base].contains(&i.memory_base());
+    if plain { 32 } else { 8 }
 }
 
 /// Calls `f` with every form of every instruction that can run in 32- or 64-bit code.

@@ -2,6 +2,7 @@
 
 use std::sync::{Mutex, MutexGuard, Once};
 
+use iced_x86::CpuidFeature;
 use iced_x86::code_asm::*;
 
 use super::{
@@ -160,12 +161,42 @@ pub(crate) fn is_of_the_model_s_maker() -> bool {
     same
 }
 
+/// Whether the host's processor has an optional instruction class.
+pub(crate) fn host_has(f: CpuidFeature) -> bool {
+    match f {
+        CpuidFeature::BMI1 => is_x86_feature_detected!("bmi1"),
+        CpuidFeature::BMI2 => is_x86_feature_detected!("bmi2"),
+        CpuidFeature::ADX => is_x86_feature_detected!("adx"),
+        CpuidFeature::LZCNT => is_x86_feature_detected!("lzcnt"),
+        CpuidFeature::POPCNT => is_x86_feature_detected!("popcnt"),
+        CpuidFeature::MOVBE => is_x86_feature_detected!("movbe"),
+        CpuidFeature::SSE4_2 => is_x86_feature_detected!("sse4.2"),
+        CpuidFeature::CMPXCHG16B => is_x86_feature_detected!("cmpxchg16b"),
+        CpuidFeature::FMA => is_x86_feature_detected!("fma"),
+        CpuidFeature::F16C => is_x86_feature_detected!("f16c"),
+        CpuidFeature::AES => is_x86_feature_detected!("aes"),
+        CpuidFeature::PCLMULQDQ => is_x86_feature_detected!("pclmulqdq"),
+        CpuidFeature::SHA => is_x86_feature_detected!("sha"),
+        // CPUID leaf 7, EBX bits 23 and 24.
+        CpuidFeature::CLFLUSHOPT => std::arch::x86_64::__cpuid_count(7, 0).ebx & 1 << 23 != 0,
+        CpuidFeature::CLWB => std::arch::x86_64::__cpuid_count(7, 0).ebx & 1 << 24 != 0,
+        // CPUID leaf 7, ECX bit 4: the operating system has them enabled.
+        CpuidFeature::PKU => std::arch::x86_64::__cpuid_count(7, 0).ecx & 1 << 4 != 0,
+        _ => true,
+    }
+}
+
 impl Native {
-    /// Takes the window; `None`, with the reason printed, where this host cannot serve.
+    /// Takes the window; `None`, with the reason printed, where this host cannot serve as a judge.
     pub(crate) fn take() -> Option<Native> {
         if !is_of_the_model_s_maker() {
             return None;
         }
+        Native::of_any_maker()
+    }
+
+    /// Takes the window, for whoever knows where makers differ.
+    pub(crate) fn of_any_maker() -> Option<Native> {
         if !is_x86_feature_detected!("avx2") {
             eprintln!("skipped: this processor has no AVX2");
             return None;

@@ -9,8 +9,9 @@ use iced_x86::{
     Register, RflagsBits,
 };
 
-use super::bench::{host_has, is_image};
 use super::integer::{self, undefined};
+use super::native::host_has;
+use super::outcome::is_image;
 use super::program::{BRANCHES, Part, Program, Rsi, Step};
 use super::{ABSENT, DATA, INSN, Machine, Random, bundles, every};
 use crate::state::flag;

@@ -6,7 +6,8 @@ use std::fmt;
 
 use iced_x86::Code;
 
-use super::bench::{Bench, Case};
+use super::bench::Bench;
+use super::outcome::Case;
 use super::program::Program;
 #[cfg(test)]
 use super::sequences::x87_program;

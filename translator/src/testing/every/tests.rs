@@ -1,13 +1,13 @@
 //! Each form, one instruction at a time.
 
-use iced_x86::{Code, Decoder, DecoderOptions, Register};
+use iced_x86::{Code, Decoder, DecoderOptions};
 
-use super::{each, exception, ignored, state};
+use super::{case, each, exception, worth};
 use crate::cpuid::{CpuModel, Level};
 use crate::testing::Random;
-use crate::testing::bench::{Bench, Case, host_has};
+use crate::testing::bench::Bench;
 use crate::testing::forms;
-use crate::testing::integer::undefined;
+use crate::testing::native::host_has;
 
 #[test]
 fn as_the_processor_does() {
@@ -25,24 +25,12 @@ fn compare(bits: u32) {
     let mut failures = Vec::new();
     let mut skipped = std::collections::BTreeSet::new();
     let mut compared = 0;
-    let base = if bits == 64 { Register::RSI } else { Register::ESI };
     each(&mut r, bits, |r, bytes, i| {
         if let Some(&f) = i.cpuid_features().iter().find(|&&f| !host_has(f)) {
             skipped.insert(format!("{f:?}"));
             return;
         }
-        // Fewer for prefixes and other address registers: they do the same.
-        let plain = i.segment_prefix() == Register::None
-            && !i.has_lock_prefix()
-            && [Register::None, base].contains(&i.memory_base());
-        let cases: Vec<_> = (0..if plain { 32 } else { 8 })
-            .filter_map(|_| {
-                let m = state(r, i, bits);
-                let undefined = undefined(i, m.gpr[1])?;
-                let ignored = ignored(i, &m);
-                Some(Case { ignored, ..Case::single(m, undefined) })
-            })
-            .collect();
+        let cases: Vec<_> = (0..worth(i, bits)).filter_map(|_| case(r, i, bits)).collect();
         compared += 1;
         if let Err(e) = bench.check(bits, bytes, &cases) {
             failures.push(format!("{:?}: {i} ({bytes:02x?})\n{e}", i.code()));

@@ -4,7 +4,9 @@ use iced_x86::{Instruction, Mnemonic, Register};
 
 use super::{Operands, Place, each, undefined};
 use crate::state::flag;
-use crate::testing::bench::{Bench, Case, host_has};
+use crate::testing::bench::Bench;
+use crate::testing::native::host_has;
+use crate::testing::outcome::Case;
 use crate::testing::{DATA, DATA_LEN, Machine, Random, TAKEN};
 
 /// A state that `i` can run from: pointers of every memory operand lead into the data.
