@@ -6,7 +6,7 @@
 //! nothing of the kind was there; if it was, the interpreter does the instruction, whose flags are the guest's. That the
 //! host has done it before has only noted that the result was inexact if it is.
 
-use cranelift_codegen::ir::condcodes::IntCC;
+use cranelift_codegen::ir::condcodes::{FloatCC, IntCC};
 use cranelift_codegen::ir::types::{I32, I32X4, I64, I64X2};
 use cranelift_codegen::ir::{InstBuilder, MemFlagsData, Type, Value};
 
@@ -82,6 +82,24 @@ impl JitEmit<'_> {
             FpCall::Convert(op) => self.guard_conversion(op, operands[0], r),
             FpCall::Round(..) | FpCall::Dot(..) | FpCall::ToHalf(_) => {}
         }
+    }
+
+    /// Compares vectors of which it is known that they are numbers: then half of the predicates are the others' opposites.
+    /// (Cranelift has no form of some of them on AArch64.)
+    pub(super) fn compare_numbers(&mut self, x: Value, y: Value, predicate: u8) -> Value {
+        let cc = match predicate & 3 {
+            0 => FloatCC::Equal,
+            1 => FloatCC::LessThan,
+            2 => FloatCC::LessThanOrEqual,
+            // Unordered: never, which equal and less are not at once.
+            _ => FloatCC::Equal,
+        };
+        let mut mask = self.b.ins().fcmp(cc, x, y);
+        if predicate & 3 == 3 {
+            let less = self.b.ins().fcmp(FloatCC::LessThan, x, y);
+            mask = self.b.ins().band(mask, less);
+        }
+        if predicate & 4 != 0 { self.b.ins().bnot(mask) } else { mask }
     }
 
     /// Numbers, not NaNs, and none of them denormal.

@@ -583,7 +583,7 @@ impl JitEmit<'_> {
             // Zeros above raise no flags.
             (x, y) = (self.b.ins().scalar_to_vector(t, x), self.b.ins().scalar_to_vector(t, y));
         }
-        let mask = self.b.ins().fcmp(cc, x, y);
+        let mask = if Self::guarded() { self.compare_numbers(x, y, predicate) } else { self.b.ins().fcmp(cc, x, y) };
         if !scalar {
             return self.lanes(mask, I8X16);
         }
