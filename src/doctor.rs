@@ -143,7 +143,7 @@ impl Host {
             processor: field("model name").unwrap_or_else(|| "unknown".into()),
             cpus: std::thread::available_parallelism().map_or(1, usize::from),
             kernel: read("/proc/sys/kernel/osrelease").unwrap_or_else(|| std::env::consts::OS.into()),
-            level: if cfg!(target_arch = "x86_64") { Some(level(&features)) } else { None },
+            level: (std::env::consts::ARCH == "x86_64").then(|| level(&features)),
             features,
         }
     }

@@ -170,6 +170,7 @@ fn set_modes(modes: &libc::termios) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::ffi::OsString;
     use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
     use std::os::unix::process::CommandExt;
     use std::process::{Command, Stdio};
@@ -205,7 +206,12 @@ mod tests {
         };
         let before = local_modes(&terminal);
         assert_ne!(before & libc::ECHO, 0);
-        let mut command = Command::new(std::env::current_exe().expect("this program"));
+        // Where this program is of another kind than the host, the same runner starts it (`tests/support/`).
+        let runner = std::env::var("DIGLOT_TEST_RUNNER").unwrap_or_default();
+        let program = std::env::current_exe().expect("this program").into_os_string();
+        let mut words = runner.split_whitespace().map(OsString::from).chain([program]);
+        let mut command = Command::new(words.next().expect("the program at least"));
+        command.args(words);
         command.args(["--exact", "terminal::tests::panics_with_a_raw_terminal", "--ignored", "--nocapture"]);
         command.stdin(Stdio::from(terminal.try_clone().expect("a descriptor")));
         // SAFETY: the two calls are async-signal-safe, as everything between fork and exec has to be.

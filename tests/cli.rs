@@ -117,7 +117,7 @@ fn kvm_that_is_not_there_is_code_125() {
         (text(directory.path()), "cannot open"),
     ] {
         for args in [&["run", "--backend", "kvm"][..], &["run", "--cpu", "host"], &["run", "--switch-after", "1"]] {
-            if cfg!(target_arch = "x86_64") {
+            if support::kvm_is_for_this_host() {
                 // From the interpreter and compiler, which `auto` stands for then, a guest is moved to KVM.
                 refused_with(args, &[("DIGLOT_KVM", device)], part);
             }
@@ -133,6 +133,9 @@ fn kvm_that_is_not_there_is_code_125() {
 #[test]
 fn kvm_without_permission_is_code_125() {
     use std::os::unix::process::CommandExt;
+    if !support::kvm_is_for_this_host() {
+        return;
+    }
     let directory = tempfile::tempdir().expect("directory");
     let file = write(directory.path(), "kvm", b"");
     let set_mode = |path: &Path, mode| {
@@ -141,9 +144,9 @@ fn kvm_without_permission_is_code_125() {
     set_mode(directory.path(), 0o755);
     set_mode(&file, 0);
     // The program may lie where only its owner may go.
-    let program = write(directory.path(), "diglot", &fs::read(env!("CARGO_BIN_EXE_diglot")).expect("the program"));
+    let program = write(directory.path(), "diglot", &fs::read(support::PROGRAM).expect("the program"));
     set_mode(&program, 0o755);
-    let mut command = std::process::Command::new(&program);
+    let mut command = support::start(text(&program));
     command.args(["run", "--backend", "kvm"]).env("DIGLOT_KVM", &file).stdin(Stdio::null());
     // SAFETY: asking for one's own id has no conditions.
     if unsafe { libc::geteuid() } == 0 {
@@ -161,7 +164,7 @@ fn a_host_that_is_short_of_something_is_code_125() {
     if !support::has_kvm(support::Asks::Little) {
         return;
     }
-    let program = env!("CARGO_BIN_EXE_diglot");
+    let program = support::words(support::PROGRAM).join("' '");
     let script = format!("ulimit -n 8; exec '{program}' run --backend kvm --slow-kvm --memory 16M");
     let (code, stdout, stderr) = output(std::process::Command::new("sh").args(["-c", &script]).stdin(Stdio::null()));
     assert_eq!((code, stdout.as_str()), (Some(125), ""), "{stderr}");

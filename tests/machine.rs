@@ -201,7 +201,12 @@ fn engines_agree_about_how_much_a_guest_did() {
             }
             // Up to the OUT that turns the machine off.
             assert_eq!(count("interpreted") + count("compiled"), 1 + 2 * 1_000_000 + 3 + 3, "{engine}");
-            assert!(count("resident_bytes") >= count("guest_resident_bytes") + count("beyond_guest_bytes"), "{engine}");
+            if json["resident_bytes"].is_null() {
+                println!("skipped: this host does not say what is resident");
+            } else {
+                let parts = count("guest_resident_bytes") + count("beyond_guest_bytes");
+                assert!(count("resident_bytes") >= parts, "{engine}");
+            }
             assert!(json["mips"].as_f64().is_some_and(|mips| mips > 0.0), "{engine}: {json}");
         },
     );

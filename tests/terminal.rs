@@ -233,7 +233,7 @@ fn on_every_engine_until_closed(args: &[&str]) {
 fn closed_standard_streams_are_no_obstacle() {
     let directory = tempfile::tempdir().expect("directory");
     let kernel = guest(directory.path(), "kernel", |a| say(a, "bye\n").and_then(|()| power_off(a)));
-    let program = env!("CARGO_BIN_EXE_diglot");
+    let program = words(PROGRAM).join("' '");
     for closed in ["<&-", "2>&-", "<&- 2>&-", ">&-", "<&- >&- 2>&-"] {
         let script = format!("exec '{program}' run --kernel '{}' {closed}", text(&kernel));
         let (code, stdout, stderr) = output(Command::new("sh").args(["-c", &script]).stdin(Stdio::null()));

@@ -119,7 +119,7 @@ fn compiler() -> Option<(PathBuf, Vec<initrd::File>)> {
     for library in libraries {
         files.push((library.into(), std::fs::read(library).ok()?));
     }
-    cfg!(target_arch = "x86_64").then_some((path, files))
+    (std::env::consts::ARCH == "x86_64").then_some((path, files))
 }
 
 impl Contender {

@@ -31,6 +31,10 @@ impl Footprint {
             .collect();
         let status = std::fs::read_to_string("/proc/self/status").ok()?;
         let smaps = std::fs::read_to_string("/proc/self/smaps").ok()?;
+        // QEMU's user-mode emulation has such a file, in which nothing is resident.
+        if resident(&smaps, |_, _| true) == 0 {
+            return None;
+        }
         let guest = resident(&smaps, |_, m| ranges.iter().any(|r| r.start < m.end && m.start < r.end));
         let again = resident(&smaps, |line, _| is_second_view(line));
         let resident = kib(&status, "VmRSS:")?.saturating_sub(again);
@@ -105,9 +109,12 @@ mod tests {
         const MIB: usize = 1 << 20;
         let ram = GuestRam::new(64 * MIB as u64).expect("64 MiB");
         let ram = ram.mmap();
-        let before = Footprint::measure(ram).expect("a Linux host");
+        let Some(before) = Footprint::measure(ram) else {
+            println!("skipped: this host does not say what is resident");
+            return;
+        };
         ram.write_slice(&vec![1; 8 * MIB], GuestAddress(0)).expect("inside");
-        let after = Footprint::measure(ram).expect("a Linux host");
+        let after = Footprint::measure(ram).expect("as before");
         assert!(after.guest_resident_bytes >= before.guest_resident_bytes + 8 * MIB as u64, "{before:?} {after:?}");
         assert!(after.guest_resident_bytes <= 64 * MIB as u64, "{after:?}");
         assert!(after.peak_resident_bytes >= after.resident_bytes);

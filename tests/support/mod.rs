@@ -53,9 +53,36 @@ pub fn only_kvm() -> bool {
     std::env::var("DIGLOT_TEST_ENGINES").is_ok_and(|only| only == "kvm")
 }
 
+/// The program under test.
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_diglot");
+
+/// Whether there can be KVM on hosts of this kind; if not, it is said.
+pub fn kvm_is_for_this_host() -> bool {
+    let works = std::env::consts::ARCH == "x86_64";
+    if !works {
+        println!("skipped: KVM runs guests of the host's own kind, and this host is {}", std::env::consts::ARCH);
+    }
+    works
+}
+
+/// The words that start a program of the kind that this one is: itself, behind what `DIGLOT_TEST_RUNNER` names on hosts
+/// of another kind, such as `qemu-aarch64 -L /usr/aarch64-linux-gnu`.
+pub fn words(program: &str) -> Vec<String> {
+    let runner = std::env::var("DIGLOT_TEST_RUNNER").unwrap_or_default();
+    runner.split_whitespace().chain([program]).map(str::to_owned).collect()
+}
+
+/// A program of the kind that this one is.
+pub fn start(program: &str) -> Command {
+    let words = words(program);
+    let mut command = Command::new(&words[0]);
+    command.args(&words[1..]);
+    command
+}
+
 /// The program under test with arguments, nothing to read, and no environment of the tester's.
 pub fn diglot(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_diglot"));
+    let mut command = start(PROGRAM);
     command.args(args).stdin(Stdio::null()).env_remove("DIGLOT_LOG");
     command
 }

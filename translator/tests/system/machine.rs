@@ -470,6 +470,10 @@ impl Machine {
         let mut cpu = Cpu::new(ram.clone(), Box::new(Board(board.clone())), CpuModel::new(Level::Max, 1, 0));
         cpu.set_state(self.s.clone());
         let jit = compiler.then(|| Jit::new(self.code_memory, 1).unwrap());
+        if kind == Kind::Quick && jit.as_ref().is_some_and(|jit| !jit.has_quick()) {
+            println!("skipped: quick code, which this host has not");
+            return;
+        }
         let mut vcpu = Vcpu::new(cpu, jit);
         match kind {
             Kind::Quick => vcpu.set_quick(1, 1 << 30),
