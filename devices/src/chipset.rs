@@ -223,6 +223,8 @@ impl Chipset {
     /// Gives the local APICs away, each as its register page. From now on only the 8259s' interrupts are to be had here,
     /// and whether a local APIC lets these through is for it to say.
     pub fn give_lapics(&mut self, to: Box<dyn ApicBus>, now: Nanos) -> Vec<Page> {
+        // A timer that is due has to have fired: what is left of its count does not say so.
+        self.advance(now);
         self.outside = Some(to);
         self.watched.clear();
         self.watch();

@@ -555,6 +555,8 @@ impl Lapic {
         };
         match lapic.timer_mode() {
             2 => lapic.set_deadline(page.tsc_deadline, clock),
+            // A periodic one that stands at 0 is about to fire, and has not begun anew.
+            1 if lapic.initial != 0 => lapic.start(r(reg::TIMER_CURRENT).max(1), clock.now),
             _ => lapic.start(r(reg::TIMER_CURRENT), clock.now),
         }
         lapic

@@ -8,8 +8,11 @@ use std::sync::atomic::{AtomicU8, Ordering, fence};
 use std::sync::{Arc, Once};
 
 use diglot_translator::engine::Kick;
+use kvm_bindings::KVMIO;
 use kvm_ioctls::VcpuFd;
 use parking_lot::Mutex;
+use vmm_sys_util::ioctl::{ioctl_with_ptr, ioctl_with_ref};
+use vmm_sys_util::ioctl_iow_nr;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 /// A vCPU that runs now.
@@ -94,6 +97,36 @@ impl Drop for Inside {
         *self.door.0.lock() = None;
     }
 }
+
+/// Does something while the signal waits for this thread and interrupts KVM_RUN alone, at once and each time.
+pub fn interrupted<T>(vcpu: &mut VcpuFd, work: impl FnOnce(&mut VcpuFd) -> T) -> T {
+    // SAFETY: the sets are valid for all zeroes, and the calls only write to those that they are given to write to. The
+    // kernel's own set is eight bytes, behind a length. Nobody else waits for the signal, so that it can be taken back.
+    unsafe {
+        let mut only: libc::sigset_t = std::mem::zeroed();
+        let mut before = std::mem::zeroed();
+        libc::sigaddset(&mut only, SIGRTMIN());
+        libc::pthread_sigmask(libc::SIG_BLOCK, &only, &mut before);
+        libc::pthread_kill(libc::pthread_self(), SIGRTMIN());
+        let mask = SignalMask { len: 8, set: [0; 8] };
+        ioctl_with_ref(vcpu, KVM_SET_SIGNAL_MASK(), &mask);
+        let result = work(vcpu);
+        ioctl_with_ptr(vcpu, KVM_SET_SIGNAL_MASK(), std::ptr::null::<SignalMask>());
+        let none = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        libc::sigtimedwait(&only, std::ptr::null_mut(), &none);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
+        result
+    }
+}
+
+/// `kvm_signal_mask`: which signals are blocked in KVM_RUN; here none.
+#[repr(C)]
+struct SignalMask {
+    len: u32,
+    set: [u8; 8],
+}
+
+ioctl_iow_nr!(KVM_SET_SIGNAL_MASK, KVMIO, 0x8b, u32);
 
 /// Does something with all signals held back, which makes KVM_CREATE_VM give up halfway.
 pub fn undisturbed<T>(work: impl FnOnce() -> T) -> T {

@@ -355,8 +355,10 @@ impl Machine {
     /// Has the other engine go on with the guest where this one has stopped.
     fn switch(&mut self) -> Result<(), RuntimeError> {
         let parts = &mut self.parts;
+        // First, as it may make an interrupt of a timer that has run out.
+        let lapic = parts.vcpu.lapic()?;
         let state = parts.vcpu.state()?;
-        if let Some(lapic) = parts.vcpu.lapic()? {
+        if let Some(lapic) = lapic {
             let now = self.shared.now();
             let tsc = self.shared.tsc(now).wrapping_add(state.tsc_offset);
             let page =

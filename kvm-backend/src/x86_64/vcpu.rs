@@ -1,6 +1,7 @@
 //! One vCPU: the loop around KVM_RUN.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use diglot_translator::engine::{self, CpuState, EngineError, Exit, Kick, LapicState, Platform, VcpuSetup};
 use kvm_bindings::{
@@ -12,7 +13,7 @@ use vmm_sys_util::ioctl_iow_nr;
 
 use super::{KvmVm, Machine, call, create_vcpu, describe, lapic, msr, state};
 use crate::KvmError;
-use crate::kick::{Door, Inside};
+use crate::kick::{Door, Inside, interrupted};
 
 ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
 ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
@@ -299,9 +300,28 @@ impl Vcpu {
         self.irq_maybe = true;
     }
 
-    fn load_lapic(&self) -> Result<LapicState, KvmError> {
+    /// Has what the kernel's APIC timer has run out to become a waiting interrupt, without running guest code. KVM keeps a
+    /// timer that has run out apart until the vCPU is about to run, and does not tell of it.
+    fn settle_timer(&mut self) -> Result<(), KvmError> {
+        self.fd.set_kvm_immediate_exit(0);
+        match interrupted(&mut self.fd, |fd| fd.run().map(|_| ())) {
+            Err(e) if !matches!(e.errno(), libc::EINTR | libc::EAGAIN) => Err(call("settle a local APIC's timer", e)),
+            _ => Ok(()),
+        }
+    }
+
+    fn load_lapic(&mut self) -> Result<LapicState, KvmError> {
         let failed = |e| call("tell a local APIC's state", e);
-        let page = self.fd.get_lapic().map_err(failed)?;
+        const INITIAL: usize = 0x38;
+        const CURRENT: usize = 0x39;
+        let mut page = self.fd.get_lapic().map_err(failed)?;
+        let registers = lapic::registers(&page);
+        if registers[INITIAL] != 0 && registers[CURRENT] == 0 {
+            // Kernels without precise timers are late by up to a tick.
+            std::thread::sleep(Duration::from_millis(5));
+            self.settle_timer()?;
+            page = self.fd.get_lapic().map_err(failed)?;
+        }
         Ok(LapicState {
             base: self.fd.get_sregs().map_err(failed)?.apic_base,
             registers: lapic::registers(&page),
