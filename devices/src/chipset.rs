@@ -71,9 +71,7 @@ pub trait ApicBus: Send {
 
 /// All devices.
 pub struct Chipset {
-    lapics: Vec<Lapic>,
-    /// Where the local APICs are while they are not here; what is here then is of no account.
-    outside: Option<Box<dyn ApicBus>>,
+    apics: Apics,
     /// What was last told of level-triggered inputs.
     watched: Vec<(usize, Message)>,
     tsc_hz: u64,
@@ -114,8 +112,7 @@ impl Chipset {
     /// The chipset after power-on; COM1 writes to `serial_out`.
     pub fn new(config: &ChipsetConfig, serial_out: Box<dyn Write + Send>) -> Chipset {
         Chipset {
-            lapics: (0..config.cpus.max(1)).map(Lapic::new).collect(),
-            outside: None,
+            apics: Apics { here: (0..config.cpus.max(1)).map(Lapic::new).collect(), outside: None },
             watched: Vec::new(),
             tsc_hz: config.tsc_hz,
             ioapic: IoApic::new(),
@@ -149,8 +146,8 @@ impl Chipset {
     }
 
     fn set_pin(&mut self, pin: usize, level: bool) {
-        let mut to = Destinations { lapics: &mut self.lapics, outside: &mut self.outside };
-        self.ioapic.set_line(pin, level, &mut |m| to.deliver(m));
+        let apics = &mut self.apics;
+        self.ioapic.set_line(pin, level, &mut |m| apics.deliver(m));
     }
 
     /// Sets an input of the I/O APIC, of which the first 16 are ISA interrupts.
@@ -206,15 +203,15 @@ impl Chipset {
             self.drive(line, false);
             self.drive(line, true);
         }
-        if self.outside.is_none() {
-            self.lapics.iter_mut().for_each(|lapic| lapic.advance(now));
+        if self.apics.outside.is_none() {
+            self.apics.here.iter_mut().for_each(|lapic| lapic.advance(now));
         }
         self.update_lines();
     }
 
     /// When a timer has something to do next.
     pub fn next_deadline(&self) -> Option<Nanos> {
-        let lapics = self.lapics.iter().filter(|_| self.outside.is_none()).filter_map(Lapic::next_event);
+        let lapics = self.apics.here.iter().filter(|_| self.apics.outside.is_none()).filter_map(Lapic::next_event);
         [self.pit.next_event(), self.rtc.next_event(), self.hpet.next_event()].into_iter().flatten().chain(lapics).min()
     }
 
@@ -225,7 +222,7 @@ impl Chipset {
     pub fn give_lapics(&mut self, to: Box<dyn ApicBus>, now: Nanos) -> Vec<Page> {
         // A timer that is due has to have fired: what is left of its count does not say so.
         self.advance(now);
-        self.outside = Some(to);
+        self.apics.outside = Some(to);
         self.watched.clear();
         self.watch();
         self.lapic_pages(now)
@@ -233,7 +230,7 @@ impl Chipset {
 
     /// The local APICs' register pages.
     pub fn lapic_pages(&self, now: Nanos) -> Vec<Page> {
-        self.lapics.iter().map(|lapic| lapic.page(now)).collect()
+        self.apics.here.iter().map(|lapic| lapic.page(now)).collect()
     }
 
     /// Takes local APICs back, each with its CPU's time-stamp counter.
@@ -241,19 +238,19 @@ impl Chipset {
         let tsc_hz = self.tsc_hz;
         let taken =
             (0..).zip(pages).map(|(id, (page, tsc))| Lapic::from_page(id, page, Clock { now, tsc: *tsc, tsc_hz }));
-        self.lapics = taken.collect();
-        self.outside = None;
+        self.apics.here = taken.collect();
+        self.apics.outside = None;
     }
 
     /// The end of a level-triggered interrupt at a local APIC that is elsewhere.
     pub fn end_of_interrupt(&mut self, vector: u8) {
-        let mut to = Destinations { lapics: &mut self.lapics, outside: &mut self.outside };
-        self.ioapic.end_of_interrupt(vector, &mut |m| to.deliver(m));
+        let apics = &mut self.apics;
+        self.ioapic.end_of_interrupt(vector, &mut |m| apics.deliver(m));
     }
 
     /// Tells local APICs elsewhere about level-triggered inputs if these have changed.
     fn watch(&mut self) {
-        let Some(outside) = &mut self.outside else { return };
+        let Some(outside) = &mut self.apics.outside else { return };
         let inputs = self.ioapic.level_messages();
         if inputs != self.watched {
             outside.watch(&inputs);
@@ -263,10 +260,10 @@ impl Chipset {
 
     /// Whether `cpu` has a maskable interrupt to take.
     pub fn interrupt_pending(&self, cpu: usize) -> bool {
-        if self.outside.is_some() {
+        if self.apics.outside.is_some() {
             return self.pic.pending();
         }
-        self.lapics.get(cpu).is_some_and(|l| l.pending().is_some() || self.extint(l))
+        self.apics.here.get(cpu).is_some_and(|l| l.pending().is_some() || self.extint(l))
     }
 
     fn extint(&self, lapic: &Lapic) -> bool {
@@ -275,10 +272,10 @@ impl Chipset {
 
     /// Takes `cpu`'s highest interrupt: the vector.
     pub fn acknowledge(&mut self, cpu: usize) -> Option<u8> {
-        if self.outside.is_some() {
+        if self.apics.outside.is_some() {
             return self.pic.pending().then(|| self.pic.acknowledge());
         }
-        let lapic = self.lapics.get_mut(cpu)?;
+        let lapic = self.apics.here.get_mut(cpu)?;
         if let Some(vector) = lapic.acknowledge() {
             return Some(vector);
         }
@@ -287,35 +284,35 @@ impl Chipset {
 
     /// Takes `cpu`'s pending non-maskable interrupt.
     pub fn take_nmi(&mut self, cpu: usize) -> bool {
-        self.lapics.get_mut(cpu).is_some_and(Lapic::take_nmi)
+        self.apics.here.get_mut(cpu).is_some_and(Lapic::take_nmi)
     }
 
     /// Whether `cpu`'s APIC is enabled by IA32_APIC_BASE.
     pub fn apic_enabled(&self, cpu: usize) -> bool {
-        self.lapics.get(cpu).is_some_and(Lapic::enabled)
+        self.apics.here.get(cpu).is_some_and(Lapic::enabled)
     }
 
     /// `cpu`'s CR8.
     pub fn cr8(&self, cpu: usize) -> u64 {
-        self.lapics.get(cpu).map_or(0, Lapic::cr8)
+        self.apics.here.get(cpu).map_or(0, Lapic::cr8)
     }
 
     /// Writes `cpu`'s CR8.
     pub fn set_cr8(&mut self, cpu: usize, value: u64) {
-        if let Some(l) = self.lapics.get_mut(cpu) {
+        if let Some(l) = self.apics.here.get_mut(cpu) {
             l.set_cr8(value);
         }
     }
 
     /// Reads an MSR of `cpu`'s APIC at guest time-stamp `tsc`; `None` raises #GP.
     pub fn apic_msr_read(&mut self, cpu: usize, msr: u32, _tsc: u64, now: Nanos) -> Option<u64> {
-        self.lapics.get_mut(cpu)?.msr_read(msr, now)
+        self.apics.here.get_mut(cpu)?.msr_read(msr, now)
     }
 
     /// Writes an MSR of `cpu`'s APIC; `None` raises #GP.
     pub fn apic_msr_write(&mut self, cpu: usize, msr: u32, value: u64, tsc: u64, now: Nanos) -> Option<()> {
         let clock = Clock { now, tsc, tsc_hz: self.tsc_hz };
-        let effect = self.lapics.get_mut(cpu)?.msr_write(msr, value, clock)?;
+        let effect = self.apics.here.get_mut(cpu)?.msr_write(msr, value, clock)?;
         self.apply(cpu, effect);
         Some(())
     }
@@ -329,7 +326,7 @@ impl Chipset {
     }
 
     fn send_ipi(&mut self, from: usize, ipi: Ipi) {
-        for (k, lapic) in self.lapics.iter_mut().enumerate() {
+        for (k, lapic) in self.apics.here.iter_mut().enumerate() {
             let target = match ipi.shorthand {
                 0 => lapic.is_destination(ipi.logical, ipi.destination),
                 1 => k == from,
@@ -359,7 +356,7 @@ impl Chipset {
     /// S3: every device but the real-time clock, the UART and the power management itself comes to its state after
     /// power-on.
     pub fn suspend(&mut self, now: Nanos) {
-        self.lapics = (0..self.lapics.len() as u8).map(Lapic::new).collect();
+        self.apics.here = (0..self.apics.here.len() as u8).map(Lapic::new).collect();
         self.ioapic = IoApic::new();
         self.watch();
         self.pic = Pic::new();
@@ -459,7 +456,7 @@ impl Chipset {
     /// Reads `size` (1, 2, 4 or 8) bytes at a guest physical address outside RAM; all ones where nothing answers.
     pub fn mmio_read(&mut self, gpa: u64, size: u8, now: Nanos) -> u64 {
         if let Some(offset) = self.lapic_offset(gpa) {
-            return u64::from(self.lapics[0].mmio_read(offset, now));
+            return u64::from(self.apics.here[0].mmio_read(offset, now));
         }
         if let Some(offset) = inside(gpa, IOAPIC_BASE, PAGE) {
             return u64::from(self.ioapic.read(offset));
@@ -479,11 +476,11 @@ impl Chipset {
     /// Writes `size` (1, 2, 4 or 8) bytes at a guest physical address outside RAM.
     pub fn mmio_write(&mut self, gpa: u64, size: u8, value: u64, now: Nanos) {
         if let Some(offset) = self.lapic_offset(gpa) {
-            let effect = self.lapics[0].mmio_write(offset, value as u32, now);
+            let effect = self.apics.here[0].mmio_write(offset, value as u32, now);
             self.apply(0, effect);
         } else if let Some(offset) = inside(gpa, IOAPIC_BASE, PAGE) {
-            let mut to = Destinations { lapics: &mut self.lapics, outside: &mut self.outside };
-            self.ioapic.write(offset, value as u32, &mut |m| to.deliver(m));
+            let apics = &mut self.apics;
+            self.ioapic.write(offset, value as u32, &mut |m| apics.deliver(m));
             self.watch();
         } else if let Some(offset) = inside(gpa, HPET_BASE, PAGE) {
             self.hpet.write(offset, size, value, now);
@@ -496,10 +493,10 @@ impl Chipset {
     }
 
     fn lapic_offset(&self, gpa: u64) -> Option<u64> {
-        if self.outside.is_some() {
+        if self.apics.outside.is_some() {
             return None;
         }
-        inside(gpa, self.lapics[0].mmio_base()?, PAGE)
+        inside(gpa, self.apics.here[0].mmio_base()?, PAGE)
     }
 
     // ---- the world outside ----
@@ -525,7 +522,7 @@ impl Chipset {
     pub fn save(&self) -> ChipsetState {
         ChipsetState {
             version: STATE_VERSION,
-            lapics: self.lapics.clone(),
+            lapics: self.apics.here.clone(),
             ioapic: self.ioapic.clone(),
             pic: self.pic.clone(),
             pit: self.pit.clone(),
@@ -545,7 +542,7 @@ impl Chipset {
         if state.version != STATE_VERSION {
             return Err(StateError::Version { found: state.version, expected: STATE_VERSION });
         }
-        if state.lapics.len() != self.lapics.len() {
+        if state.lapics.len() != self.apics.here.len() {
             return Err(StateError::Invalid("number of CPUs"));
         }
         if state.test_device.is_some() != self.test_device.is_some() {
@@ -556,7 +553,7 @@ impl Chipset {
         state.keyboard.validate()?;
         self.serial.restore(&state.serial)?;
         let s = state.clone();
-        self.lapics = s.lapics;
+        self.apics.here = s.lapics;
         self.ioapic = s.ioapic;
         self.pic = s.pic;
         self.pit = s.pit;
@@ -571,23 +568,24 @@ impl Chipset {
     }
 }
 
-/// Where messages of the I/O APIC go.
-struct Destinations<'a> {
-    lapics: &'a mut [Lapic],
-    outside: &'a mut Option<Box<dyn ApicBus>>,
+/// The local APICs, here or elsewhere.
+struct Apics {
+    here: Vec<Lapic>,
+    /// Where they are while they are not here; what is here then is of no account.
+    outside: Option<Box<dyn ApicBus>>,
 }
 
-impl Destinations<'_> {
+impl Apics {
     /// Hands a message to the local APICs that it is for.
     fn deliver(&mut self, m: Message) {
         // SMI, INIT and ExtINT through the I/O APIC are not wired.
         if !matches!(m.mode, 0 | 1 | 4) {
             return;
         }
-        if let Some(outside) = self.outside {
+        if let Some(outside) = &mut self.outside {
             return outside.send(m);
         }
-        for lapic in self.lapics.iter_mut().filter(|l| l.is_destination(m.logical, u32::from(m.destination))) {
+        for lapic in self.here.iter_mut().filter(|l| l.is_destination(m.logical, u32::from(m.destination))) {
             match m.mode {
                 0 => lapic.accept(m.vector, m.level),
                 1 => return lapic.accept(m.vector, m.level),
