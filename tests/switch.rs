@@ -41,7 +41,6 @@ fn a_counting_guest_counts_on() {
     let directory = tempfile::tempdir().expect("directory");
     let kernel = guest(directory.path(), "kernel", |a| {
         let mut next = a.create_label();
-        let mut wait = a.create_label();
         let mut digit = a.create_label();
         let mut wrong = a.create_label();
         a.mov(esp, 0x9000)?;
@@ -56,15 +55,7 @@ fn a_counting_guest_counts_on() {
         a.mov(eax, esi)?;
         a.add(eax, edi)?;
         a.jne(wrong)?;
-        a.mov(edx, 0x608)?;
-        a.in_(eax, dx)?;
-        a.mov(ebp, eax)?;
-        a.set_label(&mut wait)?;
-        a.in_(eax, dx)?;
-        a.sub(eax, ebp)?;
-        a.and(eax, 0xff_ffff)?;
-        a.cmp(eax, TICKS)?;
-        a.jb(wait)?;
+        wait(a, TICKS)?;
         // Four hexadecimal digits, from the highest, as letters from A to P.
         a.mov(edx, 0x3f8)?;
         a.mov(ecx, 12)?;
@@ -114,16 +105,7 @@ fn the_embedded_guest_does_not_notice() {
 fn a_moved_guest_resets_and_halts_as_any() {
     let directory = tempfile::tempdir().expect("directory");
     let kernel = guest(directory.path(), "kernel", |a| {
-        let mut wait = a.create_label();
-        a.mov(edx, 0x608)?;
-        a.in_(eax, dx)?;
-        a.mov(ebp, eax)?;
-        a.set_label(&mut wait)?;
-        a.in_(eax, dx)?;
-        a.sub(eax, ebp)?;
-        a.and(eax, 0xff_ffff)?;
-        a.cmp(eax, 250_000)?; // 70 milliseconds
-        a.jb(wait)?;
+        wait(a, 250_000)?; // 70 milliseconds
         say(a, "up")?;
         a.mov(eax, 0xfe)?;
         a.out(0x64, al)?;

@@ -12,7 +12,6 @@ use diglot_translator::jit::Jit;
 use diglot_translator::jit::frame::reason;
 use diglot_translator::mem::GuestRam as CpuRam;
 use diglot_translator::platform::TSC_HZ;
-use diglot_translator::state::gpr;
 use diglot_translator::trace::Trace;
 use diglot_translator::vcpu;
 use vm_memory::GuestMemoryMmap;
@@ -72,14 +71,11 @@ impl Engine {
     }
 }
 
-/// Opens KVM and makes sure that it runs guests, at a speed that is worth it unless any will do.
-fn open_kvm(slow: bool) -> Result<(Kvm, f64), KvmError> {
+/// Opens KVM, at a speed that is worth it unless any will do.
+fn open_kvm(slow: bool) -> Result<Kvm, KvmError> {
     let kvm = Kvm::open()?;
-    let mips = kvm.measure()?.mips;
-    if mips < LEAST_MIPS && !slow {
-        return Err(KvmError::Slow { mips });
-    }
-    Ok((kvm, mips))
+    let mips = kvm.offer().mips;
+    if mips < LEAST_MIPS && !slow { Err(KvmError::Slow { mips }) } else { Ok(kvm) }
 }
 
 /// What of the configuration only the translator can do, by the name of its option.
@@ -92,7 +88,7 @@ fn translator_only(config: &MachineConfig) -> Option<&'static str> {
 /// Which engine `auto` stands for, and why.
 fn choose(config: &MachineConfig) -> Result<(Engine, String, Option<Kvm>), RuntimeError> {
     if let Some(engine) = Engine::of(config.backend) {
-        let kvm = if engine == Engine::Kvm { Some(open_kvm(config.slow_kvm)?.0) } else { None };
+        let kvm = if engine == Engine::Kvm { Some(open_kvm(config.slow_kvm)?) } else { None };
         return Ok((engine, "as asked".into(), kvm));
     }
     if let Some(option) = translator_only(config) {
@@ -102,9 +98,9 @@ fn choose(config: &MachineConfig) -> Result<(Engine, String, Option<Kvm>), Runti
     }
     let wanted = config.cpu_model;
     match open_kvm(config.slow_kvm) {
-        Ok((kvm, mips)) => match missing(wanted, kvm.cpuid()) {
+        Ok(kvm) => match missing(wanted, &limited(wanted, &kvm)) {
             None => {
-                let (engine, why) = chosen_kvm(mips);
+                let (engine, why) = chosen_kvm(kvm.offer().mips);
                 Ok((engine, why, Some(kvm)))
             }
             Some(lacks) => Ok((Engine::Jit, format!("this host's processor lacks {lacks}"), None)),
@@ -129,18 +125,19 @@ pub(crate) fn chosen_instead(error: &KvmError) -> (Engine, String) {
 
 /// What KVM offers, and what of the most capable CPU model it lacks.
 pub(crate) fn look_at_kvm() -> Result<(Offer, Vec<String>), KvmError> {
-    let kvm = Kvm::open()?;
-    let lacks = CpuModel::new(machine::CpuModel::Max.level(), 1, 0).limited_to(kvm.cpuid()).lacks();
-    Ok((kvm.measure()?, lacks))
+    let kvm = open_kvm(true)?;
+    Ok((kvm.offer().clone(), limited(machine::CpuModel::Max, &kvm).lacks()))
+}
+
+/// What is left of a CPU model on the host's processor.
+fn limited(model: machine::CpuModel, kvm: &Kvm) -> CpuModel {
+    CpuModel::new(model.level(), 1, 0).limited_to(kvm.cpuid())
 }
 
 /// What a processor lacks of a model that says what it has.
-fn missing(model: machine::CpuModel, host: &[CpuidEntry]) -> Option<String> {
-    let level = match model {
-        machine::CpuModel::V2 | machine::CpuModel::V3 => model.level(),
-        machine::CpuModel::Max | machine::CpuModel::Host => return None,
-    };
-    let lacks = CpuModel::new(level, 1, 0).limited_to(host).lacks();
+fn missing(model: machine::CpuModel, limited: &CpuModel) -> Option<String> {
+    let whole = matches!(model, machine::CpuModel::V2 | machine::CpuModel::V3);
+    let lacks = if whole { limited.lacks() } else { Vec::new() };
     (!lacks.is_empty()).then(|| lacks.join(", "))
 }
 
@@ -153,15 +150,15 @@ impl Engines {
             Engine::Jit => Engine::Kvm,
         });
         if config.switches && other == Engine::Kvm && kvm.is_none() {
-            kvm = Some(open_kvm(config.slow_kvm)?.0);
+            kvm = Some(open_kvm(config.slow_kvm)?);
         }
         let mut model = CpuModel::new(config.cpu_model.level(), u32::from(config.cpus), 0);
         let mut tsc_hz = TSC_HZ;
         let mut host = None;
         if let Some(kvm) = &kvm {
             tsc_hz = kvm.tsc_hz(TSC_HZ);
-            model = model.limited_to(kvm.cpuid()).with_tsc(tsc_hz);
-            if let Some(lacks) = missing(config.cpu_model, kvm.cpuid()) {
+            model = limited(config.cpu_model, kvm).with_tsc(tsc_hz);
+            if let Some(lacks) = missing(config.cpu_model, &model) {
                 return Err(RuntimeError::Processor(lacks));
             }
             if config.cpu_model == machine::CpuModel::Host {
@@ -351,18 +348,8 @@ impl Vcpu for Translated {
 
 /// Where a CPU that shut down was.
 fn describe(cpu: &Cpu) -> String {
-    let s = &cpu.s;
-    format!(
-        "last exception {} (error code {:#x}) at RIP {:#x}, RSP {:#x}, CR0 {:#x}, CR2 {:#x}, CR3 {:#x}, CR4 {:#x}",
-        cpu.raised.vector,
-        cpu.raised.error.unwrap_or(0),
-        s.rip,
-        s.gpr[usize::from(gpr::RSP)],
-        s.cr0,
-        s.cr2,
-        s.cr3,
-        s.cr4
-    )
+    let (vector, error) = (cpu.raised.vector, cpu.raised.error.unwrap_or(0));
+    format!("last exception {vector} (error code {error:#x}) {}", cpu.s.place())
 }
 
 #[cfg(test)]

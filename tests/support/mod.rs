@@ -177,3 +177,17 @@ pub fn spin(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.set_label(&mut here)?;
     a.jmp(here)
 }
+
+/// Waits for so many ticks of the power-management timer, 3,579,545 of which are a second.
+pub fn wait(a: &mut CodeAssembler, ticks: u32) -> Result<(), IcedError> {
+    let mut again = a.create_label();
+    a.mov(edx, 0x608)?;
+    a.in_(eax, dx)?;
+    a.mov(ebp, eax)?;
+    a.set_label(&mut again)?;
+    a.in_(eax, dx)?;
+    a.sub(eax, ebp)?;
+    a.and(eax, 0xff_ffff)?;
+    a.cmp(eax, ticks)?;
+    a.jb(again)
+}

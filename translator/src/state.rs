@@ -301,6 +301,15 @@ impl CpuState {
         }
     }
 
+    /// Where the CPU is, on one line for the user.
+    pub fn place(&self) -> String {
+        let rsp = self.gpr[usize::from(gpr::RSP)];
+        format!(
+            "at RIP {:#x}, RSP {rsp:#x}, CR0 {:#x}, CR2 {:#x}, CR3 {:#x}, CR4 {:#x}",
+            self.rip, self.cr0, self.cr2, self.cr3, self.cr4
+        )
+    }
+
     /// RFLAGS as PUSHF sees it, arithmetic flags folded in.
     pub fn flags(&self) -> u64 {
         let bit = |on: bool, f: u64| if on { f } else { 0 };

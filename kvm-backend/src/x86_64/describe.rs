@@ -2,25 +2,12 @@
 
 use std::fmt::Write;
 
-use diglot_translator::engine::{CpuState, gpr, seg};
+use diglot_translator::engine::{CpuState, seg};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 const NAMES: [&str; 16] =
     ["RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", "R8 ", "R9 ", "R10", "R11", "R12", "R13", "R14", "R15"];
-
-/// Where a CPU is, on one line.
-pub fn place(s: &CpuState) -> String {
-    format!(
-        "at RIP {:#x}, RSP {:#x}, CR0 {:#x}, CR2 {:#x}, CR3 {:#x}, CR4 {:#x}",
-        s.rip,
-        s.gpr[usize::from(gpr::RSP)],
-        s.cr0,
-        s.cr2,
-        s.cr3,
-        s.cr4
-    )
-}
 
 /// All registers that matter, and the bytes at RIP, on several lines.
 pub fn registers(s: &CpuState, fd: &VcpuFd, ram: &impl GuestMemoryBackend) -> String {

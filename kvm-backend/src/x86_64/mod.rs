@@ -50,9 +50,7 @@ const NEEDED: [(Cap, &str); 11] = [
 pub struct Kvm {
     system: kvm_ioctls::Kvm,
     cpuid: Vec<CpuidEntry>,
-    /// The host's own time-stamp counter in Hz.
-    host_tsc_hz: u64,
-    tsc_scaling: bool,
+    offer: Offer,
 }
 
 fn call(what: &'static str, error: kvm_ioctls::Error) -> KvmError {
@@ -73,8 +71,7 @@ fn create_vcpu(vm: &VmFd, index: u32) -> Result<VcpuFd, KvmError> {
 }
 
 impl Kvm {
-    /// Opens KVM and makes sure that it has what machines need. Whether it runs guests, and how fast, is for
-    /// [`Self::measure`] to say.
+    /// Opens KVM, makes sure that it has what machines need, and runs a guest of a few instructions to its end.
     pub fn open() -> Result<Kvm, KvmError> {
         let device = device();
         let path = std::ffi::CString::new(device.as_os_str().as_encoded_bytes())
@@ -97,23 +94,20 @@ impl Kvm {
         if !lacks.is_empty() {
             return Err(KvmError::Capability(lacks.join(", ")));
         }
-        let cpuid = system.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(|e| call("tell its CPUID", e))?;
-        let cpuid = cpuid.as_slice().iter().map(entry).collect();
-        let tsc_scaling = system.check_extension(Cap::TscControl);
-        let vm = create_vm(&system)?;
-        let vcpu = create_vcpu(&vm, 0)?;
-        let khz = vcpu.get_tsc_khz().map_err(|e| call("tell the frequency of the time-stamp counter", e))?;
-        Ok(Kvm { system, cpuid, host_tsc_hz: u64::from(khz) * 1000, tsc_scaling })
+        let supported = system.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(|e| call("tell its CPUID", e))?;
+        let (mips, khz) = probe::measure(&system, &supported)?;
+        let offer = Offer {
+            mips,
+            tsc_hz: u64::from(khz) * 1000,
+            tsc_scaling: system.check_extension(Cap::TscControl),
+            vcpus: system.get_nr_vcpus(),
+        };
+        Ok(Kvm { system, cpuid: supported.as_slice().iter().map(entry).collect(), offer })
     }
 
-    /// Runs a guest of a few instructions to its end, and measures how fast.
-    pub fn measure(&self) -> Result<Offer, KvmError> {
-        Ok(Offer {
-            mips: probe::measure(&self.system)?,
-            tsc_hz: self.host_tsc_hz,
-            tsc_scaling: self.tsc_scaling,
-            vcpus: self.system.get_nr_vcpus(),
-        })
+    /// What it offers, as measured when it was opened.
+    pub fn offer(&self) -> &Offer {
+        &self.offer
     }
 
     /// What CPUID reports on the host's processor, as far as KVM lets guests use it.
@@ -123,7 +117,7 @@ impl Kvm {
 
     /// The frequency that a guest's time-stamp counter has if `wanted` is asked for: without scaling, the host's.
     pub fn tsc_hz(&self, wanted: u64) -> u64 {
-        if self.tsc_scaling { wanted } else { self.host_tsc_hz }
+        if self.offer.tsc_scaling { wanted } else { self.offer.tsc_hz }
     }
 
     /// Gives a machine's memory to KVM.
@@ -178,7 +172,7 @@ impl KvmVm {
         enable(KVM_CAP_X86_USER_SPACE_MSR, u64::from(msr::TO_US))?;
         let slots = Slots::new(&fd, options.ram)?;
         let (cpuid, tsc_hz) = (options.cpuid, options.tsc_hz);
-        Ok(KvmVm { machine: Arc::new(Machine { fd, slots }), tsc_scaling: kvm.tsc_scaling, cpuid, tsc_hz })
+        Ok(KvmVm { machine: Arc::new(Machine { fd, slots }), tsc_scaling: kvm.offer.tsc_scaling, cpuid, tsc_hz })
     }
 
     /// Begins to log which pages the guest writes, or ends that.

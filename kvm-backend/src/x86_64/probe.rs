@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use diglot_translator::engine::{CpuState, Segment, cr, gpr, seg};
+use kvm_bindings::CpuId;
 use kvm_ioctls::VcpuExit;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -27,8 +28,9 @@ const INSTRUCTIONS: f64 = 2.0;
 const WORTH_MORE: f64 = 20.0;
 const MORE_ROUNDS: u64 = 1_000_000;
 
-/// Runs a loop in 64-bit mode to its end. Gives millions of instructions a second.
-pub fn measure(system: &kvm_ioctls::Kvm) -> Result<f64, KvmError> {
+/// Runs a loop in 64-bit mode to its end. Gives millions of instructions a second, and the time-stamp counter's frequency
+/// in kHz.
+pub fn measure(system: &kvm_ioctls::Kvm, cpuid: &CpuId) -> Result<(f64, u32), KvmError> {
     let broken = |e: &dyn std::fmt::Display| KvmError::Broken(e.to_string());
     let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM)]).map_err(|e| broken(&e))?;
     let present_writable = 3u64;
@@ -42,9 +44,8 @@ pub fn measure(system: &kvm_ioctls::Kvm) -> Result<f64, KvmError> {
     let vm = create_vm(system)?;
     let _slots = Slots::new(&vm, Arc::new(ram))?;
     let mut vcpu = create_vcpu(&vm, 0)?;
-    let cpuid =
-        system.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(|e| call("tell its CPUID", e))?;
-    vcpu.set_cpuid2(&cpuid).map_err(|e| call("set CPUID", e))?;
+    vcpu.set_cpuid2(cpuid).map_err(|e| call("set CPUID", e))?;
+    let khz = vcpu.get_tsc_khz().map_err(|e| call("tell the frequency of the time-stamp counter", e))?;
     let mut run = |rounds: u64| {
         let mut start = long_mode();
         start.gpr[usize::from(gpr::RCX)] = rounds;
@@ -69,7 +70,8 @@ pub fn measure(system: &kvm_ioctls::Kvm) -> Result<f64, KvmError> {
     // What comes with the first entry is not what is to be measured.
     run(1)?;
     let first = run(ROUNDS)?;
-    if first < WORTH_MORE { Ok(first) } else { Ok(first.max(run(MORE_ROUNDS)?)) }
+    let mips = if first < WORTH_MORE { first } else { first.max(run(MORE_ROUNDS)?) };
+    Ok((mips, khz))
 }
 
 fn long_mode() -> CpuState {

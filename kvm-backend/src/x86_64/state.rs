@@ -211,10 +211,15 @@ fn set_due(events: &mut kvm_vcpu_events, due: Due) {
     }
 }
 
-/// Has an acknowledged interrupt delivered before the next instruction, which wakes a halted vCPU.
-pub fn inject(fd: &VcpuFd, vector: u8) -> Result<(), KvmError> {
+/// The vCPU's events, unless one is under way on top of which no interrupt may be injected.
+pub fn quiet(fd: &VcpuFd) -> Result<Option<kvm_vcpu_events>, KvmError> {
+    let events = fd.get_vcpu_events().map_err(|e| call("tell a vCPU's state", e))?;
+    Ok(due(&events).is_none().then_some(events))
+}
+
+/// Has an acknowledged interrupt delivered before the next instruction, which wakes a halted vCPU; [`quiet`] gave `events`.
+pub fn inject(fd: &VcpuFd, mut events: kvm_vcpu_events, vector: u8) -> Result<(), KvmError> {
     let failed = |e| call("deliver an interrupt", e);
-    let mut events = fd.get_vcpu_events().map_err(failed)?;
     set_due(&mut events, Due { vector, kind: DueKind::Interrupt });
     events.interrupt.soft = 0;
     fd.set_vcpu_events(&events).map_err(failed)?;
@@ -222,11 +227,6 @@ pub fn inject(fd: &VcpuFd, vector: u8) -> Result<(), KvmError> {
         fd.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE }).map_err(failed)?;
     }
     Ok(())
-}
-
-/// Whether an interrupt may be injected on top of what is under way.
-pub fn is_quiet(fd: &VcpuFd) -> Result<bool, KvmError> {
-    Ok(due(&fd.get_vcpu_events().map_err(|e| call("tell a vCPU's state", e))?).is_none())
 }
 
 fn msrs(s: &mut CpuState) -> Vec<kvm_msr_entry> {

@@ -163,7 +163,7 @@ impl Vcpu {
                 Why::Again => {}
                 Why::Port => self.access_port(),
                 Why::Halted => return Ok(Exit::Halt),
-                Why::Shutdown => return Ok(Exit::Shutdown(describe::place(&self.load()?))),
+                Why::Shutdown => return Ok(Exit::Shutdown(self.load()?.place())),
                 Why::Failed(why) => {
                     let registers = self.load().map(|s| describe::registers(&s, &self.fd, self.machine.slots.ram()));
                     return Ok(Exit::Failed(format!("{why}{}", registers.unwrap_or_default())));
@@ -196,10 +196,10 @@ impl Vcpu {
         if waits
             && run.ready_for_interrupt_injection != 0
             && !self.unfinished
-            && state::is_quiet(&self.fd)?
+            && let Some(events) = state::quiet(&self.fd)?
             && let Some(vector) = self.platform.acknowledge()
         {
-            state::inject(&self.fd, vector)?;
+            state::inject(&self.fd, events, vector)?;
             self.counts.injected += 1;
             // The next has to wait until KVM says anew that it can take one.
             self.fd.get_kvm_run().ready_for_interrupt_injection = 0;
