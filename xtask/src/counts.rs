@@ -60,8 +60,7 @@ pub fn run(check: bool) -> ExitCode {
     let costs: Vec<Cost> = loops::LOOPS.iter().map(|&(name, code)| cost(name, &code())).collect();
     let page = page(&costs, compile_ratio());
     // Inside a virtual machine the page is where one runs this, if anywhere.
-    let directory = Some(Path::new(DIRECTORY)).filter(|d| d.is_dir()).unwrap_or(Path::new("."));
-    let path = &directory.join(name);
+    let path = &pages().unwrap_or(Path::new(".")).join(name);
     if !check {
         return match std::fs::write(path, page) {
             Ok(()) => ExitCode::SUCCESS,
@@ -193,6 +192,11 @@ fn figures(page: &str) -> Vec<(&str, Vec<f64>)> {
     rows.collect()
 }
 
+/// The directory of the pages, where this is run beside the project.
+fn pages() -> Option<&'static Path> {
+    Some(Path::new(DIRECTORY)).filter(|d| d.is_dir())
+}
+
 /// How many times more host instructions than on x86-64 hosts compiled code may cost on others.
 const HOSTS_RATIO: f64 = 1.3;
 /// Loops that cost more, because floating point needs guards there, and x87 instructions are evaluated by helper.
@@ -200,7 +204,7 @@ const COSTLIER: [&str; 4] = ["scalar", "packed", "avx2", "x87"];
 
 /// Compares the kept pages of different hosts.
 fn compare_hosts() -> Result<(), String> {
-    let Some(directory) = Some(Path::new(DIRECTORY)).filter(|d| d.is_dir()) else { return Ok(()) };
+    let Some(directory) = pages() else { return Ok(()) };
     let read = |name: &str| std::fs::read_to_string(directory.join(name)).map_err(|e| format!("{name}: {e}"));
     let [(_, first), others @ ..] = PAGES;
     let first = read(first)?;

@@ -108,16 +108,20 @@ impl JitEmit<'_> {
             return;
         }
         let shape = Shape::of(fmt);
-        let mut odd = None;
-        for &x in operands {
+        let mut outside = |&x: &Value| {
             let e = self.exponent(shape, x);
-            let outside = self.outside(shape, e, 1, shape.most - 1);
-            odd = Some(self.either(odd, outside));
-        }
-        let operands = operands.to_vec();
-        self.unless(shape, odd, move |e| {
-            let fine: Vec<Value> = operands.iter().map(|&x| e.zero_or_infinite_or_regular(shape, x)).collect();
-            fine.into_iter().reduce(|a, b| e.b.ins().band(a, b))
+            (x, self.outside(shape, e, 1, shape.most - 1))
+        };
+        let each: Vec<(Value, Value)> = operands.iter().map(&mut outside).collect();
+        let Some(odd) = each.iter().map(|(_, odd)| *odd).reduce(|a, b| self.b.ins().bor(a, b)) else { return };
+        self.unless(shape, odd, |e| {
+            let good = |(x, odd): (Value, Value)| {
+                let (special, inside) = (e.is_zero_or_infinite(shape, x), e.not(shape, odd));
+                e.b.ins().bor(special, inside)
+            };
+            let good: Vec<Value> = each.into_iter().map(good).collect();
+            // There is one at least, as something is odd.
+            good.into_iter().reduce(|a, b| e.b.ins().band(a, b)).unwrap_or(odd)
         });
     }
 
@@ -128,22 +132,21 @@ impl JitEmit<'_> {
         // With the sign, so that what is negative is beyond all.
         let e = self.shifted(shape, bits, 0, shape.mantissa);
         let odd = self.outside(shape, e, 1, shape.most - 1);
-        self.unless(shape, Some(odd), move |e| {
-            let zero = e.is_zero(shape, x);
+        // An infinity below zero is odd, too, and no number's root.
+        self.unless(shape, odd, |e| {
             let infinity = e.number(shape, shape.infinity());
             let infinite = e.b.ins().icmp(IntCC::Equal, bits, infinity);
-            let special = e.b.ins().bor(zero, infinite);
-            let exponent = e.shifted(shape, bits, 0, shape.mantissa);
-            let outside = e.outside(shape, exponent, 1, shape.most - 1);
-            let inside = e.not(shape, outside);
-            Some(e.b.ins().bor(special, inside))
+            let zero = e.is_zero(shape, x);
+            e.b.ins().bor(zero, infinite)
         });
     }
 
     /// Operands that are not denormal, and a result that is normal, or zero where that is exact.
     fn guard_result(&mut self, fmt: FpFmt, args: &[Value], operands: &[Value], r: Value, exact: Exact) {
         let shape = Shape::of(fmt);
-        let mut odd = None;
+        // The lowest numbers may have been rounded up from what is tiny.
+        let e = self.exponent(shape, r);
+        let mut odd = self.outside(shape, e, 2, shape.most - 2);
         let mut unknown = Vec::new();
         for (&arg, &x) in args.iter().zip(operands) {
             if self.is_regular(arg, fmt) || unknown.contains(&x) {
@@ -152,16 +155,10 @@ impl JitEmit<'_> {
             unknown.push(x);
             let e = self.exponent(shape, x);
             let outside = self.outside(shape, e, 1, shape.most - 1);
-            odd = Some(self.either(odd, outside));
+            odd = self.b.ins().bor(odd, outside);
         }
-        // The lowest numbers may have been rounded up from what is tiny.
-        let e = self.exponent(shape, r);
-        let outside = self.outside(shape, e, 2, shape.most - 2);
-        odd = Some(self.either(odd, outside));
-        let looked_at = args.iter().map(|&arg| (arg, fmt));
-        self.seen_regular.extend(looked_at);
-        let operands = operands.to_vec();
-        self.unless(shape, odd, move |e| {
+        self.seen_regular.extend(args.iter().map(|&arg| (arg, fmt)));
+        self.unless(shape, odd, |e| {
             let zero = e.is_zero(shape, r);
             let zero = match exact {
                 Exact::Always => zero,
@@ -196,7 +193,7 @@ impl JitEmit<'_> {
                 let not_denormal = e.b.ins().bor(normal, zero);
                 fine = e.b.ins().band(fine, not_denormal);
             }
-            Some(fine)
+            fine
         });
     }
 
@@ -217,32 +214,21 @@ impl JitEmit<'_> {
         let shape = Shape::of(fmt);
         let e = self.exponent(shape, of);
         let odd = self.outside(shape, e, low, count);
-        self.unless(shape, Some(odd), move |e| {
-            let size = e.magnitude(shape, of);
-            let zero = e.is_zero(shape, of);
-            let infinity = e.number(shape, shape.infinity());
-            let infinite = e.b.ins().icmp(IntCC::Equal, size, infinity);
-            let special = e.b.ins().bor(zero, infinite);
-            let exponent = e.exponent(shape, of);
-            let outside = e.outside(shape, exponent, low, count);
-            let inside = e.not(shape, outside);
-            Some(e.b.ins().bor(special, inside))
-        });
+        self.unless(shape, odd, |e| e.is_zero_or_infinite(shape, of));
     }
 
-    /// Leaves the region where a lane is odd, unless `fine` finds nothing wrong with any.
-    fn unless(&mut self, shape: Shape, odd: Option<Value>, fine: impl FnOnce(&mut Self) -> Option<Value>) {
-        let Some(odd) = odd else { return };
+    /// Leaves the region where a lane is odd that is not among those that `fine` finds nothing wrong with.
+    fn unless(&mut self, shape: Shape, odd: Value, fine: impl FnOnce(&mut Self) -> Value) {
         let any = self.any(shape, odd);
         let (look, go_on) = (self.b.create_block(), self.b.create_block());
         self.b.set_cold_block(look);
         self.b.ins().brif(any, look, &[], go_on, &[]);
         self.b.switch_to_block(look);
-        if let Some(fine) = fine(self) {
-            let wrong = self.not(shape, fine);
-            let wrong = self.any(shape, wrong);
-            self.side_exit_if(wrong);
-        }
+        let fine = fine(self);
+        let not_fine = self.not(shape, fine);
+        let wrong = self.b.ins().band(odd, not_fine);
+        let wrong = self.any(shape, wrong);
+        self.side_exit_if(wrong);
         self.b.ins().jump(go_on, &[]);
         self.b.switch_to_block(go_on);
     }
@@ -299,22 +285,12 @@ impl JitEmit<'_> {
         self.b.ins().icmp(IntCC::Equal, size, zero)
     }
 
-    fn zero_or_infinite_or_regular(&mut self, shape: Shape, x: Value) -> Value {
-        let size = self.magnitude(shape, x);
+    fn is_zero_or_infinite(&mut self, shape: Shape, x: Value) -> Value {
         let zero = self.is_zero(shape, x);
-        let low = self.number(shape, shape.smallest_normal());
-        let normal = self.b.ins().icmp(IntCC::SignedGreaterThanOrEqual, size, low);
+        let size = self.magnitude(shape, x);
         let infinity = self.number(shape, shape.infinity());
-        let number = self.b.ins().icmp(IntCC::SignedLessThanOrEqual, size, infinity);
-        let normal = self.b.ins().band(normal, number);
-        self.b.ins().bor(zero, normal)
-    }
-
-    fn either(&mut self, a: Option<Value>, b: Value) -> Value {
-        match a {
-            Some(a) => self.b.ins().bor(a, b),
-            None => b,
-        }
+        let infinite = self.b.ins().icmp(IntCC::Equal, size, infinity);
+        self.b.ins().bor(zero, infinite)
     }
 
     fn not(&mut self, shape: Shape, mask: Value) -> Value {
