@@ -8,7 +8,7 @@ use diglot_translator::decode::{self, MAX_LEN};
 use diglot_translator::insn::Mode;
 use diglot_translator::jit::Jit;
 use diglot_translator::jit::compile::Compiler;
-use diglot_translator::jit::region::Plan;
+use diglot_translator::jit::region::{Options, Plan};
 use diglot_translator::testing::bare::{self, CODE, DATA};
 use diglot_translator::vcpu::Vcpu;
 use diglot_translator::width::W64;
@@ -93,7 +93,8 @@ fn compiling(c: &mut Criterion) {
     let head = Mode(vcpu.cpu.mode.0);
     // The loop is the block behind the two instructions that set it up.
     let seed = (CODE..CODE + 64).filter(|&gpa| vcpu.blocks.find(gpa, head).is_some()).nth(1).expect("the loop");
-    let plan = Plan::grow(&vcpu.blocks, &vcpu.cpu, seed, head, |b| b.heat, true).expect("a region");
+    let plan = Plan::grow(&vcpu.blocks, &vcpu.cpu, seed, head, |b| b.heat, Options { counted: true, shared: false })
+        .expect("a region");
     let mut compiler = Compiler::new().expect("a host that Cranelift knows");
     let mut group = c.benchmark_group("compile");
     group.throughput(Throughput::Elements(plan.blocks.len() as u64));

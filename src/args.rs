@@ -109,8 +109,8 @@ pub struct RunArgs {
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = memory_size)]
     pub memory: u64,
 
-    /// Number of virtual CPUs; more than 1 is not supported yet
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
+    /// Number of virtual CPUs, each on a thread of its own
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
     pub cpus: u8,
 
     /// CPU the guest sees: x86-64-v2, x86-64-v3, max or, on KVM, host

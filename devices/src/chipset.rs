@@ -26,7 +26,7 @@ pub const IOAPIC_BASE: u64 = 0xfec0_0000;
 pub const HPET_BASE: u64 = 0xfed0_0000;
 const PAGE: u64 = 0x1000;
 /// Version of [`ChipsetState`].
-const STATE_VERSION: u32 = 1;
+const STATE_VERSION: u32 = 2;
 
 /// What a chipset is built for.
 #[derive(Clone, Debug)]
@@ -60,6 +60,17 @@ pub enum PowerEvent {
     Exit(u8),
 }
 
+/// What a CPU does, as far as INIT and start-up IPIs say (SDM vol. 3 §9.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Startup {
+    /// It runs.
+    Runs,
+    /// It has been reset by INIT, and waits.
+    Waits,
+    /// It is to begin at this page in real mode: address 1000h times as much.
+    Begins(u8),
+}
+
 /// Local APICs that are not the chipset's: those of an engine that has its own.
 pub trait ApicBus: Send {
     /// A message of the I/O APIC.
@@ -88,6 +99,8 @@ pub struct Chipset {
     debug_exit: Option<DebugExit>,
     test_device: Option<TestDevice>,
     power: Option<PowerEvent>,
+    /// Which CPUs have been told that something waits for them.
+    told: Vec<bool>,
 }
 
 /// The whole chipset's state, host-independent.
@@ -95,6 +108,7 @@ pub struct Chipset {
 pub struct ChipsetState {
     version: u32,
     lapics: Vec<Lapic>,
+    startup: Vec<Startup>,
     ioapic: IoApic,
     pic: Pic,
     pit: Pit,
@@ -112,7 +126,7 @@ impl Chipset {
     /// The chipset after power-on; COM1 writes to `serial_out`.
     pub fn new(config: &ChipsetConfig, serial_out: Box<dyn Write + Send>) -> Chipset {
         Chipset {
-            apics: Apics { here: (0..config.cpus.max(1)).map(Lapic::new).collect(), outside: None },
+            apics: Apics::new(config.cpus.max(1)),
             watched: Vec::new(),
             tsc_hz: config.tsc_hz,
             ioapic: IoApic::new(),
@@ -128,6 +142,7 @@ impl Chipset {
             debug_exit: config.debug_exit.map(DebugExit::new),
             test_device: config.test_device.then(TestDevice::default),
             power: None,
+            told: vec![false; config.cpus.max(1).into()],
         }
     }
 
@@ -258,10 +273,48 @@ impl Chipset {
         }
     }
 
+    /// What `cpu` does. Where local APICs are elsewhere, that is for them to say.
+    pub fn startup(&self, cpu: usize) -> Startup {
+        let here = self.apics.startup.get(cpu).filter(|_| self.apics.outside.is_none());
+        here.copied().unwrap_or(Startup::Runs)
+    }
+
+    /// `cpu` has begun.
+    pub fn begun(&mut self, cpu: usize) {
+        if let Some(startup) = self.apics.startup.get_mut(cpu) {
+            *startup = Startup::Runs;
+        }
+    }
+
+    /// Whether `cpu` has an interrupt to take, or is not to run.
+    fn is_wanted(&self, cpu: usize) -> bool {
+        let nmi = self.apics.outside.is_none() && self.apics.here.get(cpu).is_some_and(Lapic::nmi_pending);
+        nmi || self.startup(cpu) != Startup::Runs || self.interrupt_pending(cpu)
+    }
+
+    /// Tells which CPUs have been wanted since they last were not.
+    pub fn tell(&mut self, mut tell: impl FnMut(usize, Startup)) {
+        for cpu in 0..self.told.len() {
+            let wanted = self.is_wanted(cpu);
+            if wanted && !self.told[cpu] {
+                tell(cpu, self.startup(cpu));
+            }
+            self.told[cpu] = wanted;
+        }
+    }
+
+    /// Notes that `cpu` may have less to take than it was told.
+    fn has_taken(&mut self, cpu: usize) {
+        let wanted = self.is_wanted(cpu);
+        if let Some(told) = self.told.get_mut(cpu) {
+            *told &= wanted;
+        }
+    }
+
     /// Whether `cpu` has a maskable interrupt to take.
     pub fn interrupt_pending(&self, cpu: usize) -> bool {
         if self.apics.outside.is_some() {
-            return self.pic.pending();
+            return cpu == 0 && self.pic.pending();
         }
         self.apics.here.get(cpu).is_some_and(|l| l.pending().is_some() || self.extint(l))
     }
@@ -272,6 +325,12 @@ impl Chipset {
 
     /// Takes `cpu`'s highest interrupt: the vector.
     pub fn acknowledge(&mut self, cpu: usize) -> Option<u8> {
+        let vector = self.acknowledged(cpu);
+        self.has_taken(cpu);
+        vector
+    }
+
+    fn acknowledged(&mut self, cpu: usize) -> Option<u8> {
         if self.apics.outside.is_some() {
             return self.pic.pending().then(|| self.pic.acknowledge());
         }
@@ -284,7 +343,9 @@ impl Chipset {
 
     /// Takes `cpu`'s pending non-maskable interrupt.
     pub fn take_nmi(&mut self, cpu: usize) -> bool {
-        self.apics.here.get_mut(cpu).is_some_and(Lapic::take_nmi)
+        let taken = self.apics.here.get_mut(cpu).is_some_and(Lapic::take_nmi);
+        self.has_taken(cpu);
+        taken
     }
 
     /// Whether `cpu`'s APIC is enabled by IA32_APIC_BASE.
@@ -302,6 +363,7 @@ impl Chipset {
         if let Some(l) = self.apics.here.get_mut(cpu) {
             l.set_cr8(value);
         }
+        self.has_taken(cpu);
     }
 
     /// Reads an MSR of `cpu`'s APIC at guest time-stamp `tsc`; `None` raises #GP.
@@ -326,7 +388,8 @@ impl Chipset {
     }
 
     fn send_ipi(&mut self, from: usize, ipi: Ipi) {
-        for (k, lapic) in self.apics.here.iter_mut().enumerate() {
+        let Apics { here, startup, .. } = &mut self.apics;
+        for (k, (lapic, startup)) in here.iter_mut().zip(startup).enumerate() {
             let target = match ipi.shorthand {
                 0 => lapic.is_destination(ipi.logical, ipi.destination),
                 1 => k == from,
@@ -344,8 +407,12 @@ impl Chipset {
                     }
                 }
                 4 => lapic.accept_nmi(),
-                5 if k != from => lapic.init(),
-                // Start-up is for CPUs that wait for it; the one that runs ignores it.
+                5 if k != from => {
+                    lapic.init();
+                    (*startup, self.told[k]) = (Startup::Waits, false);
+                }
+                // One that runs ignores it.
+                6 if *startup == Startup::Waits => (*startup, self.told[k]) = (Startup::Begins(ipi.vector), false),
                 _ => {}
             }
         }
@@ -356,7 +423,8 @@ impl Chipset {
     /// S3: every device but the real-time clock, the UART and the power management itself comes to its state after
     /// power-on.
     pub fn suspend(&mut self, now: Nanos) {
-        self.apics.here = (0..self.apics.here.len() as u8).map(Lapic::new).collect();
+        let cpus = self.apics.here.len() as u8;
+        self.apics = Apics { outside: self.apics.outside.take(), ..Apics::new(cpus) };
         self.ioapic = IoApic::new();
         self.watch();
         self.pic = Pic::new();
@@ -453,10 +521,10 @@ impl Chipset {
 
     // ---- memory-mapped registers ----
 
-    /// Reads `size` (1, 2, 4 or 8) bytes at a guest physical address outside RAM; all ones where nothing answers.
-    pub fn mmio_read(&mut self, gpa: u64, size: u8, now: Nanos) -> u64 {
-        if let Some(offset) = self.lapic_offset(gpa) {
-            return u64::from(self.apics.here[0].mmio_read(offset, now));
+    /// Reads `size` (1, 2, 4 or 8) bytes at a guest physical address outside RAM, for `cpu`; all ones where nothing answers.
+    pub fn mmio_read(&mut self, cpu: usize, gpa: u64, size: u8, now: Nanos) -> u64 {
+        if let Some((lapic, offset)) = self.lapic_at(cpu, gpa) {
+            return u64::from(lapic.mmio_read(offset, now));
         }
         if let Some(offset) = inside(gpa, IOAPIC_BASE, PAGE) {
             return u64::from(self.ioapic.read(offset));
@@ -473,11 +541,11 @@ impl Chipset {
         }
     }
 
-    /// Writes `size` (1, 2, 4 or 8) bytes at a guest physical address outside RAM.
-    pub fn mmio_write(&mut self, gpa: u64, size: u8, value: u64, now: Nanos) {
-        if let Some(offset) = self.lapic_offset(gpa) {
-            let effect = self.apics.here[0].mmio_write(offset, value as u32, now);
-            self.apply(0, effect);
+    /// Writes `size` (1, 2, 4 or 8) bytes at a guest physical address outside RAM, for `cpu`.
+    pub fn mmio_write(&mut self, cpu: usize, gpa: u64, size: u8, value: u64, now: Nanos) {
+        if let Some((lapic, offset)) = self.lapic_at(cpu, gpa) {
+            let effect = lapic.mmio_write(offset, value as u32, now);
+            self.apply(cpu, effect);
         } else if let Some(offset) = inside(gpa, IOAPIC_BASE, PAGE) {
             let apics = &mut self.apics;
             self.ioapic.write(offset, value as u32, &mut |m| apics.deliver(m));
@@ -492,11 +560,11 @@ impl Chipset {
         self.update_lines();
     }
 
-    fn lapic_offset(&self, gpa: u64) -> Option<u64> {
-        if self.apics.outside.is_some() {
-            return None;
-        }
-        inside(gpa, self.apics.here[0].mmio_base()?, PAGE)
+    /// `cpu`'s local APIC, if its registers are at an address, and which.
+    fn lapic_at(&mut self, cpu: usize, gpa: u64) -> Option<(&mut Lapic, u64)> {
+        let lapic = self.apics.here.get_mut(cpu).filter(|_| self.apics.outside.is_none())?;
+        let offset = inside(gpa, lapic.mmio_base()?, PAGE)?;
+        Some((lapic, offset))
     }
 
     // ---- the world outside ----
@@ -523,6 +591,7 @@ impl Chipset {
         ChipsetState {
             version: STATE_VERSION,
             lapics: self.apics.here.clone(),
+            startup: self.apics.startup.clone(),
             ioapic: self.ioapic.clone(),
             pic: self.pic.clone(),
             pit: self.pit.clone(),
@@ -542,7 +611,7 @@ impl Chipset {
         if state.version != STATE_VERSION {
             return Err(StateError::Version { found: state.version, expected: STATE_VERSION });
         }
-        if state.lapics.len() != self.apics.here.len() {
+        if [state.lapics.len(), state.startup.len()] != [self.apics.here.len(); 2] {
             return Err(StateError::Invalid("number of CPUs"));
         }
         if state.test_device.is_some() != self.test_device.is_some() {
@@ -554,6 +623,7 @@ impl Chipset {
         self.serial.restore(&state.serial)?;
         let s = state.clone();
         self.apics.here = s.lapics;
+        self.apics.startup = s.startup;
         self.ioapic = s.ioapic;
         self.pic = s.pic;
         self.pit = s.pit;
@@ -571,11 +641,21 @@ impl Chipset {
 /// The local APICs, here or elsewhere.
 struct Apics {
     here: Vec<Lapic>,
+    /// What the CPU of each does.
+    startup: Vec<Startup>,
     /// Where they are while they are not here; what is here then is of no account.
     outside: Option<Box<dyn ApicBus>>,
 }
 
 impl Apics {
+    /// As they are after power-on: all CPUs but the first wait, as firmware leaves them.
+    fn new(cpus: u8) -> Apics {
+        let mut here: Vec<Lapic> = (0..cpus).map(Lapic::new).collect();
+        here.iter_mut().skip(1).for_each(Lapic::init);
+        let startup = (0..cpus).map(|cpu| if cpu == 0 { Startup::Runs } else { Startup::Waits }).collect();
+        Apics { here, startup, outside: None }
+    }
+
     /// Hands a message to the local APICs that it is for.
     fn deliver(&mut self, m: Message) {
         // SMI, INIT and ExtINT through the I/O APIC are not wired.
@@ -672,9 +752,9 @@ mod tests {
                 c.port_write(p, s, v, *now);
                 0
             }
-            Op::Read(a, s) => c.mmio_read(a, s, *now),
+            Op::Read(a, s) => c.mmio_read(0, a, s, *now),
             Op::Write(a, s, v) => {
-                c.mmio_write(a, s, v, *now);
+                c.mmio_write(0, a, s, v, *now);
                 0
             }
             Op::MsrRead(m) => c.apic_msr_read(0, m, *now, *now).unwrap_or(7),
@@ -730,8 +810,8 @@ mod tests {
         assert_eq!(c.acknowledge(0), Some(0x20));
         // Through the I/O APIC's input 2.
         c.port_write(0x21, 1, 0xff, at);
-        c.mmio_write(IOAPIC_BASE, 4, 0x14, at);
-        c.mmio_write(IOAPIC_BASE + 0x10, 4, 0x55, at);
+        c.mmio_write(0, IOAPIC_BASE, 4, 0x14, at);
+        c.mmio_write(0, IOAPIC_BASE + 0x10, 4, 0x55, at);
         let at = c.next_deadline().unwrap();
         c.advance(at);
         assert_eq!(c.acknowledge(0), Some(0x55));
@@ -743,11 +823,11 @@ mod tests {
         c.port_write(0xe0, 4, 0x1122_3344, 0);
         c.port_write(0xe1, 1, 0x55, 0);
         assert_eq!((c.port_read(0xe0, 4, 0), c.port_read(0xe2, 2, 0)), (0x1122_5544, 0x1122));
-        c.mmio_write(0xff00_0ffc, 8, 0x8877_6655_4433_2211, 0);
-        assert_eq!((c.mmio_read(0xff00_0ffe, 4, 0), c.mmio_read(0xff00_1004, 8, 0)), (0x6655_4433, 0));
+        c.mmio_write(0, 0xff00_0ffc, 8, 0x8877_6655_4433_2211, 0);
+        assert_eq!((c.mmio_read(0, 0xff00_0ffe, 4, 0), c.mmio_read(0, 0xff00_1004, 8, 0)), (0x6655_4433, 0));
         // Input 20 of the I/O APIC, edge-triggered, vector 44h.
-        c.mmio_write(IOAPIC_BASE, 4, 0x10 + 2 * 20, 0);
-        c.mmio_write(IOAPIC_BASE + 0x10, 4, 0x44, 0);
+        c.mmio_write(0, IOAPIC_BASE, 4, 0x10 + 2 * 20, 0);
+        c.mmio_write(0, IOAPIC_BASE + 0x10, 4, 0x44, 0);
         c.port_write(0x2000 + 20, 4, 1, 0);
         assert_eq!(c.acknowledge(0), Some(0x44));
     }

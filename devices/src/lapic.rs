@@ -244,6 +244,11 @@ impl Lapic {
         self.nmi = true;
     }
 
+    /// Whether a non-maskable interrupt is latched.
+    pub fn nmi_pending(&self) -> bool {
+        self.nmi
+    }
+
     /// Takes a latched non-maskable interrupt.
     pub fn take_nmi(&mut self) -> bool {
         std::mem::take(&mut self.nmi)
@@ -465,6 +470,12 @@ impl Lapic {
     }
 
     fn send(&mut self, low: u32, destination: u32) -> Effect {
+        const INIT: u32 = 5 << 8;
+        let (asserts, level) = (low & 1 << 14 != 0, low & 1 << 15 != 0);
+        // The end of an INIT, which today's processors have no use for (SDM vol. 3 §11.6.1).
+        if low & 7 << 8 == INIT && level && !asserts {
+            return Effect::None;
+        }
         Effect::Ipi(Ipi {
             vector: low as u8,
             mode: (low >> 8 & 7) as u8,

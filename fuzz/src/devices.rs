@@ -129,9 +129,9 @@ impl Machine {
                 c.port_write(port, size, v, now);
                 0
             }
-            Op::Read(gpa, size) => c.mmio_read(gpa, size, now),
+            Op::Read(gpa, size) => c.mmio_read(0, gpa, size, now),
             Op::Write(gpa, size, v) => {
-                c.mmio_write(gpa, size, v, now);
+                c.mmio_write(0, gpa, size, v, now);
                 0
             }
             Op::MsrRead(msr) => c.apic_msr_read(0, msr, now, now).unwrap_or(7),

@@ -44,7 +44,7 @@ pub fn run(data: &[u8]) {
             start.fill(ram, &code);
         }
         let mut jit = JIT.take().unwrap_or_else(|| Jit::new(CODE_CACHE, 1).expect("this host compiles"));
-        jit.counted = counted;
+        jit.options.counted = counted;
         let boards = [Board::default(), Board::default()];
         let mut interpreter = Vcpu::new(start.cpu(&rams[0], boards[0].clone()), None);
         let mut compiler = Vcpu::new(start.cpu(&rams[1], boards[1].clone()), Some(jit));

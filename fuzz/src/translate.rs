@@ -70,7 +70,7 @@ pub fn run(data: &[u8]) {
         check_derived(&mut vcpu.cpu);
         if let Some(mut jit) = vcpu.jit.take() {
             jit.clear();
-            jit.counted = false;
+            jit.options.counted = false;
             JIT.set(Some(jit));
         }
     });
@@ -91,7 +91,7 @@ fn sweep(code: &[u8], model: &CpuModel) {
 fn drive(vcpu: &mut Vcpu, way: Way) {
     match way {
         Way::Lockstep => vcpu.enable_lockstep(),
-        Way::Counted => vcpu.jit.iter_mut().for_each(|jit| jit.counted = true),
+        Way::Counted => vcpu.jit.iter_mut().for_each(|jit| jit.options.counted = true),
         Way::Plain | Way::Traced => {}
     }
     let _watched = Watched::new(vcpu.cpu.kick.clone());

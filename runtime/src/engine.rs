@@ -5,12 +5,15 @@
 use std::sync::Arc;
 
 use diglot_kvm_backend::{Kvm, KvmError, LEAST_MIPS, Offer, VmOptions};
+use diglot_translator::code::HostIsa;
 use diglot_translator::cpu::Cpu;
 use diglot_translator::cpuid::CpuModel;
 use diglot_translator::engine::{CpuState, CpuidEntry, EngineError, Exit, Vcpu, VcpuSetup, Vm};
 use diglot_translator::jit::Jit;
 use diglot_translator::jit::frame::reason;
+use diglot_translator::jit::region::Options;
 use diglot_translator::mem::GuestRam as CpuRam;
+use diglot_translator::peers::Peers;
 use diglot_translator::platform::TSC_HZ;
 use diglot_translator::trace::Trace;
 use diglot_translator::vcpu;
@@ -80,10 +83,33 @@ fn open_kvm(slow: bool) -> Result<Kvm, KvmError> {
 
 /// What of the configuration only the translator can do, by the name of its option.
 fn translator_only(config: &MachineConfig) -> Option<&'static str> {
+    one_cpu_option(config).or((config.cpus > 1).then_some("--cpus"))
+}
+
+/// The option for which there can be only one CPU.
+fn one_cpu_option(config: &MachineConfig) -> Option<&'static str> {
     [(config.trace.is_some(), "--trace"), (config.lockstep, "--lockstep"), (config.perf_map, "--perf-map")]
         .into_iter()
         .find_map(|(asked, name)| asked.then_some(name))
 }
+
+/// Says what of the configuration runs one CPU only, if anything does.
+fn one_cpu_only(config: &MachineConfig, engines: [Engine; 2]) -> Result<(), RuntimeError> {
+    if let Some(option) = one_cpu_option(config) {
+        return Err(RuntimeError::OneCpu(option, ", or leave the option out"));
+    }
+    if engines.contains(&Engine::Kvm) {
+        return Err(RuntimeError::OneCpu("--backend kvm", ", or --backend jit"));
+    }
+    // Its stores and loads are in the guest's order only by fences that nothing emits yet.
+    if HostIsa::native() != Some(HostIsa::X86_64) {
+        return Err(RuntimeError::OneCpu("Diglot on hosts that are not x86-64", ""));
+    }
+    Ok(())
+}
+
+/// Code memory that a vCPU gets at least, however many there are.
+const MIN_CODE_BYTES: usize = 1 << 20;
 
 /// Which engine `auto` stands for, and why.
 fn choose(config: &MachineConfig) -> Result<(Engine, String, Option<Kvm>), RuntimeError> {
@@ -149,6 +175,9 @@ impl Engines {
             Engine::Interp | Engine::Kvm => Engine::Jit,
             Engine::Jit => Engine::Kvm,
         });
+        if config.cpus > 1 {
+            one_cpu_only(config, [current, if config.switches { other } else { current }])?;
+        }
         if config.switches && other == Engine::Kvm && kvm.is_none() {
             kvm = Some(open_kvm(config.slow_kvm)?);
         }
@@ -194,7 +223,8 @@ impl Engines {
             }),
         };
         Ok(Box::new(Translator {
-            ram,
+            rams: CpuRam::of_vcpus(ram, config.cpus.into()).into_iter().map(Some).collect(),
+            peers: Arc::new(Peers::new(config.cpus.into())),
             model: self.model.clone(),
             compiler,
             lockstep: config.lockstep,
@@ -222,7 +252,9 @@ struct CompilerOptions {
 
 /// The interpreter, with the compiler or without.
 struct Translator {
-    ram: Arc<GuestMemoryMmap>,
+    /// The guest's memory, for each vCPU that there is not yet.
+    rams: Vec<Option<CpuRam>>,
+    peers: Arc<Peers>,
     model: CpuModel,
     compiler: Option<CompilerOptions>,
     lockstep: bool,
@@ -236,14 +268,24 @@ impl Vm for Translator {
 
     fn create_vcpu(&mut self, setup: VcpuSetup) -> Result<Box<dyn Vcpu>, EngineError> {
         let model = self.model.numbered(setup.count, setup.index);
-        let mut cpu = Cpu::new(Arc::new(CpuRam::new(self.ram.clone())), setup.platform, model);
+        let index = setup.index as usize;
+        let Some(ram) = self.rams.get_mut(index).and_then(Option::take) else {
+            return Err(EngineError(format!("there is no vCPU {index}")));
+        };
+        let mut cpu = Cpu::new(Arc::new(ram), setup.platform, model);
+        if setup.count > 1 {
+            self.peers.join(index, setup.kick.clone());
+            cpu.peers = Some(self.peers.clone());
+            cpu.index = index;
+        }
         cpu.kick = setup.kick;
         cpu.set_state(setup.state);
         let jit = match &self.compiler {
             None => None,
             Some(options) => {
-                let mut jit = Jit::new(options.code_bytes, 1).map_err(|e| EngineError(e.to_string()))?;
-                jit.counted = options.counted;
+                let bytes = (options.code_bytes / setup.count as usize).max(MIN_CODE_BYTES);
+                let mut jit = Jit::new(bytes, 1).map_err(|e| EngineError(e.to_string()))?;
+                jit.options = Options { counted: options.counted, shared: setup.count > 1 };
                 if options.perf_map {
                     let error = |e| EngineError(format!("cannot write the map for perf: {e}; run without --perf-map"));
                     jit.write_perf_map().map_err(error)?;
@@ -420,8 +462,8 @@ mod tests {
             test_device: false,
         };
         let chipset = Chipset::new(&chipset, Box::new(std::io::sink()));
-        let shared = Arc::new(Shared::new(chipset, engines.tsc_hz));
-        let kick = shared.kick.clone();
+        let shared = Arc::new(Shared::new(chipset, 1, engines.tsc_hz));
+        let kick = shared.kick(0).clone();
         let platform = Box::new(VcpuPlatform { shared, cpu: 0 });
         let mut vm = engines.open(config, ram.mmap().clone()).expect("an engine");
         vm.create_vcpu(VcpuSetup { state, platform, kick, index: 0, count: 1 }).expect("a vCPU")

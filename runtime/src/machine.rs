@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use diglot_devices::chipset::{ApicBus, Chipset, ChipsetConfig, PowerEvent};
+use diglot_devices::chipset::{ApicBus, Chipset, ChipsetConfig, PowerEvent, Startup};
 use diglot_devices::ioapic::Message;
 use diglot_devices::lapic::Page;
 use diglot_kvm_backend::KvmError;
@@ -29,7 +29,7 @@ use crate::stats::Stats;
 pub struct MachineConfig {
     /// Guest RAM in bytes.
     pub memory_bytes: u64,
-    /// vCPUs; 1 for now.
+    /// vCPUs, at least 1.
     pub cpus: u8,
     /// Instruction set of the guest's CPU.
     pub cpu_model: CpuModel,
@@ -182,9 +182,9 @@ pub enum RuntimeError {
     /// The embedded guest could not be put into memory.
     #[error("cannot set up the embedded guest: {0}; give it more memory with --memory")]
     Embedded(String),
-    /// A number of CPUs that this version cannot run.
-    #[error("{0} CPUs are not supported yet; use --cpus 1")]
-    Cpus(u8),
+    /// A number of CPUs that an engine or an option cannot run.
+    #[error("{0} runs one CPU only, for now; use --cpus 1{1}")]
+    OneCpu(&'static str, &'static str),
     /// The host's processor has not what the CPU model says.
     #[error("this host's KVM lacks {0}; use --cpu max for what there is, or --backend jit")]
     Processor(String),
@@ -194,6 +194,9 @@ pub enum RuntimeError {
     /// The host could not start a thread.
     #[error("cannot start the timer thread: {0}; free some host resources and try again")]
     Thread(std::io::Error),
+    /// The same for a vCPU.
+    #[error("cannot start a vCPU's thread: {0}; free some host resources, or use fewer --cpus")]
+    VcpuThread(std::io::Error),
 }
 
 /// A handle to a machine for other threads.
@@ -246,22 +249,19 @@ pub struct Machine {
 struct Parts {
     ram: GuestRam,
     vm: Box<dyn Vm>,
-    vcpu: Box<dyn Vcpu>,
+    vcpus: Vec<Box<dyn Vcpu>>,
 }
 
 impl Machine {
     /// Builds the machine and loads what it boots.
     pub fn new(config: MachineConfig, console: Console) -> Result<Machine, RuntimeError> {
-        if config.cpus != 1 {
-            return Err(RuntimeError::Cpus(config.cpus));
-        }
         let engines = Engines::new(&config)?;
         let output = SharedOutput(Arc::new(Mutex::new(console.output)));
         let ram = GuestRam::new(config.memory_bytes)?;
         let epoch = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
         let chipset = chipset_config(&config, &ram, epoch, engines.tsc_hz);
         let chipset = Chipset::new(&chipset, Box::new(output.clone()));
-        let shared = Arc::new(Shared::new(chipset, engines.tsc_hz));
+        let shared = Arc::new(Shared::new(chipset, config.cpus, engines.tsc_hz));
         let parts = build(&config, &engines, ram, &shared)?;
         Ok(Machine { config, engines, shared, output, parts, stats: Stats::default() })
     }
@@ -290,7 +290,7 @@ impl Machine {
         let outcome = outcome?;
         let _ = self.output.flush();
         let mut stats = self.stats;
-        stats.add(self.parts.vcpu.counters());
+        self.parts.vcpus.iter().for_each(|vcpu| stats.add(vcpu.counters()));
         stats.add(self.shared.exits.counters());
         stats.memory = Footprint::measure(self.parts.ram.mmap());
         stats.seconds = start.elapsed().as_secs_f64();
@@ -301,7 +301,8 @@ impl Machine {
         loop {
             match self.run_once()? {
                 Outcome::Reset if self.config.reboot == RebootPolicy::Reset => {
-                    self.stats.add(self.parts.vcpu.counters());
+                    let Machine { stats, parts, .. } = self;
+                    parts.vcpus.iter().for_each(|vcpu| stats.add(vcpu.counters()));
                     self.reset()?;
                 }
                 outcome => return Ok(outcome),
@@ -311,42 +312,68 @@ impl Machine {
 
     fn run_once(&mut self) -> Result<Outcome, RuntimeError> {
         loop {
-            match self.parts.vcpu.run() {
-                Exit::Halt => self.shared.sleep_until_event(),
-                Exit::Shutdown(detail) => return Ok(Outcome::TripleFault { detail }),
-                Exit::Failed(why) => return Ok(Outcome::Failed(why)),
-                Exit::Stopped => {
-                    let event = self.shared.power.lock().take();
-                    if let Some(event) = event {
-                        match event {
-                            PowerEvent::PowerOff => return Ok(Outcome::PoweredOff),
-                            PowerEvent::Reset => return Ok(Outcome::Reset),
-                            PowerEvent::Exit(code) => return Ok(Outcome::Exited(code)),
-                            PowerEvent::Suspend if self.shared.sleep_until_woken() => {
-                                let Some(vector) = acpi::waking_vector(self.parts.ram.mmap()) else {
-                                    return Ok(Outcome::Reset);
-                                };
-                                self.wake(vector)?;
-                            }
-                            PowerEvent::Suspend => {}
-                        }
+            self.shared.resume();
+            let event = self.shared.power.lock().take();
+            if let Some(event) = event {
+                match event {
+                    PowerEvent::PowerOff => return Ok(Outcome::PoweredOff),
+                    PowerEvent::Reset => return Ok(Outcome::Reset),
+                    PowerEvent::Exit(code) => return Ok(Outcome::Exited(code)),
+                    PowerEvent::Suspend if self.shared.sleep_until_woken() => {
+                        let Some(vector) = acpi::waking_vector(self.parts.ram.mmap()) else {
+                            return Ok(Outcome::Reset);
+                        };
+                        self.wake(vector)?;
                     }
-                    if let Some(why) = *self.shared.stop.lock() {
-                        return Ok(Outcome::Stopped(why));
-                    }
-                    if self.shared.take_switch() {
-                        self.switch()?;
-                    }
+                    PowerEvent::Suspend => {}
                 }
+            }
+            if let Some(why) = *self.shared.stop.lock() {
+                return Ok(Outcome::Stopped(why));
+            }
+            if self.shared.take_switch() {
+                self.switch()?;
+            }
+            if let Some(outcome) = self.run_vcpus()? {
+                return Ok(outcome);
             }
         }
     }
 
+    /// Runs all vCPUs, each on a thread of its own, the first on this one, until there is something to do that only the
+    /// machine can, or one cannot go on.
+    fn run_vcpus(&mut self) -> Result<Option<Outcome>, RuntimeError> {
+        let shared = &*self.shared;
+        let Some((first, others)) = self.parts.vcpus.split_first_mut() else { return Ok(None) };
+        std::thread::scope(|scope| {
+            let mut threads = Vec::new();
+            for (cpu, vcpu) in (1..).zip(others) {
+                let thread = std::thread::Builder::new().name(format!("vcpu {cpu}"));
+                match thread.spawn_scoped(scope, move || run_vcpu(shared, cpu, &mut **vcpu)) {
+                    Ok(thread) => threads.push(thread),
+                    Err(error) => {
+                        shared.pause();
+                        return Err(RuntimeError::VcpuThread(error));
+                    }
+                }
+            }
+            let mut outcome = run_vcpu(shared, 0, &mut **first);
+            for thread in threads {
+                let other = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                if matches!(outcome, Ok(None)) {
+                    outcome = other;
+                }
+            }
+            outcome
+        })
+    }
+
     /// Ends S3: the CPU begins anew, and so does its local APIC, wherever that is.
     fn wake(&mut self, vector: u32) -> Result<(), RuntimeError> {
-        let vcpu = &mut self.parts.vcpu;
-        vcpu.set_state(&woken_state(vector))?;
-        for page in self.shared.chipset.lock().lapic_pages(self.shared.now()) {
+        let vcpus = &mut self.parts.vcpus;
+        vcpus[0].set_state(&woken_state(vector))?;
+        let pages = self.shared.chipset.lock().lapic_pages(self.shared.now());
+        for (vcpu, page) in vcpus.iter_mut().zip(pages) {
             vcpu.set_lapic(&lapic_state(&page))?;
         }
         Ok(())
@@ -355,23 +382,28 @@ impl Machine {
     /// Has the other engine go on with the guest where this one has stopped.
     fn switch(&mut self) -> Result<(), RuntimeError> {
         let parts = &mut self.parts;
-        // First, as it may make an interrupt of a timer that has run out.
-        let lapic = parts.vcpu.lapic()?;
-        let state = parts.vcpu.state()?;
-        if let Some(lapic) = lapic {
-            let now = self.shared.now();
-            let tsc = self.shared.tsc(now).wrapping_add(state.tsc_offset);
-            let page =
-                Page { base: lapic.base, registers: lapic.registers, tsc_deadline: lapic.tsc_deadline, nmi: lapic.nmi };
-            self.shared.chipset.lock().take_lapics(&[(page, tsc)], now);
+        let (mut states, mut pages) = (Vec::new(), Vec::new());
+        let now = self.shared.now();
+        for vcpu in &mut parts.vcpus {
+            // First, as it may make an interrupt of a timer that has run out.
+            let lapic = vcpu.lapic()?;
+            let state = vcpu.state()?;
+            if let Some(LapicState { base, registers, tsc_deadline, nmi }) = lapic {
+                let tsc = self.shared.tsc(now).wrapping_add(state.tsc_offset);
+                pages.push((Page { base, registers, tsc_deadline, nmi }, tsc));
+            }
+            states.push(state);
+            self.stats.add(vcpu.counters());
         }
-        self.stats.add(parts.vcpu.counters());
+        if !pages.is_empty() {
+            self.shared.chipset.lock().take_lapics(&pages, now);
+        }
         self.stats.add([("engine_switches", 1)]);
         self.engines.switch();
-        let Started { vm, vcpu } = start(&self.config, &self.engines, &parts.ram, state, &self.shared)?;
-        (parts.vm, parts.vcpu) = (vm, vcpu);
-        // What waits at the local APIC has been asked for of the engine that was.
-        self.shared.kick.request(Kick::ATTENTION);
+        let Started { vm, vcpus } = start(&self.config, &self.engines, &parts.ram, states, &self.shared)?;
+        (parts.vm, parts.vcpus) = (vm, vcpus);
+        // What waits at the local APICs has been asked for of the engine that was.
+        (0..parts.vcpus.len()).for_each(|cpu| self.shared.kick(cpu).request(Kick::ATTENTION));
         Ok(())
     }
 
@@ -421,39 +453,74 @@ fn build(
             initial_state(&boot::load(ram.mmap(), kernel, initrd.clone(), cmdline, rsdp)?.entry.registers())
         }
     };
-    let Started { vm, vcpu } = start(config, engines, &ram, state, shared)?;
-    Ok(Parts { ram, vm, vcpu })
+    let mut states = vec![CpuState::reset(); config.cpus.into()];
+    states[0] = state;
+    let Started { vm, vcpus } = start(config, engines, &ram, states, shared)?;
+    Ok(Parts { ram, vm, vcpus })
 }
 
 /// An engine with a machine.
 struct Started {
     vm: Box<dyn Vm>,
-    vcpu: Box<dyn Vcpu>,
+    vcpus: Vec<Box<dyn Vcpu>>,
 }
 
-/// Gives the machine to the engine that is to run it, from `state` on.
+/// Gives the machine to the engine that is to run it, from the vCPUs' `states` on.
 fn start(
     config: &MachineConfig,
     engines: &Engines,
     ram: &GuestRam,
-    state: CpuState,
+    states: Vec<CpuState>,
     shared: &Arc<Shared>,
 ) -> Result<Started, RuntimeError> {
     let mut vm = engines.open(config, ram.mmap().clone())?;
-    let mut vcpu = vm.create_vcpu(VcpuSetup {
-        state,
-        platform: Box::new(VcpuPlatform { shared: shared.clone(), cpu: 0 }),
-        kick: shared.kick.clone(),
-        index: 0,
-        count: u32::from(config.cpus),
-    })?;
+    let mut vcpus = Vec::new();
+    for (cpu, state) in states.into_iter().enumerate() {
+        vcpus.push(vm.create_vcpu(VcpuSetup {
+            state,
+            platform: Box::new(VcpuPlatform { shared: shared.clone(), cpu }),
+            kick: shared.kick(cpu).clone(),
+            index: cpu as u32,
+            count: u32::from(config.cpus),
+        })?);
+    }
     if let Some(apics) = vm.local_apics() {
         let pages = shared.chipset.lock().give_lapics(Box::new(Bus(apics)), shared.now());
-        for page in pages {
+        for (vcpu, page) in vcpus.iter_mut().zip(pages) {
             vcpu.set_lapic(&lapic_state(&page))?;
         }
     }
-    Ok(Started { vm, vcpu })
+    Ok(Started { vm, vcpus })
+}
+
+/// A vCPU's thread: runs it until all are to pause, or it cannot go on, which has the others pause.
+fn run_vcpu(shared: &Shared, cpu: usize, vcpu: &mut dyn Vcpu) -> Result<Option<Outcome>, RuntimeError> {
+    let outcome = run_until_paused(shared, cpu, vcpu);
+    if !matches!(outcome, Ok(None)) {
+        shared.pause();
+    }
+    outcome
+}
+
+fn run_until_paused(shared: &Shared, cpu: usize, vcpu: &mut dyn Vcpu) -> Result<Option<Outcome>, RuntimeError> {
+    while !shared.paused() {
+        match shared.startup(cpu) {
+            Startup::Runs => {}
+            Startup::Waits => continue,
+            Startup::Begins(page) => {
+                let before = vcpu.state()?;
+                vcpu.set_state(&begun_state(&before, page))?;
+                shared.chipset.lock().begun(cpu);
+            }
+        }
+        match vcpu.run() {
+            Exit::Halt => shared.sleep_until_event(cpu),
+            Exit::Shutdown(detail) => return Ok(Some(Outcome::TripleFault { detail })),
+            Exit::Failed(why) => return Ok(Some(Outcome::Failed(why))),
+            Exit::Stopped => {}
+        }
+    }
+    Ok(None)
 }
 
 /// The way from the chipset to local APICs of an engine's own.
@@ -503,6 +570,15 @@ fn initial_state(r: &Registers) -> CpuState {
     state.gdtr = Table { base: r.gdt_base, limit: r.gdt_limit };
     state.idtr = Table::default();
     (state.cr0, state.cr3, state.cr4, state.efer) = (r.cr0, r.cr3, r.cr4, r.efer);
+    state
+}
+
+/// The CPU after INIT and a start-up IPI for a page (SDM vol. 3 §9.4.4): in real mode, at the page's beginning.
+fn begun_state(before: &CpuState, page: u8) -> CpuState {
+    let mut state = before.after_init();
+    state.rip = 0;
+    let cs = &mut state.seg[usize::from(seg::CS)];
+    (cs.selector, cs.base) = (u16::from(page) << 8, u64::from(page) << 12);
     state
 }
 

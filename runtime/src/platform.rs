@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use diglot_devices::bus::{Nanos, scale};
-use diglot_devices::chipset::{Chipset, PowerEvent};
+use diglot_devices::chipset::{Chipset, PowerEvent, Startup};
 use diglot_translator::engine::{Kick, Platform};
 use parking_lot::{Condvar, Mutex};
 
@@ -19,7 +19,10 @@ const INPUT_LIMIT: usize = 64 * 1024;
 /// What the machine's threads share.
 pub(crate) struct Shared {
     pub chipset: Mutex<Chipset>,
-    pub kick: Kick,
+    /// The vCPUs, by number.
+    seats: Box<[Seat]>,
+    /// Whether the vCPUs are to leave guest code, all of them, for something that only the machine can do.
+    pause: AtomicBool,
     start: Instant,
     /// Frequency of the time-stamp counter.
     tsc_hz: u64,
@@ -33,7 +36,13 @@ pub(crate) struct Shared {
     alarm: Alarm,
     /// What left guest code for a device.
     pub exits: Exits,
-    /// The halted vCPU waits here.
+}
+
+/// How a vCPU's attention is got.
+#[derive(Default)]
+struct Seat {
+    kick: Kick,
+    /// It waits here while it has nothing to do.
     idle: Mutex<()>,
     wake: Condvar,
 }
@@ -69,10 +78,11 @@ fn count(counter: &AtomicU64) {
 }
 
 impl Shared {
-    pub fn new(chipset: Chipset, tsc_hz: u64) -> Shared {
+    pub fn new(chipset: Chipset, cpus: u8, tsc_hz: u64) -> Shared {
         Shared {
             chipset: Mutex::new(chipset),
-            kick: Kick::default(),
+            seats: (0..cpus).map(|_| Seat::default()).collect(),
+            pause: AtomicBool::new(false),
             start: Instant::now(),
             tsc_hz,
             switch: AtomicBool::new(false),
@@ -81,8 +91,6 @@ impl Shared {
             power: Mutex::new(None),
             alarm: Alarm::default(),
             exits: Exits::default(),
-            idle: Mutex::new(()),
-            wake: Condvar::new(),
         }
     }
 
@@ -99,7 +107,7 @@ impl Shared {
     /// Asks for another engine.
     pub fn switch(&self) {
         self.switch.store(true, Ordering::Release);
-        self.notify(Kick::STOP);
+        self.pause();
     }
 
     /// Whether another engine was asked for since this was last called.
@@ -107,18 +115,40 @@ impl Shared {
         self.switch.swap(false, Ordering::Acquire)
     }
 
-    /// Makes the vCPU look at the world, whether it runs or is halted.
-    pub fn notify(&self, bits: u32) {
-        self.kick.request(bits);
+    /// How a vCPU's attention is got.
+    pub fn kick(&self, cpu: usize) -> &Kick {
+        &self.seats[cpu].kick
+    }
+
+    /// Makes a vCPU look at the world, whether it runs or is halted.
+    pub fn notify(&self, cpu: usize, bits: u32) {
+        let seat = &self.seats[cpu];
+        seat.kick.request(bits);
         // Taking the lock orders this with a vCPU that is about to sleep.
-        drop(self.idle.lock());
-        self.wake.notify_all();
+        drop(seat.idle.lock());
+        seat.wake.notify_all();
+    }
+
+    /// Has all vCPUs leave guest code.
+    pub fn pause(&self) {
+        self.pause.store(true, Ordering::SeqCst);
+        (0..self.seats.len()).for_each(|cpu| self.notify(cpu, Kick::STOP));
+    }
+
+    /// Whether they are to.
+    pub fn paused(&self) -> bool {
+        self.pause.load(Ordering::SeqCst)
+    }
+
+    /// Lets them run again. What has them pause is to be looked for behind this.
+    pub fn resume(&self) {
+        self.pause.store(false, Ordering::SeqCst);
     }
 
     /// Asks the machine to stop; the first reason counts.
     pub fn stop(&self, why: StopReason) {
         self.stop.lock().get_or_insert(why);
-        self.notify(Kick::STOP);
+        self.pause();
     }
 
     /// Queues bytes for COM1, waiting while the queue is full and the machine runs.
@@ -132,7 +162,7 @@ impl Shared {
             }
             self.input.lock().extend(chunk);
         }
-        self.notify(Kick::ATTENTION);
+        self.notify(0, Kick::ATTENTION);
     }
 
     /// Hands queued input to the UART as far as it has room.
@@ -144,24 +174,43 @@ impl Shared {
         }
     }
 
-    /// Sleeps until a kick or the next timer.
-    pub fn sleep_until_event(&self) {
+    /// Puts a halted vCPU to sleep until a kick or, where it is the only one, until the next timer: else that is the timer
+    /// thread's.
+    pub fn sleep_until_event(&self, cpu: usize) {
         count(&self.exits.halts);
-        let deadline = self.chipset.lock().next_deadline();
-        let mut guard = self.idle.lock();
-        if self.kick.pending() != 0 {
+        let only = self.seats.len() == 1;
+        let deadline = if only { self.chipset.lock().next_deadline() } else { None };
+        let seat = &self.seats[cpu];
+        let mut guard = seat.idle.lock();
+        if seat.kick.pending() != 0 {
             return;
         }
         match deadline {
             Some(at) => {
                 let now = self.now();
                 if at > now {
-                    self.wake.wait_for(&mut guard, Duration::from_nanos(at - now));
+                    seat.wake.wait_for(&mut guard, Duration::from_nanos(at - now));
                 }
             }
-            None => self.wake.wait(&mut guard),
+            None => seat.wake.wait(&mut guard),
         }
-        self.kick.request(Kick::ATTENTION);
+        seat.kick.request(Kick::ATTENTION);
+    }
+
+    /// What a vCPU does, as far as other vCPUs' INIT and start-up IPIs say. Sleeps while it waits for one of these, unless
+    /// all are to pause.
+    pub fn startup(&self, cpu: usize) -> Startup {
+        loop {
+            let startup = self.chipset.lock().startup(cpu);
+            if startup != Startup::Waits || self.paused() {
+                return startup;
+            }
+            let seat = &self.seats[cpu];
+            let mut guard = seat.idle.lock();
+            if seat.kick.take(Kick::STOP | Kick::ATTENTION) == 0 {
+                seat.wake.wait(&mut guard);
+            }
+        }
     }
 
     /// Sleeps in S3 until an event wakes the machine (true) or the user ends the run.
@@ -175,34 +224,31 @@ impl Shared {
             }
             let deadline = chipset.next_deadline();
             drop(chipset);
-            let mut guard = self.idle.lock();
+            let seat = &self.seats[0];
+            let mut guard = seat.idle.lock();
             if self.stop.lock().is_some() {
                 return false;
             }
             let wait = deadline.map_or(Duration::MAX, |at| Duration::from_nanos(at.saturating_sub(self.now())));
-            self.wake.wait_for(&mut guard, wait.min(Duration::from_secs(3600)));
+            seat.wake.wait_for(&mut guard, wait.min(Duration::from_secs(3600)));
         }
     }
 
-    /// The timer thread: kicks the vCPU whenever a device timer is due while guest code runs.
+    /// The timer thread: has device timers do what they are due to, and kicks the vCPUs that this interrupts.
     pub fn run_timer(&self) {
         while !self.alarm.finished() {
+            let now = self.now();
             let deadline = {
-                let chipset = self.chipset.lock();
+                let mut chipset = self.chipset.lock();
+                if chipset.next_deadline().is_some_and(|at| at <= now) {
+                    chipset.advance(now);
+                    self.after_access(&mut chipset, None);
+                }
                 let deadline = chipset.next_deadline().unwrap_or(NEVER);
                 self.alarm.arm(deadline);
                 deadline
             };
-            let now = self.now();
-            let away = match deadline {
-                NEVER => None,
-                at if at > now => Some(Duration::from_nanos(at - now)),
-                _ => {
-                    self.kick.request(Kick::ATTENTION);
-                    // The vCPU advances the timer; until then there is nothing to wait for but that.
-                    Some(Duration::from_millis(1))
-                }
-            };
+            let away = (deadline != NEVER).then(|| Duration::from_nanos(deadline.saturating_sub(self.now())));
             self.alarm.sleep(deadline, away);
         }
     }
@@ -212,12 +258,18 @@ impl Shared {
         self.alarm.finish();
     }
 
-    /// After a device access: takes power events and tells the timer thread about an earlier deadline.
-    fn after_access(&self, chipset: &mut Chipset) {
+    /// After an access to devices, by a vCPU or by none: takes power events, tells vCPUs what waits for them, but for the
+    /// one that looks itself, and the timer thread about an earlier deadline.
+    fn after_access(&self, chipset: &mut Chipset, by: Option<usize>) {
         if let Some(event) = chipset.take_power_event() {
             self.power.lock().get_or_insert(event);
-            self.kick.request(Kick::STOP);
+            self.pause();
         }
+        chipset.tell(|cpu, startup| match startup {
+            Startup::Runs if by == Some(cpu) => {}
+            Startup::Runs => self.notify(cpu, Kick::ATTENTION),
+            Startup::Waits | Startup::Begins(_) => self.notify(cpu, Kick::STOP),
+        });
         self.alarm.earlier(chipset.next_deadline().unwrap_or(NEVER));
     }
 }
@@ -233,7 +285,7 @@ impl VcpuPlatform {
         let now = self.shared.now();
         let mut chipset = self.shared.chipset.lock();
         let result = f(&mut chipset, now);
-        self.shared.after_access(&mut chipset);
+        self.shared.after_access(&mut chipset, Some(self.cpu));
         result
     }
 }
@@ -256,12 +308,14 @@ impl Platform for VcpuPlatform {
 
     fn mmio_read(&mut self, gpa: u64, size: u8) -> u64 {
         count(&self.shared.exits.mmio_reads);
-        self.with(|c, now| c.mmio_read(gpa, size, now))
+        let cpu = self.cpu;
+        self.with(|c, now| c.mmio_read(cpu, gpa, size, now))
     }
 
     fn mmio_write(&mut self, gpa: u64, size: u8, value: u64) {
         count(&self.shared.exits.mmio_writes);
-        self.with(|c, now| c.mmio_write(gpa, size, value, now));
+        let cpu = self.cpu;
+        self.with(|c, now| c.mmio_write(cpu, gpa, size, value, now));
     }
 
     fn tsc(&mut self) -> u64 {

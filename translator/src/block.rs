@@ -231,10 +231,10 @@ impl BlockCache {
         &block.insns
     }
 
-    /// Drops every block.
-    pub fn clear(&mut self, ram: &GuestRam) {
+    /// Drops every block; `others` says which granules of a page hold code besides.
+    pub fn clear(&mut self, ram: &GuestRam, others: impl Fn(u64) -> u64) {
         for &page in self.by_page.keys() {
-            ram.set_code(page, 0);
+            ram.set_code(page, others(page));
         }
         self.flushes += 1;
         self.blocks.clear();
@@ -265,16 +265,16 @@ impl BlockCache {
         (id, fresh)
     }
 
-    /// Drops the blocks that touch any of `granules` in a page, recomputes which granules hold code, and returns the
-    /// blocks that it dropped.
-    pub fn invalidate(&mut self, page: u64, granules: u64, ram: &GuestRam) -> Vec<BlockId> {
+    /// Drops the blocks that touch any of `granules` in a page, recomputes which granules hold code, besides `others`, and
+    /// returns the blocks that it dropped.
+    pub fn invalidate(&mut self, page: u64, granules: u64, others: u64, ram: &GuestRam) -> Vec<BlockId> {
         let Some(ids) = self.by_page.remove(&page) else {
-            ram.set_code(page, 0);
+            ram.set_code(page, others);
             return Vec::new();
         };
         let mut kept = Vec::new();
         let mut gone = Vec::new();
-        let mut mask = 0;
+        let mut mask = others;
         for id in ids {
             let block = &self.blocks[id as usize];
             let here = block.extent().filter(|&(p, _)| p == page).fold(0, |m, (_, g)| m | g);

@@ -1,6 +1,6 @@
 //! One vCPU: its architectural state, its MMU and its way to the machine.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::addr::PAGE_MASK;
@@ -10,6 +10,7 @@ use crate::insn::{Insn, Mode};
 use crate::mem::GuestRam;
 use crate::mmu::Mmu;
 use crate::mmu::tlb::Class;
+use crate::peers::Peers;
 use crate::platform::Platform;
 use crate::state::{CpuState, Segment, cr, flag, seg};
 
@@ -31,6 +32,8 @@ impl Kick {
     pub const ATTENTION: u32 = 1;
     /// Kick bit: [`crate::vcpu::Vcpu::run`] shall return.
     pub const STOP: u32 = 2;
+    /// Kick bit: other vCPUs want something ([`crate::peers`]).
+    pub const PEERS: u32 = 4;
 
     /// Sets bits of the request.
     pub fn request(&self, bits: u32) {
@@ -63,6 +66,26 @@ impl Kick {
         &raw const self.0.word
     }
 }
+
+/// How an instruction is done again that has changed nothing yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Again {
+    /// As before: another vCPU was faster.
+    Now,
+    /// While all other vCPUs stand still.
+    Alone,
+}
+
+/// What a locked instruction has loaded, and from where.
+#[derive(Clone, Copy)]
+pub(crate) struct Locked {
+    pub host: *mut u8,
+    pub gpa: u64,
+    pub value: u64,
+}
+
+// SAFETY: a host address, which threads use by what their own vCPU knows of it.
+unsafe impl Send for Locked {}
 
 /// Counters that `--stats` shows.
 #[allow(missing_docs)]
@@ -133,6 +156,18 @@ pub struct Cpu {
     pub late_fault: bool,
     /// Stores to take back, in lock-step runs.
     pub journal: Option<crate::lockstep::Journal>,
+    /// The other vCPUs, if there are any.
+    pub peers: Option<Arc<Peers>>,
+    /// Its number among them.
+    pub index: usize,
+    /// Whether they all stand still until the current instruction is done.
+    pub alone: bool,
+    /// What the current locked instruction has loaded.
+    pub(crate) locked: Option<Locked>,
+    /// How the last [`Trap`] wants its instruction done again; `None` if it stands for the exception in `raised`.
+    pub(crate) again_how: Option<Again>,
+    /// PAUSE instructions since the host's processor was last offered to others.
+    pub(crate) pauses: u32,
     /// Statistics.
     pub counts: CpuCounts,
 }
@@ -153,7 +188,7 @@ impl Cpu {
             mode: Mode(0),
             generation: 0,
             raised: Exception::plain(vector::UD),
-            mmu: Mmu::new(ram.pages()),
+            mmu: Mmu::new(),
             ram,
             platform,
             model,
@@ -163,6 +198,12 @@ impl Cpu {
             watch: false,
             late_fault: false,
             journal: None,
+            peers: None,
+            index: 0,
+            alone: false,
+            locked: None,
+            again_how: None,
+            pauses: 0,
             jit: crate::jit::frame::JitFrame::default(),
             counts: CpuCounts::default(),
         };
@@ -276,6 +317,13 @@ impl Cpu {
         Trap
     }
 
+    /// Fails the instruction, which has changed nothing, for it to be done again.
+    #[cold]
+    pub(crate) fn try_again(&mut self, how: Again) -> Trap {
+        self.again_how = Some(how);
+        Trap
+    }
+
     /// Fails with #UD.
     #[cold]
     pub fn ud(&mut self) -> Trap {
@@ -314,6 +362,14 @@ impl Cpu {
         self.stop_block = true;
         if let Some(journal) = &mut self.journal {
             journal.device_accessed();
+        }
+    }
+
+    /// Has other vCPUs see what this one has stored, as serializing instructions do.
+    #[inline]
+    pub(crate) fn serialize(&self) {
+        if self.peers.is_some() {
+            fence(Ordering::SeqCst);
         }
     }
 

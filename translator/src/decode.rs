@@ -95,7 +95,9 @@ fn predecode(instr: &Instruction, bytes: &[u8], mode: Mode, model: &CpuModel, to
         osize: form.bytes,
         mem_bytes: instr.memory_size().size().min(255) as u8,
         stack_bytes: mode.stack_bytes(),
-        lock: instr.has_lock_prefix(),
+        // XCHG with memory is locked without the prefix, too (SDM vol. 3 §9.1.2.2).
+        lock: instr.has_lock_prefix()
+            || (instr.mnemonic() == Mnemonic::Xchg && instr.memory_size() != iced_x86::MemorySize::Unknown),
         rep: if instr.has_repne_prefix() {
             Rep::Repne
         } else if instr.has_rep_prefix() {

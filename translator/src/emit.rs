@@ -317,6 +317,8 @@ pub trait Emit: Sized {
     fn set_word(&mut self, w: Word, v: Self::V);
     /// Sets RFLAGS.IF: an interrupt that waits is held back for one instruction.
     fn enable_interrupts(&mut self) -> Result<(), Self::Trap>;
+    /// Has other vCPUs see the stores before it before the loads behind it are done.
+    fn fence(&mut self);
     /// Sets or clears RFLAGS.AC at CPL 0.
     fn set_ac(&mut self, on: bool);
     /// XMM register `r`.

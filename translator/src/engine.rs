@@ -97,8 +97,8 @@ pub trait Vm {
     }
 }
 
-/// One virtual CPU.
-pub trait Vcpu {
+/// One virtual CPU, which one thread at a time runs.
+pub trait Vcpu: Send {
     /// Runs guest code until something needs the machine's attention.
     fn run(&mut self) -> Exit;
     /// Its state between two instructions. Equal states are equal values: nothing of the engine's own representation is

@@ -1,5 +1,7 @@
 //! The interpreter's evaluator: semantics run on numbers.
 
+use std::sync::atomic::{Ordering, fence};
+
 use crate::addr::is_canonical;
 use crate::cpu::Cpu;
 use crate::emit::{Bin, Cmp, Cond, Emit, Flags, FpArgs, FpCall, LaneOp, Un, Word};
@@ -217,6 +219,12 @@ impl Emit for Cpu {
         Ok(())
     }
 
+    fn fence(&mut self) {
+        if self.peers.is_some() {
+            fence(Ordering::SeqCst);
+        }
+    }
+
     fn set_ac(&mut self, on: bool) {
         self.s.rflags = self.s.rflags & !flag::AC | if on { flag::AC } else { 0 };
         self.access_class_changed();
@@ -334,6 +342,9 @@ impl Emit for Cpu {
     fn store<W: Width>(&mut self, i: &Insn, s: u8, ea: u64, v: u64) -> Result<(), Trap> {
         let linear = if i.flat { ea } else { self.linearize(s, ea, W::BYTES, true)? };
         self.through_ss = s == seg::SS;
+        if i.lock && self.peers.is_some() {
+            return self.store_locked::<W>(linear, v);
+        }
         self.store_linear::<W>(linear, v)
     }
 
@@ -341,6 +352,9 @@ impl Emit for Cpu {
     fn load_rmw<W: Width>(&mut self, i: &Insn, s: u8, ea: u64) -> Result<u64, Trap> {
         let linear = if i.flat { ea } else { self.linearize(s, ea, W::BYTES, true)? };
         self.through_ss = s == seg::SS;
+        if i.lock && self.peers.is_some() {
+            return self.load_locked::<W>(linear);
+        }
         self.load_linear_rmw::<W>(linear)
     }
 

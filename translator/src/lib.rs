@@ -19,6 +19,7 @@ pub mod lockstep;
 pub mod mapping;
 pub mod mem;
 pub mod mmu;
+pub mod peers;
 pub mod platform;
 pub mod quick;
 pub mod semantics;

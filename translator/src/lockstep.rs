@@ -6,6 +6,7 @@ use std::fmt::Write;
 
 use crate::cpu::Cpu;
 use crate::exception::Trap;
+use crate::jit::region::Options;
 use crate::state::CpuState;
 use crate::vcpu::Vcpu;
 
@@ -74,7 +75,7 @@ impl Vcpu {
         self.cpu.journal = Some(Journal::default());
         self.cpu.jit.repeated = true;
         if let Some(jit) = &mut self.jit {
-            jit.counted = true;
+            jit.options.counted = true;
         }
         self.cpu.flush_tlb_all();
     }
@@ -138,9 +139,14 @@ impl Vcpu {
             self.cpu.s = before;
             self.cpu.mode_changed();
             self.cpu.translate_code(self.cpu.s.rip)
-        } && let Some(plan) =
-            crate::jit::region::Plan::grow(&self.blocks, &self.cpu, gpa, self.cpu.mode, |b| b.heat, true)
-        {
+        } && let Some(plan) = crate::jit::region::Plan::grow(
+            &self.blocks,
+            &self.cpu,
+            gpa,
+            self.cpu.mode,
+            |b| b.heat,
+            Options { counted: true, shared: false },
+        ) {
             for block in &plan.blocks {
                 let _ = writeln!(text, "block at page offset {:#x}, ends {:x?}:", block.off, block.end);
                 for i in &block.insns {

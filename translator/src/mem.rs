@@ -19,17 +19,48 @@ struct Range {
     first_page: usize,
 }
 
-/// Guest RAM, kept alive for as long as any CPU refers to it.
+/// Guest RAM as one vCPU has it, kept alive for as long as any refers to it.
+///
+/// Two things are known of a page for each vCPU: which granules it has translated code of, and whether its soft TLB may let
+/// stores take the fast path, which looks at no granules. Only the vCPU itself changes what is known of it, and each does
+/// so before it looks at the others: of two that begin at a time, one to have code and one to store fast, one sees the other.
 pub struct GuestRam {
-    ranges: Vec<Range>,
-    /// One bit per granule that holds translated code, one word per page.
-    code: Box<[AtomicU64]>,
+    ranges: Arc<[Range]>,
+    marks: Arc<[Marks]>,
+    /// Which of `marks` are this vCPU's.
+    vcpu: usize,
     _memory: Arc<GuestMemoryMmap>,
 }
 
+/// What is known of each page for one vCPU.
+struct Marks {
+    /// One bit per granule that holds translated code, one word per page.
+    code: Box<[AtomicU64]>,
+    /// One bit per page to which stores may take the fast path.
+    fast: Box<[AtomicU64]>,
+}
+
+impl Marks {
+    fn new(pages: usize) -> Marks {
+        // SAFETY: zero is a value of atomic integers. The host gives memory to what is written first.
+        let zeroed = |words| unsafe { Box::<[AtomicU64]>::new_zeroed_slice(words).assume_init() };
+        Marks { code: zeroed(pages), fast: zeroed(pages.div_ceil(64)) }
+    }
+
+    fn is_fast(&self, page: usize) -> bool {
+        self.fast[page / 64].load(Ordering::SeqCst) >> (page % 64) & 1 != 0
+    }
+}
+
 impl GuestRam {
-    /// Takes the RAM of a machine. Ranges must be page aligned; what is left of a partial page is not used.
+    /// Takes the RAM of a machine with one vCPU.
     pub fn new(memory: Arc<GuestMemoryMmap>) -> GuestRam {
+        GuestRam::of_vcpus(memory, 1).swap_remove(0)
+    }
+
+    /// Takes the RAM of a machine, for each of `vcpus` vCPUs. Ranges must be page aligned; what is left of a partial page is
+    /// not used.
+    pub fn of_vcpus(memory: Arc<GuestMemoryMmap>, vcpus: usize) -> Vec<GuestRam> {
         let mut ranges = Vec::new();
         let mut pages = 0;
         for region in memory.iter() {
@@ -38,9 +69,16 @@ impl GuestRam {
             ranges.push(Range { start: region.start_addr().0, len, host: host as usize, first_page: pages });
             pages += (len / PAGE_SIZE) as usize;
         }
-        // SAFETY: zero is a value of atomic integers. The host gives memory to what is written first.
-        let code = unsafe { Box::<[AtomicU64]>::new_zeroed_slice(pages).assume_init() };
-        GuestRam { ranges, code, _memory: memory }
+        let ranges: Arc<[Range]> = ranges.into();
+        let marks: Arc<[Marks]> = (0..vcpus.max(1)).map(|_| Marks::new(pages)).collect();
+        let ram = |vcpu| GuestRam { ranges: ranges.clone(), marks: marks.clone(), vcpu, _memory: memory.clone() };
+        (0..vcpus.max(1)).map(ram).collect()
+    }
+
+    /// Whether other vCPUs have this memory too.
+    #[inline]
+    pub fn is_shared(&self) -> bool {
+        self.marks.len() > 1
     }
 
     fn range(&self, gpa: u64) -> Option<&Range> {
@@ -61,31 +99,77 @@ impl GuestRam {
         Some(r.first_page + ((gpa - r.start) / PAGE_SIZE) as usize)
     }
 
-    /// Pages of RAM.
-    pub fn pages(&self) -> usize {
-        self.code.len()
+    /// The vCPUs other than this one, by number.
+    fn others(&self) -> impl Iterator<Item = (usize, &Marks)> {
+        self.marks.iter().enumerate().filter(|&(vcpu, _)| vcpu != self.vcpu)
     }
 
-    fn code_word(&self, gpa: u64) -> Option<&AtomicU64> {
-        self.code.get(self.page_number(gpa)?)
-    }
-
-    /// The granules of `gpa`'s page that hold translated code, one bit each; 0 outside RAM.
+    /// The granules of `gpa`'s page that hold code which any vCPU has translated, one bit each; 0 outside RAM.
     #[inline]
     pub fn code_granules(&self, gpa: u64) -> u64 {
-        self.code_word(gpa).map_or(0, |w| w.load(Ordering::Acquire))
+        let Some(page) = self.page_number(gpa) else { return 0 };
+        self.marks.iter().fold(0, |all, marks| all | marks.code[page].load(Ordering::SeqCst))
     }
 
-    /// Marks the granules of `mask` in `gpa`'s page as holding code; says whether the page had none before.
+    /// Those that this vCPU has translated.
+    #[inline]
+    pub fn own_granules(&self, gpa: u64) -> u64 {
+        self.page_number(gpa).map_or(0, |page| self.marks[self.vcpu].code[page].load(Ordering::Relaxed))
+    }
+
+    /// The other vCPUs that have translated any of `granules` in `gpa`'s page, each with which.
+    pub fn others_with_code(&self, gpa: u64, granules: u64) -> impl Iterator<Item = (usize, u64)> {
+        let page = self.page_number(gpa);
+        let hit = move |marks: &Marks| page.map_or(0, |page| marks.code[page].load(Ordering::SeqCst)) & granules;
+        self.others().map(move |(vcpu, marks)| (vcpu, hit(marks))).filter(|&(_, hit)| hit != 0)
+    }
+
+    /// Marks the granules of `mask` in `gpa`'s page as holding code of this vCPU's; says whether it had none there before.
     pub fn mark_code(&self, gpa: u64, mask: u64) -> bool {
-        self.code_word(gpa).is_some_and(|w| w.fetch_or(mask, Ordering::AcqRel) == 0)
+        let page = self.page_number(gpa);
+        page.is_some_and(|page| self.marks[self.vcpu].code[page].fetch_or(mask, Ordering::SeqCst) == 0)
     }
 
-    /// Replaces the code granules of `gpa`'s page.
+    /// Replaces the code granules of `gpa`'s page, of which none may be added.
     pub fn set_code(&self, gpa: u64, mask: u64) {
-        if let Some(w) = self.code_word(gpa) {
-            w.store(mask, Ordering::Release);
+        if let Some(page) = self.page_number(gpa) {
+            self.marks[self.vcpu].code[page].store(mask, Ordering::Release);
         }
+    }
+
+    /// Notes that this vCPU's stores to a page may take the fast path from now on, unless the page holds code: then they may
+    /// not, and false is given back.
+    pub fn allow_fast(&self, gpa: u64) -> bool {
+        let Some(page) = self.page_number(gpa) else { return false };
+        let own = &self.marks[self.vcpu];
+        if own.is_fast(page) {
+            return self.code_granules(gpa) == 0;
+        }
+        let (word, bit) = (&own.fast[page / 64], 1 << (page % 64));
+        word.fetch_or(bit, Ordering::SeqCst);
+        let allowed = self.code_granules(gpa) == 0;
+        if !allowed {
+            word.fetch_and(!bit, Ordering::SeqCst);
+        }
+        allowed
+    }
+
+    /// Whether this vCPU's stores to a page may take the fast path.
+    pub fn is_fast(&self, gpa: u64) -> bool {
+        self.page_number(gpa).is_some_and(|page| self.marks[self.vcpu].is_fast(page))
+    }
+
+    /// Notes that this vCPU's stores to a page take the fast path no more.
+    pub fn forbid_fast(&self, gpa: u64) {
+        if let Some(page) = self.page_number(gpa) {
+            self.marks[self.vcpu].fast[page / 64].fetch_and(!(1 << (page % 64)), Ordering::SeqCst);
+        }
+    }
+
+    /// The other vCPUs whose stores to a page may take the fast path.
+    pub fn others_fast(&self, gpa: u64) -> impl Iterator<Item = usize> {
+        let page = self.page_number(gpa);
+        self.others().filter(move |(_, marks)| page.is_some_and(|page| marks.is_fast(page))).map(|(vcpu, _)| vcpu)
     }
 
     /// Reads an aligned `u64` of RAM, as a page walk does.
@@ -113,6 +197,18 @@ impl GuestRam {
         // guest may change the bytes meanwhile; any byte value is valid.
         unsafe { std::ptr::copy_nonoverlapping(page.add(offset), out.as_mut_ptr(), out.len()) };
         true
+    }
+
+    /// Whether RAM has `bytes`, at most a page of them, from `gpa` on, and behind the end of its page from `next_page` on.
+    pub fn holds(&self, gpa: u64, next_page: Option<u64>, bytes: &[u8]) -> bool {
+        let room = (PAGE_SIZE - (gpa & PAGE_MASK)) as usize;
+        let (first, second) = bytes.split_at(room.min(bytes.len()));
+        let mut page = [0; PAGE_SIZE as usize];
+        let mut are = |at, bytes: &[u8]| {
+            let there = &mut page[..bytes.len()];
+            self.read_in_page(at, there) && there == bytes
+        };
+        are(gpa, first) && (second.is_empty() || next_page.is_some_and(|next| are(next, second)))
     }
 }
 

@@ -301,6 +301,24 @@ impl CpuState {
         }
     }
 
+    /// What INIT makes of this state (SDM vol. 3 table 10-1): what belongs to the floating-point and vector units, the MSRs
+    /// and the cache controls stay as they are.
+    pub fn after_init(&self) -> CpuState {
+        const KEPT: u64 = cr::CR0_CD | cr::CR0_NW;
+        let reset = CpuState::reset();
+        CpuState {
+            cr0: reset.cr0 & !KEPT | self.cr0 & KEPT,
+            ymm: self.ymm,
+            x87: self.x87.clone(),
+            mxcsr: self.mxcsr,
+            xcr0: self.xcr0,
+            pkru: self.pkru,
+            msr: self.msr.clone(),
+            tsc_offset: self.tsc_offset,
+            ..reset
+        }
+    }
+
     /// Where the CPU is, on one line for the user.
     pub fn place(&self) -> String {
         let rsp = self.gpr[usize::from(gpr::RSP)];

@@ -2,7 +2,7 @@
 
 use crate::addr::{PAGE_MASK, PAGE_SIZE};
 use crate::block::{Block, BlockCache, BlockId, Cached};
-use crate::cpu::{Cpu, Kick, mode_cut};
+use crate::cpu::{Again, Cpu, Kick, mode_cut};
 use crate::decode::{self, MAX_LEN};
 use crate::exception::{Exception, Trap, vector};
 use crate::insn::{Insn, Mode};
@@ -107,11 +107,49 @@ impl Vcpu {
 
     /// Runs guest code until something needs the machine's attention.
     pub fn run(&mut self) -> Exit {
-        loop {
+        let peers = self.cpu.peers.clone();
+        if let Some(peers) = &peers {
+            peers.come(self.cpu.index);
+            self.answer_peers();
+        }
+        let exit = loop {
             if let Some(exit) = self.turn() {
-                return exit;
+                break exit;
+            }
+        };
+        if let Some(peers) = peers {
+            peers.go(self.cpu.index);
+        }
+        exit
+    }
+
+    /// Does what other vCPUs ask.
+    #[cold]
+    fn answer_peers(&mut self) {
+        let Some(peers) = self.cpu.peers.clone() else { return };
+        while self.cpu.kick.take(Kick::PEERS) != 0 {
+            let mail = peers.take(self.cpu.index);
+            mail.protect.into_keys().for_each(|page| self.cpu.protect_code(page));
+            for (page, granules) in mail.overwritten {
+                self.invalidate(page, granules);
+            }
+            if !self.cpu.alone {
+                peers.make_way(self.cpu.index);
             }
         }
+    }
+
+    /// Runs one instruction while no other vCPU runs any.
+    #[cold]
+    fn step_alone(&mut self) -> Result<(), TripleFault> {
+        let Some(peers) = self.cpu.peers.clone() else { return Ok(()) };
+        peers.begin_alone(self.cpu.index);
+        self.cpu.alone = true;
+        self.answer_peers();
+        let result = self.step();
+        self.cpu.alone = false;
+        peers.end_alone();
+        result
     }
 
     /// Runs one block, region or event delivery; what ends [`Self::run`] if anything does.
@@ -131,9 +169,11 @@ impl Vcpu {
             if self.cpu.kick.take(Kick::STOP) != 0 {
                 return Some(Exit::Stopped);
             }
-            self.cpu.kick.take(Kick::ATTENTION);
-            self.cpu.irq_maybe = true;
-            self.cpu.nmi_maybe = true;
+            self.answer_peers();
+            if self.cpu.kick.take(Kick::ATTENTION) != 0 {
+                self.cpu.irq_maybe = true;
+                self.cpu.nmi_maybe = true;
+            }
         }
         if (self.cpu.irq_maybe || self.cpu.s.halted) && self.take_interrupt().is_err() {
             return Some(Exit::Shutdown);
@@ -323,6 +363,7 @@ impl Vcpu {
     fn follow_regions(&mut self) {
         let Some(jit) = &mut self.jit else { return };
         let stub = jit.stub();
+        let mut doubtful = Vec::new();
         for change in jit.changes() {
             match change {
                 Change::Code((gpa, mode), runs) => {
@@ -348,9 +389,14 @@ impl Vcpu {
                 Change::Mark(page, granules) => {
                     if self.cpu.ram.mark_code(page, granules) {
                         self.cpu.protect_code(page);
+                        doubtful.push((page, granules));
                     }
                 }
             }
+        }
+        // Others may have stored to a page while nothing of it was marked.
+        if self.cpu.peers.is_some() {
+            doubtful.into_iter().for_each(|(page, granules)| self.invalidate(page, granules));
         }
     }
 
@@ -388,7 +434,7 @@ impl Vcpu {
         let block = self.blocks.get(id);
         // Quick code has run often enough to be worth its place.
         let heat = |block: &Block| if block.runs.quick { self.threshold } else { block.heat };
-        let Some(mut plan) = Plan::grow(&self.blocks, &self.cpu, block.gpa, block.mode, heat, jit.counted) else {
+        let Some(mut plan) = Plan::grow(&self.blocks, &self.cpu, block.gpa, block.mode, heat, jit.options) else {
             return;
         };
         plan.rip = self.cpu.s.rip;
@@ -446,7 +492,7 @@ impl Vcpu {
         }
         self.counts.interpreted += insns.len() as u64;
         cpu.s.rip = cpu.next_ip_value(last);
-        let mode = cpu.mode;
+        let (mode, ends) = (cpu.mode, last.sem.ends);
         let result = (last.run)(cpu, last);
         if result.is_err() {
             cpu.s.rip = mode_cut(mode, cpu.ip_base.wrapping_add(u64::from(last.off)));
@@ -455,6 +501,9 @@ impl Vcpu {
         if indirect {
             let (ip, target) = (cpu.ip_base, cpu.s.rip);
             self.blocks.get_mut(id).note_target(ip, target);
+        }
+        if ends {
+            self.cpu.serialize();
         }
         if self.cpu.stop_block { self.after(Ok(())) } else { Ok(()) }
     }
@@ -515,6 +564,11 @@ impl Vcpu {
     #[inline(never)]
     fn fault(&mut self) -> Result<(), TripleFault> {
         self.drop_overwritten_code();
+        match self.cpu.again_how.take() {
+            None => {}
+            Some(Again::Now) => return Ok(()),
+            Some(Again::Alone) => return self.step_alone(),
+        }
         let e = self.cpu.raised;
         tracing::trace!("{e:x?} at {:#x}", self.cpu.s.rip);
         self.cpu.pending_debug = 0;
@@ -572,6 +626,9 @@ impl Vcpu {
         let result = (insn.run)(cpu, &insn);
         if result.is_err() {
             cpu.s.rip = start;
+            if cpu.again_how.is_some() {
+                cpu.s.shadow = shadow;
+            }
             return self.after(result);
         }
         // With IA32_DEBUGCTL.BTF only branches taken are stepped (SDM vol. 3 §17.4.3).
@@ -585,12 +642,17 @@ impl Vcpu {
 
     /// Decodes the one instruction at RIP, without caching it.
     fn fetch_one(&mut self) -> Result<Insn, Trap> {
+        self.fetch_bytes().map(|(insn, _)| insn)
+    }
+
+    /// Decodes the one instruction at RIP; its bytes too.
+    fn fetch_bytes(&mut self) -> Result<(Insn, [u8; MAX_LEN]), Trap> {
         let mut bytes = [0; MAX_LEN];
         let mut have = 0;
         loop {
             have += self.fetch(have, &mut bytes)?;
             match decode::decode(&bytes[..have], self.cpu.mode, &self.cpu.model) {
-                Ok(insn) => return Ok(insn),
+                Ok(insn) => return Ok((insn, bytes)),
                 Err(decode::NeedMoreBytes) if have < MAX_LEN => {}
                 Err(decode::NeedMoreBytes) => return Err(self.cpu.gp(0)),
             }
@@ -696,10 +758,11 @@ impl Vcpu {
         let in_ram = !insns.is_empty();
         let mut off = off as u64;
         let mut next_page = None;
+        let mut first = [0; MAX_LEN];
         if insns.is_empty() {
             // The first instruction crosses the page or CS's limit, or is not in RAM.
-            let insn = self.fetch_one()?;
-            off = u64::from(insn.len);
+            let (insn, bytes) = self.fetch_bytes()?;
+            (off, first) = (u64::from(insn.len), bytes);
             let linear = self.linear_rip();
             if off > room {
                 let next = self.cpu.wrap_linear(linear.wrapping_add(room));
@@ -710,10 +773,10 @@ impl Vcpu {
         let gone = self.blocks.sweep();
         self.forget(&gone);
         if self.blocks.is_full(insns.len()) {
-            self.blocks.clear(&self.cpu.ram);
+            let jit = self.jit.as_ref();
+            self.blocks.clear(&self.cpu.ram, |page| jit.map_or(0, |jit| jit.granules(page)));
             if let Some(jit) = &mut self.jit {
                 jit.cancel_pending();
-                jit.mark(None, &self.cpu.ram);
             }
             self.flush_jump_cache();
         }
@@ -724,7 +787,28 @@ impl Vcpu {
         for page in fresh.into_iter().flatten() {
             self.cpu.protect_code(page);
         }
+        if self.cpu.peers.is_some() && self.cpu.ram.host_page(gpa).is_some() {
+            fresh.into_iter().flatten().for_each(|page| self.have_others_protect(page));
+            let decoded = if in_ram { &page[..off as usize] } else { &first[..off as usize] };
+            // From here on whoever overwrites them says so. What was stored before that is found now.
+            if !self.cpu.ram.holds(gpa, next_page, decoded) {
+                self.invalidate(gpa & !PAGE_MASK, crate::mem::granule_mask(gpa & PAGE_MASK, off));
+                return Err(self.cpu.try_again(Again::Now));
+            }
+        }
         Ok(id)
+    }
+
+    /// Has no other vCPU's stores to a page take the fast path, now that it is marked as code.
+    fn have_others_protect(&mut self, page: u64) {
+        let Some(peers) = self.cpu.peers.clone() else { return };
+        let ram = self.cpu.ram.clone();
+        let others: Vec<usize> = ram.others_fast(page).collect();
+        let is_fast = |vcpu| ram.others_fast(page).any(|other| other == vcpu);
+        peers.protected(&others, page, is_fast, || {
+            let asked = peers.take_protect(self.cpu.index);
+            asked.into_keys().for_each(|page| self.cpu.protect_code(page));
+        });
     }
 
     /// Drops the translations of code that stores have overwritten.
@@ -739,12 +823,13 @@ impl Vcpu {
 
     /// Drops blocks and regions that touch `granules` of a page.
     fn invalidate(&mut self, page: u64, granules: u64) {
-        let gone = self.blocks.invalidate(page, granules, &self.cpu.ram);
-        self.forget(&gone);
+        let mut kept = 0;
         if let Some(jit) = &mut self.jit {
             jit.invalidate(page, granules);
-            jit.mark(Some(page), &self.cpu.ram);
+            kept = jit.granules(page);
         }
+        let gone = self.blocks.invalidate(page, granules, kept, &self.cpu.ram);
+        self.forget(&gone);
         self.follow_regions();
     }
 

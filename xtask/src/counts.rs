@@ -16,7 +16,7 @@ use diglot_translator::insn::Mode;
 use diglot_translator::jit::Jit;
 use diglot_translator::jit::compile::Compiler;
 use diglot_translator::jit::host;
-use diglot_translator::jit::region::Plan;
+use diglot_translator::jit::region::{Options, Plan};
 use diglot_translator::testing::bare::{self, CODE};
 use diglot_translator::vcpu::Vcpu;
 
@@ -133,7 +133,7 @@ fn compile_ratio() -> f64 {
     vcpu.run();
     let mode = Mode(vcpu.cpu.mode.0);
     let seeds = (CODE..CODE + 64).filter(|&gpa| vcpu.blocks.find(gpa, mode).is_some());
-    let plans = seeds.filter_map(|gpa| Plan::grow(&vcpu.blocks, &vcpu.cpu, gpa, mode, |b| b.heat, false));
+    let plans = seeds.filter_map(|gpa| Plan::grow(&vcpu.blocks, &vcpu.cpu, gpa, mode, |b| b.heat, Options::default()));
     let plan = plans.max_by_key(|p| p.blocks.len()).expect("a region");
     let mut compiler = Compiler::new().expect("a host that Cranelift compiles for");
     let time = |f: &mut dyn FnMut()| {

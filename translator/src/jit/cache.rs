@@ -522,12 +522,9 @@ impl<K> Cache<K> {
         gone.len() as u64
     }
 
-    /// The granules of `page` (of all pages if `None`) that regions lie in, some more than once.
-    pub fn extents(&self, page: Option<u64>) -> impl Iterator<Item = Extent> {
-        let pages: Vec<u64> = page.map_or_else(|| self.by_page.keys().copied().collect(), |p| vec![p]);
-        pages.into_iter().flat_map(move |page| {
-            let regions = self.by_page.get(&page).into_iter().flatten().filter_map(|id| self.regions.get(id));
-            regions.flat_map(|r| &r.extents).copied().filter(move |e| e.0 == page)
-        })
+    /// The granules of a page that regions lie in.
+    pub fn granules(&self, page: u64) -> u64 {
+        let regions = self.by_page.get(&page).into_iter().flatten().filter_map(|id| self.regions.get(id));
+        regions.flat_map(|r| &r.extents).filter(|e| e.0 == page).fold(0, |all, e| all | e.1)
     }
 }

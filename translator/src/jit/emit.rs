@@ -157,6 +157,8 @@ pub struct JitEmit<'a> {
     pub(super) flags_read_in: Vec<u8>,
     /// Host address that the last `load_rmw` of this instruction resolved.
     pub(super) rmw_host: Option<Value>,
+    /// What it loaded, for a locked instruction beside other vCPUs.
+    pub(super) locked: Option<Value>,
     /// Whether the block has its terminator.
     pub(super) ended: bool,
     /// Whether the host's MXCSR is the guest's at this point.
@@ -224,7 +226,7 @@ impl<'a> JitEmit<'a> {
         let tlb = b.declare_var(I64);
         let table = b.ins().load(I64, aligned(), cpu, at!(jit.tlb));
         b.def_var(tlb, table);
-        let count = plan.counted.then(|| b.declare_var(I64));
+        let count = plan.options.counted.then(|| b.declare_var(I64));
         let used = plan.blocks.iter().fold(Regs::default(), |u, block| u.or(block.usage.used));
         let mut variables =
             |mask: u16, t: Type| std::array::from_fn(|r| (mask >> r & 1 != 0).then(|| b.declare_var(t)));
@@ -233,7 +235,7 @@ impl<'a> JitEmit<'a> {
         let side_exit = b.create_block();
         b.set_cold_block(side_exit);
         b.append_block_param(side_exit, I64);
-        if plan.counted {
+        if plan.options.counted {
             b.append_block_param(side_exit, I64);
         }
         let in_loops = plan.in_loops();
@@ -267,6 +269,7 @@ impl<'a> JitEmit<'a> {
             flags_live_in: flags_live_on_entry(plan),
             flags_read_in: flags_read_on_entry(plan),
             rmw_host: None,
+            locked: None,
             ended: false,
             fp_ready: false,
             fp_unused: (0, 0),
@@ -339,6 +342,7 @@ impl<'a> JitEmit<'a> {
                 self.off = u64::from(i.off);
                 self.done = (block.insns.len() - rest.len()) as i64;
                 self.rmw_host = None;
+                self.locked = None;
                 (self.fp_result, self.fp_read) = (false, (0, 0));
                 rest = match self.x87_run(rest) {
                     Some(behind) => behind,

@@ -166,6 +166,9 @@ extern "C" fn evaluate(cpu: &mut Cpu, insn: &Insn, page_ip: u64, _: u64) {
     cpu.jit.exit_reason = match (insn.run)(cpu, insn) {
         Ok(()) => {
             cpu.jit.count += 1;
+            if insn.sem.ends {
+                cpu.serialize();
+            }
             match cpu.stop_block || insn.ends_block {
                 false => reason::NEXT,
                 true if cpu.may_go_on() => {

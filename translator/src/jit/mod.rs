@@ -33,14 +33,13 @@ use crate::block::Block;
 use crate::code::{ArenaError, CodeArena, PUSH_LEN, PerfMap, Slot, add_link_cells, elide_frame};
 use crate::cpu::Cpu;
 use crate::insn::{Insn, Mode};
-use crate::mem::GuestRam;
 use crate::quick::{Library, Quick};
 use bridge::Bridge;
 use cache::{Cache, Change, Extent, Key, Link, Placed, RegionId, Runs, Unit};
 use compile::{Branch, Compiled, Compiler, Referent};
 use frame::THUNKS;
 use handover::Handover;
-use region::Plan;
+use region::{Options, Plan};
 
 /// The compiler has no form of an instruction; the interpreter's evaluation is called instead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,8 +123,8 @@ pub struct Jit {
     stub: Stub,
     _lookup: Stub,
     thunks: Vec<Stub>,
-    /// Whether regions count the guest instructions they complete, for statistics and lock-step; it costs a few percent.
-    pub counted: bool,
+    /// What code does besides.
+    pub options: Options,
     /// Makes quick code, on hosts for which there is some.
     quick: Option<Quick>,
     /// What that shares, and where in the arena.
@@ -167,7 +166,7 @@ impl Jit {
             stub,
             _lookup: lookup,
             thunks,
-            counted: false,
+            options: Options::default(),
             quick,
             library,
             shared,
@@ -198,7 +197,12 @@ impl Jit {
             self.counts.evicted += 1;
         }
         let start = Instant::now();
-        let made = quick.compile(&block.insns(cpu), block.mode, block.gpa & PAGE_MASK, self.counted);
+        let insns = block.insns(cpu);
+        // Another vCPU may be about to say that it has overwritten them.
+        if insns.is_empty() {
+            return;
+        }
+        let made = quick.compile(&insns, block.mode, block.gpa & PAGE_MASK, self.options);
         let extents = block.extent().collect();
         let key = (block.gpa, block.mode.0);
         let id = self.cache.number();
@@ -397,11 +401,9 @@ impl Jit {
         self.counts.invalidated += self.cache.invalidate(page, granules);
     }
 
-    /// Marks the granules of every region of `page` (of all pages if `None`) as holding code again.
-    pub fn mark(&self, page: Option<u64>, ram: &GuestRam) {
-        for (page, granules) in self.cache.extents(page) {
-            ram.mark_code(page, granules);
-        }
+    /// The granules of a page that regions lie in.
+    pub fn granules(&self, page: u64) -> u64 {
+        self.cache.granules(page)
     }
 
     /// Runs compiled code until it returns to the dispatch loop.

@@ -9,7 +9,7 @@ use iced_x86::code_asm::*;
 
 use crate::insn::Mode;
 use crate::jit::compile::Compiler;
-use crate::jit::region::Plan;
+use crate::jit::region::{Options, Plan};
 use crate::testing::bare::{self, CODE};
 use crate::vcpu::Vcpu;
 
@@ -60,7 +60,7 @@ fn one_vcpu_needs_no_order() {
     let mode = Mode(vcpu.cpu.mode.0);
     let plan = (CODE..CODE + 64)
         .filter(|&gpa| vcpu.blocks.find(gpa, mode).is_some())
-        .filter_map(|gpa| Plan::grow(&vcpu.blocks, &vcpu.cpu, gpa, mode, |b| b.heat, false))
+        .filter_map(|gpa| Plan::grow(&vcpu.blocks, &vcpu.cpu, gpa, mode, |b| b.heat, Options::default()))
         .max_by_key(|plan| plan.blocks.len())
         .expect("a region");
     let compiled = Compiler::new().expect("a host").compile(&plan).expect("code");

@@ -79,8 +79,17 @@ pub struct Plan {
     /// The pages that the region's bytes lie in, and which granules of each. There is a second one only for the region
     /// of a single instruction that crosses into it.
     pub extents: Vec<(u64, u64)>,
-    /// Whether the code shall count the guest instructions it completes.
+    /// What its code shall do besides.
+    pub options: Options,
+}
+
+/// What code does besides what the guest's does.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Count the guest instructions that it completes, for statistics and lock-step; it costs a few percent.
     pub counted: bool,
+    /// Be right beside other vCPUs, that have the same memory: locked instructions are atomic, and fences are some.
+    pub shared: bool,
 }
 
 impl Plan {
@@ -165,12 +174,12 @@ impl Plan {
         gpa: u64,
         mode: Mode,
         heat: impl Fn(&Block) -> u32,
-        counted: bool,
+        options: Options,
     ) -> Option<Plan> {
         let page = gpa & !PAGE_MASK;
         let seed = cache.get(cache.find(gpa, mode)?);
         let warm = heat(seed) / 16;
-        let mut plan = Plan { gpa, rip: 0, mode, blocks: Vec::new(), extents: Vec::new(), counted };
+        let mut plan = Plan { gpa, rip: 0, mode, blocks: Vec::new(), extents: Vec::new(), options };
         if seed.next_page.is_some() {
             plan.extents = seed.extent().collect();
             plan.blocks.push(RegionBlock { entry: true, ..region_block(seed, cpu) });
@@ -193,7 +202,11 @@ impl Plan {
             if block.next_page.is_some() || (!first && (heat(block) < warm || block.runs.in_region())) {
                 continue;
             }
-            let block = region_block(block, cpu);
+            let (len, block) = (block.len, region_block(block, cpu));
+            // Other bytes than were decoded: another vCPU is about to say that it has overwritten them.
+            if block.end_off() - block.off != u64::from(len) {
+                continue;
+            }
             granules |= granule_mask(block.off, block.end_off() - block.off);
             insns += block.insns.len();
             queue.extend(block.successors());

@@ -173,6 +173,7 @@ impl Emit for Usage {
         self.need_flags();
         Ok(())
     }
+    fn fence(&mut self) {}
     fn set_ac(&mut self, _: bool) {}
     fn xmm(&mut self, r: u8) {
         self.note_read(Regs::x(r));

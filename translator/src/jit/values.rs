@@ -411,6 +411,12 @@ impl Emit for JitEmit<'_> {
         Ok(())
     }
 
+    fn fence(&mut self) {
+        if self.plan.options.shared {
+            self.b.ins().fence();
+        }
+    }
+
     fn set_ac(&mut self, on: bool) {
         let flags = self.word(Word::Flags);
         let (flags, class) = if on {
@@ -558,7 +564,14 @@ impl Emit for JitEmit<'_> {
 
     fn store<W: Width>(&mut self, i: &Insn, s: u8, ea: Value, v: Value) -> Result<(), Unsupported> {
         if let Some(host) = self.rmw_host.take() {
-            self.b.ins().store(plain(), v, host, 0);
+            match self.locked.take() {
+                None => _ = self.b.ins().store(plain(), v, host, 0),
+                Some(old) => {
+                    let found = self.b.ins().atomic_cas(MemFlagsData::trusted(), host, old, v);
+                    let lost = self.b.ins().icmp(IntCC::NotEqual, found, old);
+                    self.side_exit_if(lost);
+                }
+            }
             return Ok(());
         }
         let linear = self.linear(i, s, ea)?;
@@ -569,9 +582,16 @@ impl Emit for JitEmit<'_> {
     fn load_rmw<W: Width>(&mut self, i: &Insn, s: u8, ea: Value) -> Result<Value, Unsupported> {
         let linear = self.linear(i, s, ea)?;
         self.write_through();
+        let locked = i.lock && self.plan.options.shared;
+        if locked && W::BYTES > 1 {
+            let misaligned = self.b.ins().band_imm_u(linear, W::BYTES as i64 - 1);
+            self.side_exit_if(misaligned);
+        }
         let host = self.host_to_modify(linear, W::BYTES);
         self.rmw_host = Some(host);
-        Ok(self.b.ins().load(ty::<W>(), plain(), host, 0))
+        let old = self.b.ins().load(ty::<W>(), plain(), host, 0);
+        self.locked = locked.then_some(old);
+        Ok(old)
     }
 
     fn check_store<W: Width>(&mut self, i: &Insn, ea: Value) -> Result<(), Unsupported> {

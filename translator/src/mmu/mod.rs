@@ -7,12 +7,14 @@ mod fetched;
 pub mod tlb;
 pub mod walk;
 
+use std::sync::atomic::{Ordering, fence};
+
 use crate::addr::{PAGE_MASK, PAGE_SIZE, is_canonical};
-use crate::cpu::Cpu;
+use crate::cpu::{Again, Cpu, Locked};
 use crate::exception::{Exception, Trap, vector};
 use crate::mem::granule_mask;
 use crate::state::{cr, flag, seg};
-use crate::width::Width;
+use crate::width::{W8, W16, W32, W64, Width};
 use fetched::Fetched;
 use tlb::{CHECKED, Class, EMPTY, GLOBAL, JumpFlush, KEY_SHIFT, SLOW, TlbEntry, WATCHED};
 use walk::{Access, Paging, Walk, walk};
@@ -43,8 +45,6 @@ pub struct Mmu {
     /// Whether instructions were fetched in the upper half through a translation that is not global: what is keyed by
     /// such an address holds in this address space only.
     private_upper: bool,
-    /// Pages of RAM, by number, for which there may be a translation that lets stores take the fast path.
-    stored_fast: Vec<u64>,
     /// Slow stores to pages that hold no code any more.
     stores_behind_code: u32,
     /// Counters for statistics.
@@ -63,15 +63,14 @@ pub struct MmuCounts {
 }
 
 impl Mmu {
-    /// An MMU with nothing cached, for so many pages of RAM.
-    pub fn new(pages: usize) -> Mmu {
+    /// An MMU with nothing cached.
+    pub fn new() -> Mmu {
         Mmu {
             tlb: tlb::Tlb::new(),
             code: Box::new([CodeEntry { key: EMPTY, gpa_page: 0 }; CODE_ENTRIES]),
             pdpte: [0; 4],
             fetched: Fetched::default(),
             private_upper: false,
-            stored_fast: vec![0; pages.div_ceil(64)],
             stores_behind_code: 0,
             counts: MmuCounts::default(),
         }
@@ -325,8 +324,8 @@ impl Cpu {
         self.check_canonical(linear, len)?;
         let access = if write { Access::Write } else { Access::Read };
         let t = self.translate(linear, access, self.class)?;
-        let slow_store = self.ram.code_granules(t.gpa) != 0 || self.journal.is_some();
-        if (write && slow_store) || self.is_watched_page(linear) {
+        let slow_store = || self.journal.is_some() || !self.ram.allow_fast(t.gpa);
+        if (write && slow_store()) || self.is_watched_page(linear) {
             return Ok(None);
         }
         Ok(t.host.map(|h| (h, PAGE_SIZE - (linear & PAGE_MASK))))
@@ -384,7 +383,7 @@ impl Cpu {
         let mut bytes = [0u8; 8];
         match t.host {
             // SAFETY: `host` is inside a page of guest RAM and the caller keeps `len` (≤ 8) inside that page.
-            Some(host) => unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), len) },
+            Some(host) => return unsafe { read_some(host, len) },
             None => {
                 for (at, n) in power_of_two_pieces(t.gpa, len) {
                     let v = self.platform.mmio_read(at, n);
@@ -398,12 +397,11 @@ impl Cpu {
     }
 
     fn write_translated(&mut self, t: Translated, len: usize, value: u64) {
-        let bytes = value.to_le_bytes();
         match t.host {
             Some(host) => {
                 self.journal_store(host, len);
                 // SAFETY: as in `read_translated`.
-                unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), host, len) };
+                unsafe { write_some(host, len, value) };
                 self.note_code_store(t.gpa, len as u64);
             }
             None => {
@@ -415,14 +413,82 @@ impl Cpu {
         }
     }
 
-    /// Queues the invalidation of translated code that a store to RAM has overwritten.
+    /// Queues the invalidation of translated code that a store to RAM has overwritten, here and where other vCPUs have it.
     pub(crate) fn note_code_store(&mut self, gpa: u64, len: u64) {
-        let hit = self.ram.code_granules(gpa) & granule_mask(gpa & PAGE_MASK, len);
+        let (page, granules) = (gpa & !PAGE_MASK, granule_mask(gpa & PAGE_MASK, len));
+        if let Some(peers) = &self.peers {
+            // Whoever has just marked the page reads it behind that, and who has not been seen to will read what was stored.
+            fence(Ordering::SeqCst);
+            for (vcpu, hit) in self.ram.others_with_code(gpa, granules) {
+                peers.overwritten(vcpu, page, hit);
+            }
+        }
+        let hit = self.ram.own_granules(gpa) & granules;
         if hit != 0 {
             self.mmu.counts.smc_stores += 1;
-            self.smc.push((gpa & !PAGE_MASK, hit));
+            self.smc.push((page, hit));
             self.stop_block = true;
         }
+    }
+
+    /// Loads what a locked instruction is about to store back ([`Self::store_locked`]), in memory that other vCPUs have too.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn load_locked<W: Width>(&mut self, linear: u64) -> Result<u64, Trap> {
+        self.locked = None;
+        if self.alone {
+            return self.load_linear_rmw::<W>(linear);
+        }
+        // What the host's processor has no atomic access to is done while no other vCPU runs.
+        if linear & (W::BYTES - 1) != 0 {
+            return Err(self.try_again(Again::Alone));
+        }
+        let Some((host, gpa)) = self.locked_operand(linear, W::BYTES)? else {
+            return self.load_linear_rmw::<W>(linear);
+        };
+        // SAFETY: the host address of an aligned operand in guest RAM.
+        let value = unsafe { read_host::<W>(host) };
+        self.locked = Some(Locked { host, gpa, value });
+        Ok(value)
+    }
+
+    /// Stores what a locked instruction has made of what it loaded, if that is still there; else the instruction is to be
+    /// done again.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn store_locked<W: Width>(&mut self, linear: u64, value: u64) -> Result<(), Trap> {
+        let Some(Locked { host, gpa, value: old }) = self.locked.take() else {
+            return self.store_linear::<W>(linear, value);
+        };
+        // SAFETY: from `load_locked`.
+        if unsafe { compare_exchange::<W>(host, old, value) } {
+            self.note_code_store(gpa, W::BYTES);
+            Ok(())
+        } else {
+            Err(self.try_again(Again::Now))
+        }
+    }
+
+    /// Puts `new` where 16 aligned bytes are `expected`, at once; what was there.
+    pub(crate) fn exchange_locked_x(&mut self, linear: u64, expected: u128, new: u128) -> Result<u128, Trap> {
+        let Some(exchange) = host_exchange() else { return Err(self.try_again(Again::Alone)) };
+        let Some((host, gpa)) = self.locked_operand(linear, 16)? else { return Err(self.try_again(Again::Alone)) };
+        // SAFETY: the host address of 16 aligned bytes of guest RAM.
+        let old = unsafe { exchange(host.cast(), expected, new) };
+        if old == expected {
+            self.note_code_store(gpa, 16);
+        }
+        Ok(old)
+    }
+
+    /// The host address and the physical one of an aligned operand that is read and written; `None` outside RAM.
+    pub(crate) fn locked_operand(&mut self, linear: u64, len: u64) -> Result<Option<(*mut u8, u64)>, Trap> {
+        self.check_canonical(linear, len)?;
+        let t = self.translate(linear, Access::Write, self.class)?;
+        if self.watch {
+            self.check_watch(linear, len, true);
+        }
+        Ok(t.host.map(|host| (host, t.gpa)))
     }
 
     /// Translates one linear address, through the TLB, raising the fault if there is one.
@@ -435,9 +501,8 @@ impl Cpu {
             if tag & SLOW != 0 && e.read & SLOW == 0 && self.journal.is_none() && self.ram.code_granules(gpa) == 0 {
                 // The code that made stores slow has gone. It may be back soon.
                 self.mmu.stores_behind_code = self.mmu.stores_behind_code.wrapping_add(1);
-                if self.mmu.stores_behind_code.is_multiple_of(RELUCTANCE) {
+                if self.mmu.stores_behind_code.is_multiple_of(RELUCTANCE) && self.ram.allow_fast(gpa) {
                     self.mmu.tlb.table(class).entry(linear).write = page | e.read & (WATCHED | CHECKED);
-                    self.store_fast(gpa);
                 }
             }
             // Every present page has a read tag, and only MMIO has it slow.
@@ -454,22 +519,12 @@ impl Cpu {
         Ok(self.fill(linear, w, class))
     }
 
-    /// Notes that stores to a page may take the fast path.
-    fn store_fast(&mut self, gpa: u64) {
-        let Some(n) = self.ram.page_number(gpa) else { return };
-        if let Some(word) = self.mmu.stored_fast.get_mut(n / 64) {
-            *word |= 1 << (n % 64);
-        }
-    }
-
-    /// Makes stores to a physical page that now holds translated code take the slow path, if any does not.
+    /// Makes this vCPU's stores to a physical page that now holds translated code take the slow path, if any does not.
     pub fn protect_code(&mut self, gpa: u64) {
-        let Some(n) = self.ram.page_number(gpa) else { return };
-        let Some(word) = self.mmu.stored_fast.get_mut(n / 64).filter(|word| **word >> (n % 64) & 1 != 0) else {
-            return;
-        };
-        *word &= !(1 << (n % 64));
-        self.mmu.tlb.protect(gpa & !PAGE_MASK);
+        if self.ram.is_fast(gpa) {
+            self.mmu.tlb.protect(gpa & !PAGE_MASK);
+            self.ram.forbid_fast(gpa);
+        }
     }
 
     fn fill(&mut self, linear: u64, w: Walk, class: Class) -> Translated {
@@ -478,7 +533,8 @@ impl Cpu {
         let mmio = if host_page.is_some() { 0 } else { SLOW };
         let checked = if class == Class::UserAligned { CHECKED } else { 0 };
         let watched = if self.is_watched_page(linear) { WATCHED } else { 0 } | checked;
-        let code = if self.ram.code_granules(w.gpa) != 0 || self.journal.is_some() { SLOW } else { 0 };
+        let fast = w.writable && self.journal.is_none() && self.ram.allow_fast(w.gpa);
+        let code = if fast { 0 } else { SLOW };
         let entry = TlbEntry {
             read: page | mmio | watched,
             write: if w.writable { page | mmio | code | watched } else { EMPTY },
@@ -486,9 +542,6 @@ impl Cpu {
             phys: w.gpa & !PAGE_MASK | if w.global { GLOBAL } else { 0 } | u64::from(w.key) << KEY_SHIFT,
         };
         self.mmu.tlb.table(class).insert(linear, entry, w.page_bits);
-        if w.writable && code == 0 {
-            self.store_fast(w.gpa);
-        }
         Translated { gpa: w.gpa, host: host_page.map(|h| h.wrapping_add((linear & PAGE_MASK) as usize)) }
     }
 
@@ -506,8 +559,13 @@ impl Cpu {
         if self.is_watched_page(linear) {
             return None;
         }
-        if write && self.ram.code_granules(t.gpa) & granule_mask(t.gpa & PAGE_MASK, len) != 0 {
-            return None;
+        if write {
+            // Where others may begin to have code in the page, what is stored has to be looked at afterwards.
+            let beside_code = !self.ram.is_shared() || self.ram.allow_fast(t.gpa);
+            let on_code = self.ram.code_granules(t.gpa) & granule_mask(t.gpa & PAGE_MASK, len) != 0;
+            if on_code || !beside_code {
+                return None;
+            }
         }
         t.host
     }
@@ -678,6 +736,80 @@ unsafe fn read_host<W: Width>(p: *const u8) -> u64 {
             2 => u64::from(p.cast::<u16>().read_unaligned()),
             4 => u64::from(p.cast::<u32>().read_unaligned()),
             _ => p.cast::<u64>().read_unaligned(),
+        }
+    }
+}
+
+/// Reads up to 8 bytes, those of an operand of a power of two at once.
+///
+/// # Safety
+/// `p` must be the host address of `len` bytes of guest RAM.
+unsafe fn read_some(p: *const u8, len: usize) -> u64 {
+    // SAFETY: given by the caller.
+    unsafe {
+        match len {
+            1 => read_host::<W8>(p),
+            2 => read_host::<W16>(p),
+            4 => read_host::<W32>(p),
+            8 => read_host::<W64>(p),
+            _ => {
+                let mut bytes = [0; 8];
+                std::ptr::copy_nonoverlapping(p, bytes.as_mut_ptr(), len.min(8));
+                u64::from_le_bytes(bytes)
+            }
+        }
+    }
+}
+
+/// Writes up to 8 bytes, those of an operand of a power of two at once.
+///
+/// # Safety
+/// `p` must be the host address of `len` bytes of guest RAM.
+unsafe fn write_some(p: *mut u8, len: usize, v: u64) {
+    // SAFETY: given by the caller.
+    unsafe {
+        match len {
+            1 => write_host::<W8>(p, v),
+            2 => write_host::<W16>(p, v),
+            4 => write_host::<W32>(p, v),
+            8 => write_host::<W64>(p, v),
+            _ => std::ptr::copy_nonoverlapping(v.to_le_bytes().as_ptr(), p, len.min(8)),
+        }
+    }
+}
+
+type Exchange = unsafe fn(*mut u128, u128, u128) -> u128;
+
+/// The host's instruction that compares and exchanges 16 bytes, if it has one.
+#[cfg(target_arch = "x86_64")]
+fn host_exchange() -> Option<Exchange> {
+    #[target_feature(enable = "cmpxchg16b")]
+    unsafe fn exchange(p: *mut u128, old: u128, new: u128) -> u128 {
+        // SAFETY: given by the caller.
+        unsafe { std::arch::x86_64::cmpxchg16b(p, old, new, Ordering::SeqCst, Ordering::SeqCst) }
+    }
+    std::arch::is_x86_feature_detected!("cmpxchg16b").then_some(exchange as Exchange)
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn host_exchange() -> Option<Exchange> {
+    None
+}
+
+/// Puts `new` where `old` is, unless something else is there.
+///
+/// # Safety
+/// `p` must be the host address of `W::BYTES` bytes of guest RAM, and a multiple of that.
+unsafe fn compare_exchange<W: Width>(p: *mut u8, old: u64, new: u64) -> bool {
+    use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64};
+    let order = Ordering::SeqCst;
+    // SAFETY: given by the caller.
+    unsafe {
+        match W::BYTES {
+            1 => AtomicU8::from_ptr(p).compare_exchange(old as u8, new as u8, order, order).is_ok(),
+            2 => AtomicU16::from_ptr(p.cast()).compare_exchange(old as u16, new as u16, order, order).is_ok(),
+            4 => AtomicU32::from_ptr(p.cast()).compare_exchange(old as u32, new as u32, order, order).is_ok(),
+            _ => AtomicU64::from_ptr(p.cast()).compare_exchange(old, new, order, order).is_ok(),
         }
     }
 }

@@ -100,8 +100,17 @@ const LONG: [Level; 4] = [
 const LEGACY: [Level; 2] =
     [Level { shift: 22, large: true, index_bits: 10 }, Level { shift: 12, large: false, index_bits: 10 }];
 
+/// Why a walk came to no end.
+enum Stop {
+    /// The page fault to raise.
+    Fault(Exception),
+    /// Another vCPU has changed an entry since it was read.
+    Changed,
+}
+
 /// Translates `linear` for an access by `user` (CPL 3) or supervisor code; `smap` forbids data accesses to user
-/// pages. Sets accessed and dirty bits. The error is the page fault to raise.
+/// pages. Sets accessed and dirty bits, each in an entry that is still what the walk has read. The error is the page fault to
+/// raise.
 pub fn walk(
     ram: &GuestRam,
     p: &Paging,
@@ -110,6 +119,16 @@ pub fn walk(
     user: bool,
     smap: bool,
 ) -> Result<Walk, Exception> {
+    loop {
+        match walk_once(ram, p, linear, access, user, smap) {
+            Ok(found) => return Ok(found),
+            Err(Stop::Fault(e)) => return Err(e),
+            Err(Stop::Changed) => {}
+        }
+    }
+}
+
+fn walk_once(ram: &GuestRam, p: &Paging, linear: u64, access: Access, user: bool, smap: bool) -> Result<Walk, Stop> {
     if p.cr0 & cr::CR0_PG == 0 {
         return Ok(Walk { gpa: linear & 0xffff_ffff, writable: true, global: false, key: 0, page_bits: 32 });
     }
@@ -124,7 +143,7 @@ pub fn walk(
         Access::Execute if (nxe && (pae || long)) || p.cr4 & cr::CR4_SMEP != 0 => code |= pf::I,
         Access::Execute => {}
     }
-    let fault = |bits: u32| Exception::page_fault(code | bits, linear);
+    let fault = |bits: u32| Stop::Fault(Exception::page_fault(code | bits, linear));
     let address_mask = ((1u64 << PHYSICAL_BITS) - 1) & !0xfff;
     let (levels, entry_bytes, mut table, mut reserved): (&[Level], u64, u64, u64) = if long {
         (&LONG, 8, p.cr3 & address_mask, (1 << 52) - (1 << PHYSICAL_BITS))
@@ -167,7 +186,7 @@ pub fn walk(
         no_execute |= !legacy && entry & pte::NX != 0;
         let leaf = is_large || level.shift == 12;
         if !leaf {
-            set_bits(ram, at, &mut entry, pte::A, entry_bytes);
+            set_bits(ram, at, &mut entry, pte::A, entry_bytes)?;
             table = if legacy { entry & 0xffff_f000 } else { entry & address_mask };
             continue;
         }
@@ -192,7 +211,7 @@ pub fn walk(
             return Err(fault(pf::P));
         }
         let dirty = if access == Access::Write { pte::D } else { 0 };
-        set_bits(ram, at, &mut entry, pte::A | dirty, entry_bytes);
+        set_bits(ram, at, &mut entry, pte::A | dirty, entry_bytes)?;
         let offset_mask = (1u64 << level.shift) - 1;
         let frame = match (legacy, is_large) {
             (true, true) => (entry & 0xffc0_0000) | (entry >> 13 & 0xff) << 32,
@@ -229,14 +248,15 @@ fn read_entry(ram: &GuestRam, at: u64, bytes: u64) -> Option<u64> {
     Some(if bytes == 8 { word } else { word >> (8 * (at & 4)) & 0xffff_ffff })
 }
 
-/// Sets bits in an entry atomically, as the hardware does.
-fn set_bits(ram: &GuestRam, at: u64, entry: &mut u64, bits: u64, bytes: u64) {
+/// Sets bits in an entry that is still as it was read, atomically, as the hardware does.
+fn set_bits(ram: &GuestRam, at: u64, entry: &mut u64, bits: u64, bytes: u64) -> Result<(), Stop> {
     if *entry & bits == bits {
-        return;
+        return Ok(());
     }
+    let Some(word) = ram.atomic(at & !7) else { return Ok(()) };
+    let (shift, mask) = if bytes == 8 { (0, u64::MAX) } else { (8 * (at & 4), 0xffff_ffff) };
+    let set = |word: u64| (word >> shift & mask == *entry).then_some(word | bits << shift);
+    word.fetch_update(Ordering::AcqRel, Ordering::Acquire, set).map_err(|_| Stop::Changed)?;
     *entry |= bits;
-    if let Some(word) = ram.atomic(at & !7) {
-        let shift = if bytes == 8 { 0 } else { 8 * (at & 4) };
-        word.fetch_or(bits << shift, Ordering::AcqRel);
-    }
+    Ok(())
 }

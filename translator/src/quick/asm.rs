@@ -419,6 +419,11 @@ impl Asm {
         self.code.push(0xc3);
     }
 
+    /// A fence between all loads and stores before it and those behind.
+    pub fn mfence(&mut self) {
+        self.code.extend([0x0f, 0xae, 0xf0]);
+    }
+
     /// Calls what a displacement says that stands where is given back.
     pub fn call_rel(&mut self) -> usize {
         self.code.push(0xe8);

@@ -23,6 +23,7 @@ use crate::jit::Unsupported;
 use crate::jit::compile::{Branch, Compiled, Referent};
 use crate::jit::emit::{Helper, at};
 use crate::jit::frame::lazy;
+use crate::jit::region::Options;
 use crate::jit::usage::Usage;
 use crate::jump::{ENTRY_SHIFT, JumpEntry};
 use crate::quick::asm::{Alu, Asm, Cc, Gpr, Jump, Mem, Shift, Xmm};
@@ -101,7 +102,7 @@ pub struct QuickEmit<'a> {
     mode: Mode,
     /// Page offset of the block.
     start: u64,
-    counted: bool,
+    pub(super) options: Options,
     registers: Registers,
     /// Vector registers in use by the instruction being emitted.
     vectors: u8,
@@ -159,13 +160,13 @@ pub(super) fn gpr_at(r: u8) -> Mem {
 }
 
 impl<'a> QuickEmit<'a> {
-    pub(super) fn new(quick: &'a Quick, mode: Mode, start: u64, counted: bool) -> QuickEmit<'a> {
+    pub(super) fn new(quick: &'a Quick, mode: Mode, start: u64, options: Options) -> QuickEmit<'a> {
         QuickEmit {
             a: Asm::default(),
             quick,
             mode,
             start,
-            counted,
+            options,
             registers: Registers { guests: [0; 16], at: [None; 16], bits: [64; 16], busy: 0, next: 0 },
             vectors: 0,
             flags: FlagVal::Memory,
@@ -732,7 +733,7 @@ impl<'a> QuickEmit<'a> {
     }
 
     fn count(&mut self, done: i32) {
-        if self.counted && done != 0 {
+        if self.options.counted && done != 0 {
             self.a.alu_imm(8, Alu::Add, cpu(at!(jit.count)), done);
         }
     }

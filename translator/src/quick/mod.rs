@@ -22,6 +22,7 @@ use crate::insn::{Insn, Mode};
 use crate::jit::compile::Compiled;
 use crate::jit::emit::{Helper, at};
 use crate::jit::frame::reason;
+use crate::jit::region::Options;
 use crate::mmu::tlb::{TlbEntry, Translations};
 use asm::{Alu, Asm, Cc, Gpr, Jump, Mem, Shift};
 
@@ -236,11 +237,10 @@ impl Quick {
         (isa == HostIsa::X86_64).then_some(Quick { counts_bits })
     }
 
-    /// The code of a block of instructions that lie in one page, from page offset `start`; `counted` says whether it shall
-    /// count the instructions it completes. Offsets of the instructions that helpers evaluate are from the start of the
+    /// The code of a block of instructions that lie in one page, from page offset `start`. Offsets of the instructions that helpers evaluate are from the start of the
     /// block.
-    pub fn compile(&self, insns: &[Insn], mode: Mode, start: u64, counted: bool) -> Compiled {
-        Emitter::new(self, mode, start, counted).emit(insns)
+    pub fn compile(&self, insns: &[Insn], mode: Mode, start: u64, options: Options) -> Compiled {
+        Emitter::new(self, mode, start, options).emit(insns)
     }
 
     /// Appends the way from quick code into a region whose entry is at a page offset: which of its entries is meant a

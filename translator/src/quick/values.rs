@@ -446,6 +446,12 @@ impl Emit for QuickEmit<'_> {
         Ok(())
     }
 
+    fn fence(&mut self) {
+        if self.options.shared {
+            self.a.mfence();
+        }
+    }
+
     fn set_ac(&mut self, on: bool) {
         let flags = self.word(Word::Flags);
         let class = Gpr::RAX;
@@ -622,6 +628,9 @@ impl Emit for QuickEmit<'_> {
     }
 
     fn load_rmw<W: Width>(&mut self, i: &Insn, s: u8, ea: Val) -> Result<Val, Unsupported> {
+        if i.lock && self.options.shared {
+            return Err(Unsupported);
+        }
         let linear = self.linear(i, s, ea)?;
         self.access(linear, W::BYTES, true);
         let host = self.take(64);

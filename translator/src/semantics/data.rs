@@ -75,9 +75,10 @@ pub fn lookup(form: &Form<'_>) -> Option<&'static Sem> {
             4 => both!(cmov, W32; aux = condition),
             _ => both!(cmov, W64; aux = condition),
         },
+        Mnemonic::Pause => interp!(pause),
+        Mnemonic::Mfence => both!(fence),
         Mnemonic::Clflush | Mnemonic::Clflushopt | Mnemonic::Clwb => both!(touch),
         Mnemonic::Nop
-        | Mnemonic::Pause
         | Mnemonic::Endbr32
         | Mnemonic::Endbr64
         | Mnemonic::Prefetcht0
@@ -92,7 +93,6 @@ pub fn lookup(form: &Form<'_>) -> Option<&'static Sem> {
         | Mnemonic::Reservednop
         | Mnemonic::Lfence
         | Mnemonic::Sfence
-        | Mnemonic::Mfence
         | Mnemonic::Rdsspd
         | Mnemonic::Rdsspq => both!(nop),
         _ => return None,
@@ -247,12 +247,17 @@ fn cmpxchg16b(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     if linear & 15 != 0 {
         return Err(cpu.gp(0));
     }
-    cpu.probe_write(linear, 16)?;
-    let old = cpu.load_linear_x(linear)?;
     let pair = |cpu: &mut Cpu, low, high| u128::from(cpu.gpr::<W64>(low)) | u128::from(cpu.gpr::<W64>(high)) << 64;
-    let equal = old == pair(cpu, RAX, RDX);
-    let new = pair(cpu, RBX, RCX);
-    cpu.store_linear_x(linear, if equal { new } else { old })?;
+    let (expected, new) = (pair(cpu, RAX, RDX), pair(cpu, RBX, RCX));
+    let old = if i.lock && cpu.peers.is_some() && !cpu.alone {
+        cpu.exchange_locked_x(linear, expected, new)?
+    } else {
+        cpu.probe_write(linear, 16)?;
+        let old = cpu.load_linear_x(linear)?;
+        cpu.store_linear_x(linear, if old == expected { new } else { old })?;
+        old
+    };
+    let equal = old == expected;
     if !equal {
         cpu.set_gpr::<W64>(RAX, old as u64);
         cpu.set_gpr::<W64>(RDX, (old >> 64) as u64);
@@ -346,6 +351,23 @@ fn cmov<E: Emit, W: Width>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
 fn touch<E: Emit>(e: &mut E, i: &Insn) -> Result<(), E::Trap> {
     let ea = e.ea(i);
     e.load::<W8>(i, i.seg, ea)?;
+    Ok(())
+}
+
+fn fence<E: Emit>(e: &mut E, _: &Insn) -> Result<(), E::Trap> {
+    e.fence();
+    Ok(())
+}
+
+/// A loop that waits for another vCPU: there may be no host processor for that one yet.
+fn pause(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
+    const OFFERS: u32 = 16;
+    if cpu.peers.is_some() {
+        cpu.pauses += 1;
+        if cpu.pauses.is_multiple_of(OFFERS) {
+            std::thread::yield_now();
+        }
+    }
     Ok(())
 }
 

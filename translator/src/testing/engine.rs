@@ -14,7 +14,7 @@ use crate::addr::PAGE_SIZE;
 use crate::exception::vector;
 use crate::insn::Mode;
 use crate::jit::compile::Compiler;
-use crate::jit::region::Plan;
+use crate::jit::region::{Options, Plan};
 use crate::jit::{Jit, THRESHOLD};
 use crate::state::{CpuState, Segment, Table, cr, seg};
 use crate::vcpu::Vcpu;
@@ -199,7 +199,9 @@ impl Engine {
 
     /// Why the code in place does not compile.
     fn why_not(&self) -> String {
-        let Some(plan) = Plan::grow(&self.vcpu.blocks, &self.vcpu.cpu, self.gpa(), self.mode, |b| b.heat, false) else {
+        let Some(plan) =
+            Plan::grow(&self.vcpu.blocks, &self.vcpu.cpu, self.gpa(), self.mode, |b| b.heat, Options::default())
+        else {
             return "there is nothing to compile".into();
         };
         match Compiler::new().and_then(|mut c| c.compile(&plan)) {
