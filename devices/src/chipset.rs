@@ -11,6 +11,7 @@ use crate::debug_exit::DebugExit;
 use crate::hpet::{Hpet, Line};
 use crate::i8042::I8042;
 use crate::ioapic::{IoApic, Message};
+pub use crate::lapic::Startup;
 use crate::lapic::{Clock, Effect, Ipi, Lapic, Page};
 use crate::pci::{ECAM_BASE, ECAM_SIZE, Pci};
 use crate::pic::Pic;
@@ -60,17 +61,6 @@ pub enum PowerEvent {
     Exit(u8),
 }
 
-/// What a CPU does, as far as INIT and start-up IPIs say (SDM vol. 3 §9.4).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Startup {
-    /// It runs.
-    Runs,
-    /// It has been reset by INIT, and waits.
-    Waits,
-    /// It is to begin at this page in real mode: address 1000h times as much.
-    Begins(u8),
-}
-
 /// Local APICs that are not the chipset's: those of an engine that has its own.
 pub trait ApicBus: Send {
     /// A message of the I/O APIC.
@@ -108,7 +98,6 @@ pub struct Chipset {
 pub struct ChipsetState {
     version: u32,
     lapics: Vec<Lapic>,
-    startup: Vec<Startup>,
     ioapic: IoApic,
     pic: Pic,
     pit: Pit,
@@ -275,14 +264,14 @@ impl Chipset {
 
     /// What `cpu` does. Where local APICs are elsewhere, that is for them to say.
     pub fn startup(&self, cpu: usize) -> Startup {
-        let here = self.apics.startup.get(cpu).filter(|_| self.apics.outside.is_none());
-        here.copied().unwrap_or(Startup::Runs)
+        let here = self.apics.here.get(cpu).filter(|_| self.apics.outside.is_none());
+        here.map_or(Startup::Runs, Lapic::startup)
     }
 
     /// `cpu` has begun.
     pub fn begun(&mut self, cpu: usize) {
-        if let Some(startup) = self.apics.startup.get_mut(cpu) {
-            *startup = Startup::Runs;
+        if let Some(lapic) = self.apics.here.get_mut(cpu) {
+            lapic.begun();
         }
     }
 
@@ -388,8 +377,7 @@ impl Chipset {
     }
 
     fn send_ipi(&mut self, from: usize, ipi: Ipi) {
-        let Apics { here, startup, .. } = &mut self.apics;
-        for (k, (lapic, startup)) in here.iter_mut().zip(startup).enumerate() {
+        for (k, lapic) in self.apics.here.iter_mut().enumerate() {
             let target = match ipi.shorthand {
                 0 => lapic.is_destination(ipi.logical, ipi.destination),
                 1 => k == from,
@@ -409,10 +397,9 @@ impl Chipset {
                 4 => lapic.accept_nmi(),
                 5 if k != from => {
                     lapic.init();
-                    (*startup, self.told[k]) = (Startup::Waits, false);
+                    self.told[k] = false;
                 }
-                // One that runs ignores it.
-                6 if *startup == Startup::Waits => (*startup, self.told[k]) = (Startup::Begins(ipi.vector), false),
+                6 => self.told[k] &= !lapic.start_up(ipi.vector),
                 _ => {}
             }
         }
@@ -591,7 +578,6 @@ impl Chipset {
         ChipsetState {
             version: STATE_VERSION,
             lapics: self.apics.here.clone(),
-            startup: self.apics.startup.clone(),
             ioapic: self.ioapic.clone(),
             pic: self.pic.clone(),
             pit: self.pit.clone(),
@@ -611,7 +597,7 @@ impl Chipset {
         if state.version != STATE_VERSION {
             return Err(StateError::Version { found: state.version, expected: STATE_VERSION });
         }
-        if [state.lapics.len(), state.startup.len()] != [self.apics.here.len(); 2] {
+        if state.lapics.len() != self.apics.here.len() {
             return Err(StateError::Invalid("number of CPUs"));
         }
         if state.test_device.is_some() != self.test_device.is_some() {
@@ -623,7 +609,6 @@ impl Chipset {
         self.serial.restore(&state.serial)?;
         let s = state.clone();
         self.apics.here = s.lapics;
-        self.apics.startup = s.startup;
         self.ioapic = s.ioapic;
         self.pic = s.pic;
         self.pit = s.pit;
@@ -641,8 +626,6 @@ impl Chipset {
 /// The local APICs, here or elsewhere.
 struct Apics {
     here: Vec<Lapic>,
-    /// What the CPU of each does.
-    startup: Vec<Startup>,
     /// Where they are while they are not here; what is here then is of no account.
     outside: Option<Box<dyn ApicBus>>,
 }
@@ -652,8 +635,7 @@ impl Apics {
     fn new(cpus: u8) -> Apics {
         let mut here: Vec<Lapic> = (0..cpus).map(Lapic::new).collect();
         here.iter_mut().skip(1).for_each(Lapic::init);
-        let startup = (0..cpus).map(|cpu| if cpu == 0 { Startup::Runs } else { Startup::Waits }).collect();
-        Apics { here, startup, outside: None }
+        Apics { here, outside: None }
     }
 
     /// Hands a message to the local APICs that it is for.

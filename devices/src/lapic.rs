@@ -86,6 +86,19 @@ pub struct Page {
     pub tsc_deadline: u64,
     /// Whether a non-maskable interrupt waits.
     pub nmi: bool,
+    /// What the CPU does.
+    pub startup: Startup,
+}
+
+/// What a CPU does, as far as INIT and start-up IPIs say (SDM vol. 3 §9.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Startup {
+    /// It runs.
+    Runs,
+    /// It has been reset by INIT, and waits.
+    Waits,
+    /// It is to begin at this page in real mode: address 1000h times as much.
+    Begins(u8),
 }
 
 /// What a register write asks of the chipset.
@@ -144,6 +157,7 @@ pub struct Lapic {
     expiry: Option<Nanos>,
     tsc_deadline: u64,
     nmi: bool,
+    startup: Startup,
 }
 
 impl Lapic {
@@ -172,6 +186,7 @@ impl Lapic {
             expiry: None,
             tsc_deadline: 0,
             nmi: false,
+            startup: Startup::Runs,
         }
     }
 
@@ -540,7 +555,7 @@ impl Lapic {
         }
         registers[reg::ID as usize] = if self.x2apic() { self.id } else { self.id << 24 };
         registers[reg::ICR_HIGH as usize] = (self.icr >> 32) as u32;
-        Page { base: self.apic_base, registers, tsc_deadline: self.tsc_deadline, nmi: self.nmi }
+        Page { base: self.apic_base, registers, tsc_deadline: self.tsc_deadline, nmi: self.nmi, startup: self.startup }
     }
 
     /// APIC number `id` with the registers of another. Bits that this one does not have read as zero afterwards.
@@ -562,6 +577,7 @@ impl Lapic {
             divide: r(reg::TIMER_DIVIDE) & 0xb,
             initial: r(reg::TIMER_INITIAL),
             nmi: page.nmi,
+            startup: page.startup,
             ..Lapic::new(id)
         };
         match lapic.timer_mode() {
@@ -589,15 +605,36 @@ impl Lapic {
         self.apic_base = v & !base::BSP | self.apic_base & base::BSP;
         if was_enabled && !enable {
             let fresh = Lapic::new(self.id as u8);
-            *self = Lapic { apic_base: self.apic_base, svr: 0xff, lvt: [MASKED; LVT_COUNT], ..fresh };
+            let (apic_base, startup) = (self.apic_base, self.startup);
+            *self = Lapic { apic_base, svr: 0xff, lvt: [MASKED; LVT_COUNT], startup, ..fresh };
         }
         Some(())
     }
 
-    /// INIT: everything but the identity and the base register is reset.
+    /// INIT: everything but the identity and the base register is reset, and the CPU waits.
     pub fn init(&mut self) {
         let fresh = Lapic::new(self.id as u8);
-        *self = Lapic { apic_base: self.apic_base, svr: 0xff, lvt: [MASKED; LVT_COUNT], ..fresh };
+        let (apic_base, startup) = (self.apic_base, Startup::Waits);
+        *self = Lapic { apic_base, svr: 0xff, lvt: [MASKED; LVT_COUNT], startup, ..fresh };
+    }
+
+    /// What the CPU does.
+    pub fn startup(&self) -> Startup {
+        self.startup
+    }
+
+    /// A start-up IPI, which a CPU that runs ignores; says whether it does not.
+    pub fn start_up(&mut self, page: u8) -> bool {
+        let waits = self.startup == Startup::Waits;
+        if waits {
+            self.startup = Startup::Begins(page);
+        }
+        waits
+    }
+
+    /// The CPU has begun.
+    pub fn begun(&mut self) {
+        self.startup = Startup::Runs;
     }
 }
 

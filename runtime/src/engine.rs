@@ -83,23 +83,18 @@ fn open_kvm(slow: bool) -> Result<Kvm, KvmError> {
 
 /// What of the configuration only the translator can do, by the name of its option.
 fn translator_only(config: &MachineConfig) -> Option<&'static str> {
-    one_cpu_option(config).or((config.cpus > 1).then_some("--cpus"))
-}
-
-/// The option for which there can be only one CPU.
-fn one_cpu_option(config: &MachineConfig) -> Option<&'static str> {
     [(config.trace.is_some(), "--trace"), (config.lockstep, "--lockstep"), (config.perf_map, "--perf-map")]
         .into_iter()
         .find_map(|(asked, name)| asked.then_some(name))
 }
 
-/// Says what of the configuration runs one CPU only, if anything does.
+/// Says what of the configuration runs one CPU only, if anything does. Of KVM nothing is to be had for these.
 fn one_cpu_only(config: &MachineConfig, engines: [Engine; 2]) -> Result<(), RuntimeError> {
-    if let Some(option) = one_cpu_option(config) {
+    if let Some(option) = translator_only(config) {
         return Err(RuntimeError::OneCpu(option, ", or leave the option out"));
     }
-    if engines.contains(&Engine::Kvm) {
-        return Err(RuntimeError::OneCpu("--backend kvm", ", or --backend jit"));
+    if engines.iter().all(|&engine| engine == Engine::Kvm) {
+        return Ok(());
     }
     // Its stores and loads are in the guest's order only by fences that nothing emits yet.
     if HostIsa::native() != Some(HostIsa::X86_64) {

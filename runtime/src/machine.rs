@@ -10,7 +10,9 @@ use diglot_devices::ioapic::Message;
 use diglot_devices::lapic::Page;
 use diglot_kvm_backend::KvmError;
 use diglot_translator::cpuid::Level;
-use diglot_translator::engine::{CpuState, EngineError, Exit, Kick, LapicState, LocalApics, Msi, Vcpu, VcpuSetup, Vm};
+use diglot_translator::engine::{
+    self, CpuState, EngineError, Exit, Kick, LapicState, LocalApics, Msi, Vcpu, VcpuSetup, Vm,
+};
 use diglot_translator::state::{Segment, Table, cr, gpr, seg};
 use diglot_translator::trace::Trace;
 use parking_lot::Mutex;
@@ -388,13 +390,19 @@ impl Machine {
             // First, as it may make an interrupt of a timer that has run out.
             let lapic = vcpu.lapic()?;
             let state = vcpu.state()?;
-            if let Some(LapicState { base, registers, tsc_deadline, nmi }) = lapic {
+            if let Some(LapicState { base, registers, tsc_deadline, nmi, startup }) = lapic {
                 let tsc = self.shared.tsc(now).wrapping_add(state.tsc_offset);
-                pages.push((Page { base, registers, tsc_deadline, nmi }, tsc));
+                let startup = match startup {
+                    engine::Startup::Runs => Startup::Runs,
+                    engine::Startup::Waits => Startup::Waits,
+                    engine::Startup::Begins(page) => Startup::Begins(page),
+                };
+                pages.push((Page { base, registers, tsc_deadline, nmi, startup }, tsc));
             }
             states.push(state);
             self.stats.add(vcpu.counters());
         }
+        in_step(&mut states);
         if !pages.is_empty() {
             self.shared.chipset.lock().take_lapics(&pages, now);
         }
@@ -548,7 +556,13 @@ fn msi(m: Message) -> Msi {
 }
 
 fn lapic_state(page: &Page) -> LapicState {
-    LapicState { base: page.base, registers: page.registers, tsc_deadline: page.tsc_deadline, nmi: page.nmi }
+    let &Page { base, registers, tsc_deadline, nmi, startup } = page;
+    let startup = match startup {
+        Startup::Runs => engine::Startup::Runs,
+        Startup::Waits => engine::Startup::Waits,
+        Startup::Begins(page) => engine::Startup::Begins(page),
+    };
+    LapicState { base, registers, tsc_deadline, nmi, startup }
 }
 
 /// The CPU state of a boot protocol's entry point.
@@ -571,6 +585,16 @@ fn initial_state(r: &Registers) -> CpuState {
     state.idtr = Table::default();
     (state.cr0, state.cr3, state.cr4, state.efer) = (r.cr0, r.cr3, r.cr4, r.efer);
     state
+}
+
+/// Has time-stamp counters that are in step, but for the moments between one being read and the next, be in step again.
+fn in_step(states: &mut [CpuState]) {
+    const APART: u64 = 10_000_000;
+    let offsets = states.iter().map(|state| state.tsc_offset);
+    let (Some(least), Some(most)) = (offsets.clone().min(), offsets.max()) else { return };
+    if most - least < APART {
+        states.iter_mut().for_each(|state| state.tsc_offset = most);
+    }
 }
 
 /// The CPU after INIT and a start-up IPI for a page (SDM vol. 3 §9.4.4): in real mode, at the page's beginning.

@@ -51,6 +51,19 @@ pub struct LapicState {
     pub tsc_deadline: u64,
     /// Whether a non-maskable interrupt waits.
     pub nmi: bool,
+    /// What its CPU does.
+    pub startup: Startup,
+}
+
+/// What a CPU does, as far as INIT and start-up IPIs say (SDM vol. 3 §9.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Startup {
+    /// It runs.
+    Runs,
+    /// It has been reset by INIT, and waits.
+    Waits,
+    /// It is to begin at this page in real mode: address 1000h times as much.
+    Begins(u8),
 }
 
 /// A message-signalled interrupt (SDM vol. 3 §11.11).

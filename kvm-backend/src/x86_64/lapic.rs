@@ -21,12 +21,15 @@ pub fn page(state: &LapicState) -> kvm_lapic_state {
 
 #[cfg(test)]
 mod tests {
+    use diglot_translator::engine::Startup;
+
     use super::*;
 
     #[test]
     fn a_page_comes_out_as_it_went_in() {
         let registers_in = std::array::from_fn(|n| 0x0102_0304u32.wrapping_mul(n as u32 + 1));
-        let state = LapicState { base: 0, registers: registers_in, tsc_deadline: 0, nmi: false };
+        let state =
+            LapicState { base: 0, registers: registers_in, tsc_deadline: 0, nmi: false, startup: Startup::Runs };
         assert_eq!(registers(&page(&state)), registers_in);
     }
 }

@@ -9,7 +9,7 @@ mod state;
 mod tests;
 mod vcpu;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use diglot_translator::engine::{CpuidEntry, EngineError, LocalApics, Msi, VcpuSetup, Vm};
 use kvm_bindings::{
@@ -146,6 +146,9 @@ struct Machine {
     // Before the memory, so that it is dropped before.
     fd: VmFd,
     slots: Slots,
+    /// The offset that KVM has the guest's time-stamp counter at where that is the machine's. All vCPUs have the same, so
+    /// that their counters are in step.
+    tsc_base: OnceLock<u64>,
 }
 
 /// A machine on KVM: local APICs in the kernel, everything else in the chipset.
@@ -172,7 +175,12 @@ impl KvmVm {
         enable(KVM_CAP_X86_USER_SPACE_MSR, u64::from(msr::TO_US))?;
         let slots = Slots::new(&fd, options.ram)?;
         let (cpuid, tsc_hz) = (options.cpuid, options.tsc_hz);
-        Ok(KvmVm { machine: Arc::new(Machine { fd, slots }), tsc_scaling: kvm.offer.tsc_scaling, cpuid, tsc_hz })
+        Ok(KvmVm {
+            machine: Arc::new(Machine { fd, slots, tsc_base: OnceLock::new() }),
+            tsc_scaling: kvm.offer.tsc_scaling,
+            cpuid,
+            tsc_hz,
+        })
     }
 
     /// Begins to log which pages the guest writes, or ends that.

@@ -3,9 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use diglot_translator::engine::{self, CpuState, EngineError, Exit, Kick, LapicState, Platform, VcpuSetup};
+use diglot_translator::engine::{self, CpuState, EngineError, Exit, Kick, LapicState, Platform, Startup, VcpuSetup};
 use kvm_bindings::{
-    KVM_EXIT_IO_IN, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVM_VCPUEVENT_VALID_NMI_PENDING, KVMIO, kvm_device_attr,
+    KVM_EXIT_IO_IN, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_SIPI_RECEIVED, KVM_MP_STATE_UNINITIALIZED,
+    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SIPI_VECTOR, KVMIO,
+    kvm_device_attr, kvm_mp_state,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
@@ -110,8 +112,7 @@ impl Vcpu {
     fn store(&mut self, s: &CpuState) -> Result<(), KvmError> {
         state::store(&self.fd, s, self.layout)?;
         self.rest = s.clone();
-        let (platform, guest) = self.clocks()?;
-        self.move_tsc(platform.wrapping_add(s.tsc_offset).wrapping_sub(guest))
+        self.place_tsc(s.tsc_offset)
     }
 
     /// The machine's time-stamp counter, and the guest's at the same time.
@@ -121,9 +122,10 @@ impl Vcpu {
         Ok((self.platform.tsc(), guest))
     }
 
-    /// Moves the guest's time-stamp counter by so many ticks. Writing the MSR would have KVM guess whether several vCPUs'
-    /// are to be alike; the offset is taken as it is.
-    fn move_tsc(&self, ticks: u64) -> Result<(), KvmError> {
+    /// Has the guest's time-stamp counter be `beyond` the machine's. Writing the MSR would have KVM guess whether several
+    /// vCPUs' are to be alike; the offset is taken as it is.
+    fn place_tsc(&mut self, beyond: u64) -> Result<(), KvmError> {
+        let (platform, guest) = self.clocks()?;
         let attribute = |value: &mut u64| kvm_device_attr {
             group: KVM_VCPU_TSC_CTRL,
             attr: u64::from(KVM_VCPU_TSC_OFFSET),
@@ -136,7 +138,8 @@ impl Vcpu {
         if unsafe { ioctl_with_ref(&self.fd, KVM_GET_DEVICE_ATTR(), &attribute(&mut offset)) } != 0 {
             return Err(failed());
         }
-        let mut moved = offset.wrapping_add(ticks);
+        let base = *self.machine.tsc_base.get_or_init(|| offset.wrapping_add(platform).wrapping_sub(guest));
+        let mut moved = base.wrapping_add(beyond);
         // SAFETY: the call reads a u64 from `addr`, which is that of one.
         if unsafe { ioctl_with_ref(&self.fd, KVM_SET_DEVICE_ATTR(), &attribute(&mut moved)) } != 0 {
             return Err(failed());
@@ -322,11 +325,20 @@ impl Vcpu {
             self.settle_timer()?;
             page = self.fd.get_lapic().map_err(failed)?;
         }
+        // INIT and start-up IPIs that wait become states when this is asked.
+        let mp_state = self.fd.get_mp_state().map_err(failed)?.mp_state;
+        let events = self.fd.get_vcpu_events().map_err(failed)?;
+        let startup = match mp_state {
+            KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED => Startup::Waits,
+            KVM_MP_STATE_SIPI_RECEIVED => Startup::Begins(events.sipi_vector as u8),
+            _ => Startup::Runs,
+        };
         Ok(LapicState {
             base: self.fd.get_sregs().map_err(failed)?.apic_base,
             registers: lapic::registers(&page),
             tsc_deadline: state::get_msr(&self.fd, msr::TSC_DEADLINE).unwrap_or(0),
-            nmi: self.fd.get_vcpu_events().map_err(failed)?.nmi.pending != 0,
+            nmi: events.nmi.pending != 0,
+            startup,
         })
     }
 
@@ -342,7 +354,18 @@ impl Vcpu {
         let mut events = self.fd.get_vcpu_events().map_err(failed)?;
         events.flags |= KVM_VCPUEVENT_VALID_NMI_PENDING;
         events.nmi.pending = u8::from(s.nmi);
-        self.fd.set_vcpu_events(&events).map_err(failed)
+        let mp_state = match s.startup {
+            Startup::Runs => None,
+            Startup::Waits => Some(KVM_MP_STATE_INIT_RECEIVED),
+            Startup::Begins(page) => {
+                events.flags |= KVM_VCPUEVENT_VALID_SIPI_VECTOR;
+                events.sipi_vector = page.into();
+                Some(KVM_MP_STATE_SIPI_RECEIVED)
+            }
+        };
+        self.fd.set_vcpu_events(&events).map_err(failed)?;
+        // Else it is what the vCPU's state has said: running or halted.
+        mp_state.map_or(Ok(()), |mp_state| self.fd.set_mp_state(kvm_mp_state { mp_state }).map_err(failed))
     }
 }
 
