@@ -22,6 +22,8 @@ const RAM: usize = 0x1_0000;
 /// `again: dec rcx; jnz again; out 80h, al`.
 const PROGRAM: [u8; 7] = [0x48, 0xff, 0xc9, 0x75, 0xfb, 0xe6, 0x80];
 const ROUNDS: u64 = 20_000;
+/// How often it is run where it is slow: it may have been interrupted, on a host that has much to do.
+const TRIES: u32 = 4;
 /// What a round has of instructions.
 const INSTRUCTIONS: f64 = 2.0;
 /// From here on it is not an emulation that would take long, and a second, longer run measures better.
@@ -69,7 +71,13 @@ pub fn measure(system: &kvm_ioctls::Kvm, cpuid: &CpuId) -> Result<(f64, u32), Kv
     };
     // What comes with the first entry is not what is to be measured.
     run(1)?;
-    let first = run(ROUNDS)?;
+    let mut first = 0.0f64;
+    for _ in 0..TRIES {
+        first = first.max(run(ROUNDS)?);
+        if first >= WORTH_MORE {
+            break;
+        }
+    }
     let mips = if first < WORTH_MORE { first } else { first.max(run(MORE_ROUNDS)?) };
     Ok((mips, khz))
 }
