@@ -5,7 +5,6 @@
 use std::sync::Arc;
 
 use diglot_kvm_backend::{Kvm, KvmError, LEAST_MIPS, Offer, VmOptions};
-use diglot_translator::code::HostIsa;
 use diglot_translator::cpu::Cpu;
 use diglot_translator::cpuid::CpuModel;
 use diglot_translator::engine::{CpuState, CpuidEntry, EngineError, Exit, Vcpu, VcpuSetup, Vm};
@@ -89,16 +88,9 @@ fn translator_only(config: &MachineConfig) -> Option<&'static str> {
 }
 
 /// Says what of the configuration runs one CPU only, if anything does. Of KVM nothing is to be had for these.
-fn one_cpu_only(config: &MachineConfig, engines: [Engine; 2]) -> Result<(), RuntimeError> {
+fn one_cpu_only(config: &MachineConfig) -> Result<(), RuntimeError> {
     if let Some(option) = translator_only(config) {
         return Err(RuntimeError::OneCpu(option, ", or leave the option out"));
-    }
-    if engines.iter().all(|&engine| engine == Engine::Kvm) {
-        return Ok(());
-    }
-    // Its stores and loads are in the guest's order only by fences that nothing emits yet.
-    if HostIsa::native() != Some(HostIsa::X86_64) {
-        return Err(RuntimeError::OneCpu("Diglot on hosts that are not x86-64", ""));
     }
     Ok(())
 }
@@ -171,7 +163,7 @@ impl Engines {
             Engine::Jit => Engine::Kvm,
         });
         if config.cpus > 1 {
-            one_cpu_only(config, [current, if config.switches { other } else { current }])?;
+            one_cpu_only(config)?;
         }
         if config.switches && other == Engine::Kvm && kvm.is_none() {
             kvm = Some(open_kvm(config.slow_kvm)?);

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU32, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::addr::PAGE_MASK;
+use crate::code::HostIsa;
 use crate::cpuid::CpuModel;
 use crate::exception::{Exception, Trap, vector};
 use crate::insn::{Insn, Mode};
@@ -66,6 +67,12 @@ impl Kick {
         &raw const self.0.word
     }
 }
+
+/// Whether the order of a guest's accesses takes fences.
+pub(crate) const HOST_REORDERS: bool = match HostIsa::native() {
+    Some(isa) => isa.reorders(),
+    None => true,
+};
 
 /// How an instruction is done again that has changed nothing yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -362,6 +369,22 @@ impl Cpu {
         self.stop_block = true;
         if let Some(journal) = &mut self.journal {
             journal.device_accessed();
+        }
+    }
+
+    /// To be called behind a load from guest memory: nothing that comes later is seen before it ([`crate::jit::ordering`]).
+    #[inline(always)]
+    pub(crate) fn loaded(&self) {
+        if HOST_REORDERS && self.peers.is_some() {
+            fence(Ordering::Acquire);
+        }
+    }
+
+    /// To be called before a store to guest memory: nothing that came earlier is seen after it.
+    #[inline(always)]
+    pub(crate) fn storing(&self) {
+        if HOST_REORDERS && self.peers.is_some() {
+            fence(Ordering::Release);
         }
     }
 

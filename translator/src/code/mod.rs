@@ -46,6 +46,14 @@ impl HostIsa {
         }
     }
 
+    /// Whether a processor may have others see loads and stores in other orders than an x86-64 one does.
+    pub const fn reorders(self) -> bool {
+        match self {
+            Self::X86_64 => false,
+            Self::Aarch64 => true,
+        }
+    }
+
     /// What fills the space between units: bytes that trap when executed.
     const fn filler(self) -> u8 {
         match self {

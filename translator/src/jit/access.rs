@@ -80,6 +80,18 @@ impl JitEmit<'_> {
         results
     }
 
+    /// Behind a load: nothing that comes later is seen before it ([`super::ordering`]).
+    pub(super) fn loaded(&mut self) {
+        if self.plan.options.fenced() {
+            self.b.ins().fence();
+        }
+    }
+
+    /// Before a store: nothing that came earlier is seen after it.
+    pub(super) fn storing(&mut self) {
+        self.loaded();
+    }
+
     /// Begins an access by where it was last, which `finish` does and ends; the current block is where it is somewhere
     /// else.
     fn by_site(&mut self, linear: Value, bytes: u64, store: bool, finish: impl Fn(&mut Self, Value)) {
@@ -143,6 +155,7 @@ impl JitEmit<'_> {
         let slow = |e: &mut Self| Some(e.slow(Helper::Load, linear, bytes, None));
         let result = if narrow { I64 } else { t };
         let [value, _] = self.access(linear, bytes, offset_of!(TlbEntry, read), [Some(result), None], load, slow);
+        self.loaded();
         // An access with a result has one.
         let value = value.unwrap_or(linear);
         if !narrow {
@@ -184,6 +197,7 @@ impl JitEmit<'_> {
 
     pub(super) fn store_value(&mut self, linear: Value, bytes: u64, v: Value) {
         self.before_access();
+        self.storing();
         let store = |e: &mut Self, host| {
             e.b.ins().store(plain(), v, host, 0);
             [None; 2]
@@ -206,6 +220,7 @@ impl JitEmit<'_> {
         let load = |e: &mut Self, host| [0, 16].map(|at| Some(e.b.ins().load(I8X16, plain(), host, at)));
         let slow = |e: &mut Self| Some(e.slow(Helper::Load, linear, 32, None));
         let values = self.access(linear, 32, offset_of!(TlbEntry, read), [Some(I8X16); 2], load, slow);
+        self.loaded();
         // An access with results has them.
         let [low, high] = values.map(|v| v.unwrap_or(linear));
         (low, high)
@@ -214,6 +229,7 @@ impl JitEmit<'_> {
     /// A store of 32 bytes.
     pub(super) fn store_values(&mut self, linear: Value, (low, high): (Value, Value)) {
         self.before_access();
+        self.storing();
         let store = |e: &mut Self, host| {
             e.b.ins().store(plain(), low, host, 0);
             e.b.ins().store(plain(), high, host, 16);

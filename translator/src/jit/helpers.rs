@@ -6,6 +6,7 @@ use crate::cpu::Cpu;
 use crate::insn::{Insn, Rep};
 use crate::jit::frame::{THUNKS, reason};
 use crate::jump::JumpCache;
+use crate::mmu::write_some;
 use crate::simd::fp::FpEnv;
 
 impl Cpu {
@@ -74,6 +75,10 @@ impl Cpu {
         let from = value.as_ptr().cast::<u8>();
         // SAFETY: as in `slow_load`, for writable guest RAM without translated code in these bytes.
         unsafe {
+            if bytes <= 8 && b.is_none() {
+                write_some(a, bytes as usize, value[0]);
+                return 1;
+            }
             std::ptr::copy_nonoverlapping(from, a, first as usize);
             if let Some(b) = b {
                 std::ptr::copy_nonoverlapping(from.add(first as usize), b, (bytes - first) as usize);

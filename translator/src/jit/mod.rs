@@ -16,8 +16,7 @@ pub mod helpers;
 pub mod host;
 mod leave;
 mod liveness;
-#[cfg(all(test, target_arch = "aarch64"))]
-mod ordering;
+pub mod ordering;
 pub mod region;
 pub mod usage;
 pub(crate) mod values;

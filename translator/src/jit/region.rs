@@ -2,6 +2,7 @@
 
 use crate::addr::PAGE_MASK;
 use crate::block::{Block, BlockCache};
+use crate::code::HostIsa;
 use crate::cpu::Cpu;
 use crate::insn::{Insn, Mode};
 use crate::jit::usage::Usage;
@@ -90,6 +91,13 @@ pub struct Options {
     pub counted: bool,
     /// Be right beside other vCPUs, that have the same memory: locked instructions are atomic, and fences are some.
     pub shared: bool,
+}
+
+impl Options {
+    /// Whether the order of accesses takes fences ([`super::ordering`]).
+    pub fn fenced(self) -> bool {
+        self.shared && HostIsa::native().is_none_or(HostIsa::reorders)
+    }
 }
 
 impl Plan {

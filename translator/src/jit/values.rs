@@ -564,12 +564,14 @@ impl Emit for JitEmit<'_> {
 
     fn store<W: Width>(&mut self, i: &Insn, s: u8, ea: Value, v: Value) -> Result<(), Unsupported> {
         if let Some(host) = self.rmw_host.take() {
+            self.storing();
             match self.locked.take() {
                 None => _ = self.b.ins().store(plain(), v, host, 0),
                 Some(old) => {
                     let found = self.b.ins().atomic_cas(MemFlagsData::trusted(), host, old, v);
                     let lost = self.b.ins().icmp(IntCC::NotEqual, found, old);
                     self.side_exit_if(lost);
+                    self.loaded();
                 }
             }
             return Ok(());
@@ -590,6 +592,7 @@ impl Emit for JitEmit<'_> {
         let host = self.host_to_modify(linear, W::BYTES);
         self.rmw_host = Some(host);
         let old = self.b.ins().load(ty::<W>(), plain(), host, 0);
+        self.loaded();
         self.locked = locked.then_some(old);
         Ok(old)
     }

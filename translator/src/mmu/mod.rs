@@ -10,7 +10,7 @@ pub mod walk;
 use std::sync::atomic::{Ordering, fence};
 
 use crate::addr::{PAGE_MASK, PAGE_SIZE, is_canonical};
-use crate::cpu::{Again, Cpu, Locked};
+use crate::cpu::{Again, Cpu, HOST_REORDERS, Locked};
 use crate::exception::{Exception, Trap, vector};
 use crate::mem::granule_mask;
 use crate::state::{cr, flag, seg};
@@ -124,7 +124,9 @@ impl Cpu {
         if e.read == linear & !PAGE_MASK && linear & PAGE_MASK <= PAGE_SIZE - W::BYTES {
             // SAFETY: a read tag that equals the page says that `addend + linear` is the host address of this byte in
             // guest RAM, and the access stays inside the page.
-            return Ok(unsafe { read_host::<W>(e.addend.wrapping_add(linear) as *const u8) });
+            let value = unsafe { read_host::<W>(e.addend.wrapping_add(linear) as *const u8) };
+            self.loaded();
+            return Ok(value);
         }
         self.check_alignment(linear, W::BYTES)?;
         self.load_slow(linear, W::BYTES as usize, self.class)
@@ -168,6 +170,7 @@ impl Cpu {
     /// Stores `W` to a linear address as the running code.
     #[inline(always)]
     pub fn store_linear<W: Width>(&mut self, linear: u64, value: u64) -> Result<(), Trap> {
+        self.storing();
         let e = self.tlb_entry(linear);
         if e.write == linear & !PAGE_MASK && linear & PAGE_MASK <= PAGE_SIZE - W::BYTES {
             // SAFETY: as in `load_linear`, for the write tag.
@@ -241,6 +244,7 @@ impl Cpu {
             let host = e.addend.wrapping_add(linear) as *const u8;
             // SAFETY: as in `load_linear`, for `out.len()` bytes inside the page; `out` is not guest RAM.
             unsafe { std::ptr::copy_nonoverlapping(host, out.as_mut_ptr(), out.len()) };
+            self.loaded();
             return Ok(());
         }
         self.probe(linear, out.len() as u64, Access::Read, self.class)?;
@@ -263,6 +267,7 @@ impl Cpu {
 
     /// Writes bytes of one instruction's operand; nothing is written when any of them may not be.
     pub fn store_bytes(&mut self, linear: u64, bytes: &[u8]) -> Result<(), Trap> {
+        self.storing();
         let e = self.tlb_entry(linear);
         if e.write == linear & !PAGE_MASK && (linear & PAGE_MASK) + bytes.len() as u64 <= PAGE_SIZE {
             let host = e.addend.wrapping_add(linear) as *mut u8;
@@ -292,7 +297,9 @@ impl Cpu {
         let e = self.tlb_entry(linear);
         if e.read == linear & !PAGE_MASK && linear & PAGE_MASK <= PAGE_SIZE - 16 {
             // SAFETY: as in `load_linear`, for 16 bytes inside the page.
-            return Ok(unsafe { (e.addend.wrapping_add(linear) as *const u128).read_unaligned() });
+            let value = unsafe { (e.addend.wrapping_add(linear) as *const u128).read_unaligned() };
+            self.loaded();
+            return Ok(value);
         }
         self.check_alignment(linear, 16)?;
         self.probe_read(linear, 16)?;
@@ -304,6 +311,7 @@ impl Cpu {
     /// Stores 16 bytes.
     #[inline]
     pub fn store_linear_x(&mut self, linear: u64, v: u128) -> Result<(), Trap> {
+        self.storing();
         let e = self.tlb_entry(linear);
         if e.write == linear & !PAGE_MASK && linear & PAGE_MASK <= PAGE_SIZE - 16 {
             // SAFETY: as in `store_linear`, for 16 bytes inside the page.
@@ -382,8 +390,12 @@ impl Cpu {
     fn read_translated(&mut self, t: Translated, len: usize) -> u64 {
         let mut bytes = [0u8; 8];
         match t.host {
-            // SAFETY: `host` is inside a page of guest RAM and the caller keeps `len` (≤ 8) inside that page.
-            Some(host) => return unsafe { read_some(host, len) },
+            Some(host) => {
+                // SAFETY: `host` is inside a page of guest RAM and the caller keeps `len` (≤ 8) inside that page.
+                let value = unsafe { read_some(host, len) };
+                self.loaded();
+                return value;
+            }
             None => {
                 for (at, n) in power_of_two_pieces(t.gpa, len) {
                     let v = self.platform.mmio_read(at, n);
@@ -400,6 +412,7 @@ impl Cpu {
         match t.host {
             Some(host) => {
                 self.journal_store(host, len);
+                self.storing();
                 // SAFETY: as in `read_translated`.
                 unsafe { write_some(host, len, value) };
                 self.note_code_store(t.gpa, len as u64);
@@ -448,6 +461,7 @@ impl Cpu {
         };
         // SAFETY: the host address of an aligned operand in guest RAM.
         let value = unsafe { read_host::<W>(host) };
+        self.loaded();
         self.locked = Some(Locked { host, gpa, value });
         Ok(value)
     }
@@ -460,8 +474,13 @@ impl Cpu {
         let Some(Locked { host, gpa, value: old }) = self.locked.take() else {
             return self.store_linear::<W>(linear, value);
         };
+        // A locked instruction is a fence in both directions, which an exchange alone is not everywhere.
+        if HOST_REORDERS {
+            fence(Ordering::SeqCst);
+        }
         // SAFETY: from `load_locked`.
         if unsafe { compare_exchange::<W>(host, old, value) } {
+            // Which ends in a fence.
             self.note_code_store(gpa, W::BYTES);
             Ok(())
         } else {
@@ -761,11 +780,11 @@ unsafe fn read_some(p: *const u8, len: usize) -> u64 {
     }
 }
 
-/// Writes up to 8 bytes, those of an operand of a power of two at once.
+/// Writes up to 8 bytes, those of an operand of a power of two at once, as others may see them.
 ///
 /// # Safety
 /// `p` must be the host address of `len` bytes of guest RAM.
-unsafe fn write_some(p: *mut u8, len: usize, v: u64) {
+pub(crate) unsafe fn write_some(p: *mut u8, len: usize, v: u64) {
     // SAFETY: given by the caller.
     unsafe {
         match len {

@@ -169,7 +169,9 @@ fn bulk_move<W: Width>(
     // SAFETY: `direct` gave host addresses of guest RAM with that much room in their pages, and `bytes` is inside
     // both; `copy` allows the overlap that is left (destination below or equal to source), which forward elements
     // make no different.
+    cpu.storing();
     unsafe { std::ptr::copy(source, target, bytes) };
+    cpu.loaded();
     Ok(n)
 }
 
@@ -185,6 +187,7 @@ fn stos<W: Width>(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
         {
             n = run_length::<W>(cpu, i, di, room, most);
             // SAFETY: `direct` gave `room` writable bytes of guest RAM and `n` elements fit them.
+            cpu.storing();
             unsafe { fill::<W>(target, v, n as usize) };
         }
         if n == 0 {
