@@ -1,4 +1,4 @@
-//! The translator's code cache, and the machine's alarm clock, under a model checker.
+//! The translator's code cache, what vCPUs ask of each other, and the machine's alarm clock, under a model checker.
 //!
 //! The modules of this crate are source files of the others; only what they stand on is another. [`sync`] has
 //! loom's locks and atomics instead of the system's, so that a test runs once for each interleaving of its threads and
@@ -18,6 +18,12 @@ pub mod alarm;
 #[path = "../../translator/src/code/mod.rs"]
 pub mod code;
 pub mod jit;
+#[path = "../../translator/src/kick.rs"]
+pub mod kick;
 pub mod mapping;
+#[path = "../../translator/src/marks.rs"]
+pub mod marks;
+#[path = "../../translator/src/peers.rs"]
+pub mod peers;
 pub mod processor;
 pub mod sync;

@@ -3,7 +3,7 @@
 use std::ops::{Deref, DerefMut};
 use std::time::Duration;
 
-pub use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+pub use loom::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 
 /// A lock.
 pub struct Mutex<T>(loom::sync::Mutex<T>);
@@ -68,4 +68,14 @@ impl Condvar {
     pub fn notify_all(&self) {
         self.0.notify_all();
     }
+}
+
+/// So many words of zeros.
+pub fn zeros(words: usize) -> Box<[AtomicU64]> {
+    (0..words).map(|_| AtomicU64::new(0)).collect()
+}
+
+/// Lets other threads go on.
+pub fn rest(_turn: u32) {
+    loom::thread::yield_now();
 }

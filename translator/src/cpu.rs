@@ -1,72 +1,20 @@
 //! One vCPU: its architectural state, its MMU and its way to the machine.
 
-use std::sync::atomic::{AtomicU32, Ordering, fence};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use crate::addr::PAGE_MASK;
 use crate::code::HostIsa;
 use crate::cpuid::CpuModel;
 use crate::exception::{Exception, Trap, vector};
 use crate::insn::{Insn, Mode};
+pub use crate::kick::Kick;
 use crate::mem::GuestRam;
 use crate::mmu::Mmu;
 use crate::mmu::tlb::Class;
 use crate::peers::Peers;
 use crate::platform::Platform;
 use crate::state::{CpuState, Segment, cr, flag, seg};
-
-/// Asks a vCPU, from any thread, to leave guest code soon and look at what changed.
-#[derive(Clone, Default)]
-pub struct Kick(Arc<Inner>);
-
-#[derive(Default)]
-struct Inner {
-    word: AtomicU32,
-    waker: Mutex<Option<Waker>>,
-}
-
-/// How a vCPU that does not poll the word is made to look at it. Called on the asking thread.
-pub type Waker = Arc<dyn Fn() + Send + Sync>;
-
-impl Kick {
-    /// Kick bit: an interrupt may wait, or a timer is due.
-    pub const ATTENTION: u32 = 1;
-    /// Kick bit: [`crate::vcpu::Vcpu::run`] shall return.
-    pub const STOP: u32 = 2;
-    /// Kick bit: other vCPUs want something ([`crate::peers`]).
-    pub const PEERS: u32 = 4;
-
-    /// Sets bits of the request.
-    pub fn request(&self, bits: u32) {
-        // Together with the waker's own store: whoever clears that and then finds no bit here will be woken again.
-        self.0.word.fetch_or(bits, Ordering::SeqCst);
-        let waker = self.0.waker.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if let Some(waker) = waker {
-            waker();
-        }
-    }
-
-    /// Sets or removes what [`Self::request`] calls besides.
-    pub fn set_waker(&self, waker: Option<Waker>) {
-        *self.0.waker.lock().unwrap_or_else(PoisonError::into_inner) = waker;
-    }
-
-    /// The requested bits, left set.
-    #[inline(always)]
-    pub fn pending(&self) -> u32 {
-        self.0.word.load(Ordering::Relaxed)
-    }
-
-    /// Takes the bits of `mask`.
-    pub fn take(&self, mask: u32) -> u32 {
-        self.0.word.fetch_and(!mask, Ordering::SeqCst) & mask
-    }
-
-    /// The word that compiled code polls.
-    pub(crate) fn as_ptr(&self) -> *const AtomicU32 {
-        &raw const self.0.word
-    }
-}
 
 /// Whether the order of a guest's accesses takes fences.
 pub(crate) const HOST_REORDERS: bool = match HostIsa::native() {

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::addr::{PAGE_MASK, PAGE_SIZE};
+use crate::marks::{self, Marks};
 
 /// Bytes in one granule of self-modifying-code tracking: 64 granules make a page, one bit each.
 pub const GRANULE: u64 = 64;
@@ -20,36 +21,13 @@ struct Range {
 }
 
 /// Guest RAM as one vCPU has it, kept alive for as long as any refers to it.
-///
-/// Two things are known of a page for each vCPU: which granules it has translated code of, and whether its soft TLB may let
-/// stores take the fast path, which looks at no granules. Only the vCPU itself changes what is known of it, and each does
-/// so before it looks at the others: of two that begin at a time, one to have code and one to store fast, one sees the other.
 pub struct GuestRam {
     ranges: Arc<[Range]>,
+    /// What is known of each page for each vCPU.
     marks: Arc<[Marks]>,
-    /// Which of `marks` are this vCPU's.
+    /// Which of them are this vCPU's.
     vcpu: usize,
     _memory: Arc<GuestMemoryMmap>,
-}
-
-/// What is known of each page for one vCPU.
-struct Marks {
-    /// One bit per granule that holds translated code, one word per page.
-    code: Box<[AtomicU64]>,
-    /// One bit per page to which stores may take the fast path.
-    fast: Box<[AtomicU64]>,
-}
-
-impl Marks {
-    fn new(pages: usize) -> Marks {
-        // SAFETY: zero is a value of atomic integers. The host gives memory to what is written first.
-        let zeroed = |words| unsafe { Box::<[AtomicU64]>::new_zeroed_slice(words).assume_init() };
-        Marks { code: zeroed(pages), fast: zeroed(pages.div_ceil(64)) }
-    }
-
-    fn is_fast(&self, page: usize) -> bool {
-        self.fast[page / 64].load(Ordering::SeqCst) >> (page % 64) & 1 != 0
-    }
 }
 
 impl GuestRam {
@@ -99,59 +77,40 @@ impl GuestRam {
         Some(r.first_page + ((gpa - r.start) / PAGE_SIZE) as usize)
     }
 
-    /// The vCPUs other than this one, by number.
-    fn others(&self) -> impl Iterator<Item = (usize, &Marks)> {
-        self.marks.iter().enumerate().filter(|&(vcpu, _)| vcpu != self.vcpu)
-    }
-
     /// The granules of `gpa`'s page that hold code which any vCPU has translated, one bit each; 0 outside RAM.
     #[inline]
     pub fn code_granules(&self, gpa: u64) -> u64 {
-        let Some(page) = self.page_number(gpa) else { return 0 };
-        self.marks.iter().fold(0, |all, marks| all | marks.code[page].load(Ordering::SeqCst))
+        self.page_number(gpa).map_or(0, |page| marks::code(&self.marks, page))
     }
 
     /// Those that this vCPU has translated.
     #[inline]
     pub fn own_granules(&self, gpa: u64) -> u64 {
-        self.page_number(gpa).map_or(0, |page| self.marks[self.vcpu].code[page].load(Ordering::Relaxed))
+        self.page_number(gpa).map_or(0, |page| self.marks[self.vcpu].code(page))
     }
 
     /// The other vCPUs that have translated any of `granules` in `gpa`'s page, each with which.
     pub fn others_with_code(&self, gpa: u64, granules: u64) -> impl Iterator<Item = (usize, u64)> {
         let page = self.page_number(gpa);
-        let hit = move |marks: &Marks| page.map_or(0, |page| marks.code[page].load(Ordering::SeqCst)) & granules;
-        self.others().map(move |(vcpu, marks)| (vcpu, hit(marks))).filter(|&(_, hit)| hit != 0)
+        page.into_iter().flat_map(move |page| marks::others_with_code(&self.marks, self.vcpu, page, granules))
     }
 
     /// Marks the granules of `mask` in `gpa`'s page as holding code of this vCPU's; says whether it had none there before.
     pub fn mark_code(&self, gpa: u64, mask: u64) -> bool {
-        let page = self.page_number(gpa);
-        page.is_some_and(|page| self.marks[self.vcpu].code[page].fetch_or(mask, Ordering::SeqCst) == 0)
+        self.page_number(gpa).is_some_and(|page| self.marks[self.vcpu].mark_code(page, mask))
     }
 
     /// Replaces the code granules of `gpa`'s page, of which none may be added.
     pub fn set_code(&self, gpa: u64, mask: u64) {
         if let Some(page) = self.page_number(gpa) {
-            self.marks[self.vcpu].code[page].store(mask, Ordering::Release);
+            self.marks[self.vcpu].set_code(page, mask);
         }
     }
 
     /// Notes that this vCPU's stores to a page may take the fast path from now on, unless the page holds code: then they may
     /// not, and false is given back.
     pub fn allow_fast(&self, gpa: u64) -> bool {
-        let Some(page) = self.page_number(gpa) else { return false };
-        let own = &self.marks[self.vcpu];
-        if own.is_fast(page) {
-            return self.code_granules(gpa) == 0;
-        }
-        let (word, bit) = (&own.fast[page / 64], 1 << (page % 64));
-        word.fetch_or(bit, Ordering::SeqCst);
-        let allowed = self.code_granules(gpa) == 0;
-        if !allowed {
-            word.fetch_and(!bit, Ordering::SeqCst);
-        }
-        allowed
+        self.page_number(gpa).is_some_and(|page| marks::allow_fast(&self.marks, self.vcpu, page))
     }
 
     /// Whether this vCPU's stores to a page may take the fast path.
@@ -162,14 +121,14 @@ impl GuestRam {
     /// Notes that this vCPU's stores to a page take the fast path no more.
     pub fn forbid_fast(&self, gpa: u64) {
         if let Some(page) = self.page_number(gpa) {
-            self.marks[self.vcpu].fast[page / 64].fetch_and(!(1 << (page % 64)), Ordering::SeqCst);
+            self.marks[self.vcpu].forbid_fast(page);
         }
     }
 
     /// The other vCPUs whose stores to a page may take the fast path.
     pub fn others_fast(&self, gpa: u64) -> impl Iterator<Item = usize> {
         let page = self.page_number(gpa);
-        self.others().filter(move |(_, marks)| page.is_some_and(|page| marks.is_fast(page))).map(|(vcpu, _)| vcpu)
+        page.into_iter().flat_map(move |page| marks::others_fast(&self.marks, self.vcpu, page))
     }
 
     /// Reads an aligned `u64` of RAM, as a page walk does.

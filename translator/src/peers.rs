@@ -14,16 +14,10 @@
 //! it, as it looks before it runs any again.
 
 use std::sync::OnceLock;
-use std::time::Duration;
 
 use crate::address_map::AddressMap;
-use crate::cpu::Kick;
-use crate::sync::{AtomicBool, Condvar, Mutex, Ordering};
-
-/// How often a vCPU that waits for others only offers the host's processor to them, before it sleeps between.
-const PATIENCE: u32 = 100;
-/// For how long then.
-const NAP: Duration = Duration::from_micros(50);
+use crate::kick::Kick;
+use crate::sync::{AtomicBool, Condvar, Mutex, Ordering, rest};
 
 /// The vCPUs of a machine.
 pub struct Peers {
@@ -99,7 +93,7 @@ impl Peers {
         while vcpus.iter().any(|&vcpu| is_fast(vcpu) && !self.seats[vcpu].away.load(Ordering::SeqCst)) {
             meanwhile();
             turns += 1;
-            if turns < PATIENCE { std::thread::yield_now() } else { std::thread::sleep(NAP) }
+            rest(turns);
         }
     }
 

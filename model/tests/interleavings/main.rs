@@ -1,4 +1,4 @@
-//! Every interleaving of the threads that share code memory, compile jobs, the code cache and the alarm.
+//! Every interleaving of the threads that share code memory, compile jobs, the code cache and the alarm, and of vCPUs.
 //!
 //! A test fails at the first interleaving in which an assertion does not hold, a plain store is not ordered against
 //! another thread's fetch, or all threads wait. Those that expect a panic leave a rule out, and so show that the model
@@ -8,6 +8,7 @@ mod alarm;
 mod arena;
 mod cache;
 mod handover;
+mod peers;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -18,7 +19,7 @@ enum Others {
     /// Every interleaving.
     One,
     /// Every interleaving in which threads are interrupted where they could go on at most twice, or
-    /// `LOOM_MAX_PREEMPTIONS` times; there are too many others.
+    /// `LOOM_MAX_PREEMPTIONS` times; there are too many others, as there are with one other that does much.
     Two,
 }
 
