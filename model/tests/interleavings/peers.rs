@@ -92,7 +92,7 @@ impl Machine {
 /// stored others has said so.
 #[test]
 fn no_store_to_code_is_missed() {
-    explore("no store to code is missed", Two, 100, || {
+    explore("no store to code is missed", Two, 50, || {
         let machine = machine(2);
         let there = machine.clone();
         let storer = thread::spawn(move || there.run_storer());
