@@ -89,8 +89,8 @@ pub struct Chipset {
     debug_exit: Option<DebugExit>,
     test_device: Option<TestDevice>,
     power: Option<PowerEvent>,
-    /// Which CPUs have been told that something waits for them.
-    told: Vec<bool>,
+    /// What each CPU has been told that waits for it ([`Self::waiting`]).
+    told: Vec<u8>,
 }
 
 /// The whole chipset's state, host-independent.
@@ -131,7 +131,7 @@ impl Chipset {
             debug_exit: config.debug_exit.map(DebugExit::new),
             test_device: config.test_device.then(TestDevice::default),
             power: None,
-            told: vec![false; config.cpus.max(1).into()],
+            told: vec![0; config.cpus.max(1).into()],
         }
     }
 
@@ -275,28 +275,29 @@ impl Chipset {
         }
     }
 
-    /// Whether `cpu` has an interrupt to take, or is not to run.
-    fn is_wanted(&self, cpu: usize) -> bool {
+    /// What waits for `cpu`, a bit each: a maskable interrupt, a non-maskable one, that it is not to run.
+    fn waiting(&self, cpu: usize) -> u8 {
         let nmi = self.apics.outside.is_none() && self.apics.here.get(cpu).is_some_and(Lapic::nmi_pending);
-        nmi || self.startup(cpu) != Startup::Runs || self.interrupt_pending(cpu)
+        let halt = self.startup(cpu) != Startup::Runs;
+        u8::from(self.interrupt_pending(cpu)) | u8::from(nmi) << 1 | u8::from(halt) << 2
     }
 
-    /// Tells which CPUs have been wanted since they last were not.
+    /// Tells which CPUs something waits for that did not when this was last called, and what they do.
     pub fn tell(&mut self, mut tell: impl FnMut(usize, Startup)) {
         for cpu in 0..self.told.len() {
-            let wanted = self.is_wanted(cpu);
-            if wanted && !self.told[cpu] {
+            let waiting = self.waiting(cpu);
+            if waiting & !self.told[cpu] != 0 {
                 tell(cpu, self.startup(cpu));
             }
-            self.told[cpu] = wanted;
+            self.told[cpu] = waiting;
         }
     }
 
-    /// Notes that `cpu` may have less to take than it was told.
+    /// Notes that less may wait for `cpu` than it was told.
     fn has_taken(&mut self, cpu: usize) {
-        let wanted = self.is_wanted(cpu);
+        let waiting = self.waiting(cpu);
         if let Some(told) = self.told.get_mut(cpu) {
-            *told &= wanted;
+            *told &= waiting;
         }
     }
 
@@ -397,9 +398,9 @@ impl Chipset {
                 4 => lapic.accept_nmi(),
                 5 if k != from => {
                     lapic.init();
-                    self.told[k] = false;
+                    self.told[k] = 0;
                 }
-                6 => self.told[k] &= !lapic.start_up(ipi.vector),
+                6 if lapic.start_up(ipi.vector) => self.told[k] = 0,
                 _ => {}
             }
         }

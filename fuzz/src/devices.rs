@@ -5,7 +5,7 @@
 //! state in the end, written as JSON and read again, makes an equal chipset which goes on equally.
 
 use diglot_devices::acpi_pm::{GPE0, PM1A_EVENT};
-use diglot_devices::chipset::{Chipset, ChipsetConfig, HPET_BASE, IOAPIC_BASE, PowerEvent};
+use diglot_devices::chipset::{Chipset, ChipsetConfig, HPET_BASE, IOAPIC_BASE, PowerEvent, Startup};
 use diglot_devices::lapic::DEFAULT_BASE;
 use diglot_devices::pci::ECAM_BASE;
 use diglot_devices::serial::COM1;
@@ -95,6 +95,8 @@ struct Machine {
     now: u64,
     /// How many CPUs it has, and whether there is the device of hypervisor tests.
     kind: (u8, bool),
+    /// Which CPUs know that something waits for them.
+    told: Vec<bool>,
 }
 
 impl Machine {
@@ -109,33 +111,55 @@ impl Machine {
             debug_exit: Some(0xf4),
             test_device,
         };
-        Machine { chipset: Chipset::new(&config, Box::new(std::io::sink())), now: 0, kind }
+        Machine {
+            chipset: Chipset::new(&config, Box::new(std::io::sink())),
+            now: 0,
+            kind,
+            told: vec![false; cpus.into()],
+        }
     }
 
     /// Does it, and gives what came of it. A machine that asks to be suspended is, and wakes when time passes.
     fn apply(&mut self, op: Op) -> u64 {
         let came = self.access(op);
+        self.tell();
         if self.chipset.take_power_event() == Some(PowerEvent::Suspend) {
             self.chipset.suspend(self.now);
         }
         came
     }
 
+    /// Every CPU that is wanted has been told, and one that begins has been told so.
+    fn tell(&mut self) {
+        let (told, c) = (&mut self.told, &mut self.chipset);
+        c.tell(|cpu, _| told[cpu] = true);
+        for (cpu, told) in told.iter_mut().enumerate() {
+            let wanted = c.interrupt_pending(cpu) || c.startup(cpu) != Startup::Runs;
+            assert!(*told || !wanted, "CPU {cpu} does not know what waits for it");
+            *told &= wanted;
+            if let Startup::Begins(_) = c.startup(cpu) {
+                c.begun(cpu);
+            }
+        }
+    }
+
     fn access(&mut self, op: Op) -> u64 {
         let (c, now) = (&mut self.chipset, self.now);
+        // Which CPU makes an access is the address's or the value's affair.
+        let one_of = |n: u64| (n >> 3) as usize % usize::from(self.kind.0);
         match op {
             Op::In(port, size) => u64::from(c.port_read(port, size, now)),
             Op::Out(port, size, v) => {
                 c.port_write(port, size, v, now);
                 0
             }
-            Op::Read(gpa, size) => c.mmio_read(0, gpa, size, now),
+            Op::Read(gpa, size) => c.mmio_read(one_of(gpa), gpa, size, now),
             Op::Write(gpa, size, v) => {
-                c.mmio_write(0, gpa, size, v, now);
+                c.mmio_write(one_of(v), gpa, size, v, now);
                 0
             }
             Op::MsrRead(msr) => c.apic_msr_read(0, msr, now, now).unwrap_or(7),
-            Op::MsrWrite(msr, v) => u64::from(c.apic_msr_write(0, msr, v, now, now).is_some()),
+            Op::MsrWrite(msr, v) => u64::from(c.apic_msr_write(one_of(v), msr, v, now, now).is_some()),
             Op::Cr8(v) => {
                 c.set_cr8(0, v);
                 c.cr8(0)
@@ -147,6 +171,7 @@ impl Machine {
                 assert!(deadline.is_none_or(|at| at > self.now), "{deadline:?} is due at {} and stays so", self.now);
                 deadline.unwrap_or(0) << 1 | u64::from(c.wake())
             }
+            // What waits for a CPU has been told since it last did not.
             Op::Acknowledge => (0..usize::from(self.kind.0)).fold(0, |all, cpu| {
                 let nmi = c.take_nmi(cpu);
                 let pending = c.interrupt_pending(cpu);
@@ -198,6 +223,7 @@ fn restored(machine: &Machine) -> Machine {
     }
     let mut second = Machine::new(machine.kind);
     second.now = machine.now;
+    second.told.clone_from(&machine.told);
     assert_eq!(second.chipset.restore(&state), Ok(()));
     second
 }
