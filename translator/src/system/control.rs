@@ -708,12 +708,18 @@ pub fn cpuid(cpu: &mut Cpu, _: &Insn) -> Result<(), Trap> {
     Ok(())
 }
 
-/// MONITOR (`aux` 0) and MWAIT (`aux` 1): hints that are not taken. MWAIT has the one extension that CPUID leaf 5
-/// reports, interrupts as break events whatever IF is.
+/// MONITOR (`aux` 0) and MWAIT (`aux` 1): hints that are not taken, but for offering the host's processor to other vCPUs.
+/// MWAIT has the one extension that CPUID leaf 5 reports, interrupts as break events whatever IF is.
 pub fn monitor(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     if cpu.s.cpl != 0 {
         return Err(cpu.ud());
     }
     let extensions = u64::from(i.aux);
-    if cpu.gpr::<W32>(gpr::RCX) & !extensions != 0 { Err(cpu.gp(0)) } else { Ok(()) }
+    if cpu.gpr::<W32>(gpr::RCX) & !extensions != 0 {
+        return Err(cpu.gp(0));
+    }
+    if i.aux != 0 && cpu.peers.is_some() {
+        std::thread::yield_now();
+    }
+    Ok(())
 }
