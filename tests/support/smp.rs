@@ -187,9 +187,10 @@ fn image(bits: Bits, cpus: u32, code: impl FnOnce(&mut Smp) -> Done) -> Result<V
 fn trampoline(common: u32) -> Result<Vec<u8>, IcedError> {
     let mut a = CodeAssembler::new(16)?;
     a.cli()?;
-    // The table's address and limit are out of reach of the page: they are copied behind the code.
+    // What the code needs is in its page, wherever that is.
     a.mov(ax, cs)?;
     a.mov(ds, ax)?;
+    a.lock().inc(word_ptr(STARTED_HERE))?;
     a.add_instruction(Instruction::with1(
         Code::Lgdt_m1632,
         iced_x86::MemoryOperand::with_displ(u64::from(GDTR_IN_TRAMPOLINE), 2),
@@ -202,11 +203,15 @@ fn trampoline(common: u32) -> Result<Vec<u8>, IcedError> {
     code.resize(usize::from(GDTR_IN_TRAMPOLINE), 0x90);
     code.extend(31u16.to_le_bytes());
     code.extend((LOAD as u32 + GDT_AT as u32).to_le_bytes());
+    code.resize(TRAMPOLINE_LEN as usize, 0);
     Ok(code)
 }
 
+/// Where the trampoline has the operand of LGDT.
 const GDTR_IN_TRAMPOLINE: u16 = 0x40;
-const TRAMPOLINE_LEN: u32 = 0x48;
+/// Where it counts, in a word, how many have begun there.
+pub const STARTED_HERE: u32 = 0x48;
+pub const TRAMPOLINE_LEN: u32 = 0x50;
 
 /// 32-bit code from the machine's entry, and from the trampoline, to the body; where the trampoline enters it.
 fn entry(bits: Bits) -> Result<(Vec<u8>, u32), IcedError> {
@@ -215,6 +220,10 @@ fn entry(bits: Bits) -> Result<(Vec<u8>, u32), IcedError> {
     a.mov(edi, TRAMPOLINE)?;
     a.mov(ecx, TRAMPOLINE_LEN)?;
     a.rep().movsb()?;
+    // No interrupts of the 8259s, such as the 8254's.
+    a.mov(al, 0xff)?;
+    a.out(0x21, al)?;
+    a.out(0xa1, al)?;
     a.lgdt(dword_ptr(LOAD as u32 + GDTR_AT as u32))?;
     let reload = a.assemble(LOAD)?.len() as u32 + 7;
     a.add_instruction(Instruction::with_far_branch(Code::Jmp_ptr1632, CODE32, LOAD as u32 + reload)?)?;
@@ -347,6 +356,22 @@ impl Smp {
         self.a.jne(again)
     }
 
+    /// Waits until a doubleword of memory is `value`, but not for ever. Changes ECX.
+    pub fn expect(&mut self, at: u32, value: u32) -> Done {
+        let mut there = self.a.create_label();
+        self.times(ecx, 20_000_000, |g| {
+            g.a.pause()?;
+            g.a.cmp(dword_ptr(at), value as i32)?;
+            g.a.je(there)
+        })?;
+        self.place(&mut there)
+    }
+
+    /// A memory operand: the doubleword of this CPU in a table of one for each.
+    pub fn own(&self, table: u32) -> AsmMemoryOperand {
+        dword_ptr(if self.bits == Bits::B64 { rbp * 4 + table as i32 } else { ebp * 4 + table as i32 })
+    }
+
     /// Lets time pass, by counting EAX down.
     pub fn delay(&mut self, turns: u32) -> Done {
         self.times(eax, turns, |g| g.a.pause())
@@ -360,11 +385,10 @@ impl Smp {
         self.a.mov(dword_ptr(registers + 0x300), command)
     }
 
-    /// Writes a register of the local APIC; changes EDI.
-    pub fn lapic(&mut self, register: u32, value: u32) -> Done {
-        self.a.mov(edi, LAPIC + register)?;
-        let registers = self.di();
-        self.a.mov(dword_ptr(registers), value)
+    /// Ends the interrupt that is in service; changes EAX.
+    pub fn eoi(&mut self) -> Done {
+        self.a.mov(eax, LAPIC + LAPIC_EOI)?;
+        self.a.mov(if self.bits == Bits::B64 { dword_ptr(rax) } else { dword_ptr(eax) }, 0)
     }
 
     /// Has the first CPU start the others, which begin with the body too, and waits for all.
