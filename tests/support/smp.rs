@@ -301,6 +301,26 @@ impl Smp {
         if self.bits == Bits::B64 { self.a.iretq() } else { self.a.iretd() }
     }
 
+    /// Serialises by IRET, which leads to what is emitted next. Changes EAX.
+    pub fn iret_to_next(&mut self) -> Done {
+        let (mut iret, mut next) = (self.a.create_label(), self.a.create_label());
+        if self.bits == Bits::B64 {
+            self.a.mov(rax, rsp)?;
+            self.a.push(DATA as i32)?;
+            self.a.push(rax)?;
+            self.a.pushfq()?;
+            self.a.push(i32::from(CODE64))?;
+        } else {
+            self.a.pushfd()?;
+            self.a.push(i32::from(CODE32))?;
+        }
+        self.a.call(iret)?;
+        self.a.jmp(next)?;
+        self.place(&mut iret)?;
+        self.iret_here()?;
+        self.place(&mut next)
+    }
+
     /// A label, here.
     pub fn here(&mut self) -> Result<CodeLabel, IcedError> {
         let mut label = self.a.create_label();
