@@ -728,12 +728,20 @@ fn startup(g: &mut Smp) -> Done {
         }
     }
 
-    // One that runs for ever is stopped, takes no interrupts, and starts again where it is told to.
+    // Who holds back an interrupt takes an NMI.
     g.ipi(1 << 24, ASSERT | SPIN_VECTOR)?;
     let wait = g.here()?;
     g.pause()?;
-    g.cmp(dword_ptr(SPINS), 1000)?;
+    g.cmp(dword_ptr(SPINS), 30_000)?;
     g.jb(wait)?;
+    g.ipi(1 << 24, ASSERT | VECTOR)?;
+    g.delay(100_000)?;
+    g.ipi(1 << 24, NMI)?;
+    g.expect(NMIS + 4, 3)?;
+    g.check_at("NMIs beside an interrupt", NMIS + 4, 3)?;
+    g.check_at("interrupts of one that holds them back", INTERRUPTS + 4, expected[1])?;
+
+    // One that runs for ever is stopped, takes no interrupts, and starts again where it is told to.
     g.ipi(1 << 24, INIT)?;
     // It may be at the end of what it was doing.
     g.delay(200_000)?;
@@ -1045,5 +1053,365 @@ fn code_is_poked_under_other_cpus() {
     for bits in [Bits::B64, Bits::B32] {
         let kernel = guest(directory.path(), "kernel", bits, 2, poked);
         passes(&format!("{bits:?}"), &kernel, 2);
+    }
+}
+
+/// What CPUs other than the first do in the tests of page tables: an interrupt has them drop a translation.
+const SHOOTDOWN: u32 = 0x40;
+const ACKNOWLEDGED: u32 = FREE;
+const STOP: u32 = FREE + 0x40;
+
+/// Emits the handler, which drops what is known of the page at `linear`.
+fn shootdown_handler(g: &mut Smp, linear: u32) -> Done {
+    g.handler(SHOOTDOWN as u8)?;
+    g.push(rax)?;
+    g.invlpg(byte_ptr(linear))?;
+    g.lock().inc(dword_ptr(ACKNOWLEDGED))?;
+    g.eoi()?;
+    g.pop(rax)?;
+    g.iretq()
+}
+
+/// Emits a shootdown, acknowledged by all. ESI counts acknowledgements.
+fn shoot_down(g: &mut Smp, linear: u32) -> Done {
+    g.invlpg(byte_ptr(linear))?;
+    let others = g.cpus as i32 - 1;
+    g.add(esi, others)?;
+    g.ipi(0, ASSERT | OTHERS | SHOOTDOWN)?;
+    g.wait_for(ACKNOWLEDGED, esi)
+}
+
+/// A page is mapped elsewhere, and behind the shootdown nobody reads, writes or executes through the old mapping.
+fn shootdowns(g: &mut Smp) -> Done {
+    const ROUNDS: u32 = 300;
+    const LINEAR: u32 = SMALL_PAGES;
+    /// Four pages that it is mapped to by turns.
+    const PAGES: u32 = SMALL_PAGES + 0x1_0000;
+    const WRONG: u32 = FREE + 0x80;
+    const LATE: u32 = FREE + 0xc0;
+    const GOOD: u32 = 1;
+    const BAD: u32 = 0xdead;
+    /// In each page: the value that is read, counters by CPU, and a function.
+    const COUNTERS: i32 = 0x40;
+    const CODE: i32 = 0x800;
+    let mut main = g.create_label();
+    g.jmp(main)?;
+    shootdown_handler(g, LINEAR)?;
+
+    g.place(&mut main)?;
+    g.on(0, |g| {
+        for page in 0..4 {
+            let at = PAGES + 0x1000 * page;
+            g.mov(dword_ptr(at), GOOD)?;
+            g.mov(edi, at + CODE as u32)?;
+            g.mov(ebx, GOOD)?;
+            write_function(g)?;
+        }
+        g.mov(qword_ptr(PAGE_TABLE), (PAGES | 0x67) as i32)
+    })?;
+    g.start_others()?;
+    g.not_on(0, |g| {
+        g.sti()?;
+        let again = g.here()?;
+        for look in 0..2 {
+            let mut good = g.create_label();
+            if look == 0 {
+                g.mov(eax, dword_ptr(LINEAR))?;
+            } else {
+                g.mov(edi, LINEAR + CODE as u32)?;
+                g.call(rdi)?;
+            }
+            g.cmp(eax, GOOD as i32)?;
+            g.je(good)?;
+            g.lock().inc(dword_ptr(WRONG))?;
+            g.place(&mut good)?;
+        }
+        g.inc(dword_ptr(rbp * 8 + (LINEAR as i32 + COUNTERS)))?;
+        g.cmp(dword_ptr(STOP), 0)?;
+        g.je(again)?;
+        g.cli()
+    })?;
+    g.on(0, |g| {
+        g.xor(esi, esi)?;
+        g.mov(r12d, PAGES)?;
+        g.mov(ebx, 1)?;
+        let again = g.here()?;
+        g.mov(eax, ebx)?;
+        g.and(eax, 3)?;
+        g.shl(eax, 12)?;
+        g.add(eax, (PAGES | 0x67) as i32)?;
+        g.mov(qword_ptr(PAGE_TABLE), rax)?;
+        shoot_down(g, LINEAR)?;
+        g.mov(dword_ptr(r12), BAD)?;
+        g.mov(dword_ptr(r12 + CODE + 1), BAD)?;
+        for cpu in 1..g.cpus as i32 {
+            g.mov(dword_ptr(r12 + COUNTERS + 8 * cpu), 0)?;
+        }
+        g.mov(ecx, ebx)?;
+        g.and(ecx, 0xff)?;
+        g.inc(ecx)?;
+        let wait = g.here()?;
+        g.dec(ecx)?;
+        g.jne(wait)?;
+        for cpu in 1..g.cpus as i32 {
+            let mut good = g.create_label();
+            g.cmp(dword_ptr(r12 + COUNTERS + 8 * cpu), 0)?;
+            g.je(good)?;
+            g.inc(dword_ptr(LATE))?;
+            g.place(&mut good)?;
+        }
+        g.mov(dword_ptr(r12), GOOD)?;
+        g.mov(dword_ptr(r12 + CODE + 1), GOOD)?;
+        g.mov(r12d, eax)?;
+        g.and(r12d, !0xfff)?;
+        g.inc(ebx)?;
+        g.cmp(ebx, ROUNDS as i32)?;
+        g.jbe(again)?;
+        g.mov(dword_ptr(STOP), 1)?;
+        g.check_at("reads and fetches by an old mapping", WRONG, 0)?;
+        g.check_at("writes by an old mapping", LATE, 0)
+    })?;
+    g.finish()
+}
+
+/// A page that another CPU writes to all the time is taken away by XCHG, as Linux does for swapping: the entry that was
+/// put there stays as it is, and the one that was there says whether the page was written.
+fn accessed_and_dirty(g: &mut Smp) -> Done {
+    const ROUNDS: u32 = 400;
+    const LINEAR: u32 = SMALL_PAGES + 0x1000;
+    const ENTRY: u32 = PAGE_TABLE + 8;
+    const PAGE: u32 = SMALL_PAGES + 0x2_0000;
+    const FAULTS: u32 = FREE + 0x80;
+    const TOUCHED: u32 = FREE + 0xc0;
+    const LOST: u32 = FREE + 0x100;
+    const WRITTEN: u32 = FREE + 0x140;
+    /// Present, writable, for users; neither accessed nor dirty.
+    const PRESENT: u32 = 7;
+    const DIRTY: i32 = 1 << 6;
+    let mut main = g.create_label();
+    g.jmp(main)?;
+    shootdown_handler(g, LINEAR)?;
+    g.handler(14)?;
+    g.lock().inc(dword_ptr(FAULTS))?;
+    g.add(rsp, 8)?;
+    g.iretq()?;
+
+    g.place(&mut main)?;
+    g.on(0, |g| g.mov(qword_ptr(ENTRY), 0))?;
+    g.start_others()?;
+    g.not_on(0, |g| {
+        g.sti()?;
+        g.mov(ecx, 1)?;
+        let again = g.here()?;
+        g.mov(dword_ptr(LINEAR), ecx)?;
+        g.mov(eax, dword_ptr(LINEAR + 0x40))?;
+        g.lock().inc(dword_ptr(LINEAR + 0x80))?;
+        g.inc(ecx)?;
+        g.cmp(dword_ptr(STOP), 0)?;
+        g.je(again)?;
+        g.cli()
+    })?;
+    let untouched = |g: &mut Smp| -> Done {
+        let mut good = g.create_label();
+        g.cmp(qword_ptr(ENTRY), r14)?;
+        g.je(good)?;
+        g.inc(dword_ptr(TOUCHED))?;
+        g.place(&mut good)
+    };
+    g.on(0, |g| {
+        g.xor(esi, esi)?;
+        g.mov(ebx, 1)?;
+        let again = g.here()?;
+        g.mov(r12d, dword_ptr(PAGE))?;
+        g.mov(r13d, dword_ptr(PAGE + 0x80))?;
+        g.mov(qword_ptr(ENTRY), (PAGE | PRESENT) as i32)?;
+        // Now and then nobody has written yet.
+        g.mov(ecx, ebx)?;
+        g.and(ecx, 63)?;
+        let wait = g.here()?;
+        g.dec(ecx)?;
+        g.jns(wait)?;
+        // An entry of a page that is swapped out: anything but present.
+        g.mov(r14d, ebx)?;
+        g.shl(r14, 32)?;
+        g.mov(rdx, r14)?;
+        g.xchg(qword_ptr(ENTRY), rdx)?;
+        g.delay(20)?;
+        untouched(g)?;
+        shoot_down(g, LINEAR)?;
+        g.delay(20)?;
+        untouched(g)?;
+        let (mut same, mut changed) = (g.create_label(), g.create_label());
+        g.cmp(dword_ptr(PAGE), r12d)?;
+        g.jne(changed)?;
+        g.cmp(dword_ptr(PAGE + 0x80), r13d)?;
+        g.je(same)?;
+        g.place(&mut changed)?;
+        g.inc(dword_ptr(WRITTEN))?;
+        g.test(edx, DIRTY)?;
+        g.jne(same)?;
+        g.inc(dword_ptr(LOST))?;
+        g.place(&mut same)?;
+        g.inc(ebx)?;
+        g.cmp(ebx, ROUNDS as i32)?;
+        g.jbe(again)?;
+        g.mov(qword_ptr(ENTRY), (PAGE | PRESENT) as i32)?;
+        g.mov(dword_ptr(STOP), 1)?;
+        g.check_at("entries that were taken away and changed", TOUCHED, 0)?;
+        g.check_at("writes without a dirty bit", LOST, 0)?;
+        // The test is of something.
+        g.cmp(dword_ptr(WRITTEN), 0)?;
+        g.setne(al)?;
+        g.cmp(dword_ptr(FAULTS), 0)?;
+        g.setne(ah)?;
+        g.movzx(eax, ax)?;
+        g.check("writes and faults", 0x101)
+    })?;
+    g.finish()
+}
+
+#[test]
+fn page_tables_change_under_other_cpus() {
+    let directory = tempfile::tempdir().expect("directory");
+    let tests: [(&str, fn(&mut Smp) -> Done); 2] = [("shootdown", shootdowns), ("dirty", accessed_and_dirty)];
+    for (name, test) in tests {
+        let kernel = guest(directory.path(), "kernel", Bits::B64, 2, test);
+        passes(name, &kernel, 2);
+    }
+}
+
+/// Ends of the machine that are not the first CPU's doing, or find the others at something else.
+#[test]
+fn ends_of_a_guest_of_several_cpus_have_their_codes() {
+    type Code = fn(&mut Smp) -> Done;
+    /// Name, code, options, exit code, serial output, and what Diglot tells of the end.
+    type Guest<'a> = (&'a str, Code, &'a [&'a str], i32, &'a str, &'a str);
+    fn reset(g: &mut Smp) -> Done {
+        g.mov(eax, 0xfe)?;
+        g.out(0x64, al)?;
+        support::spin(g)
+    }
+    let guests: [Guest; 13] = [
+        ("the others are never started", |g| support::power_off(g), &[], 0, "", ""),
+        ("halts, the others never started", Smp::halt, &["--timeout", "0.4"], 124, "", "--timeout"),
+        ("crashes, the others never started", |g| g.ud2(), &[], 255, "", "triple fault"),
+        (
+            "another powers off",
+            |g| {
+                g.start_others()?;
+                g.on(1, |g| g.say("bye\n").and_then(|()| support::power_off(g)))?;
+                support::spin(g)
+            },
+            &[],
+            0,
+            "bye\n",
+            "",
+        ),
+        (
+            "another powers off while all halt",
+            |g| {
+                g.start_others()?;
+                g.on(1, |g| g.delay(10_000).and_then(|()| support::power_off(g)))?;
+                g.halt()
+            },
+            &[],
+            0,
+            "",
+            "",
+        ),
+        (
+            "another crashes",
+            |g| {
+                g.start_others()?;
+                g.on(1, |g| g.ud2())?;
+                g.halt()
+            },
+            &[],
+            255,
+            "",
+            "triple fault",
+        ),
+        (
+            "another crashes while all spin",
+            |g| {
+                g.start_others()?;
+                g.on(2, |g| g.ud2())?;
+                support::spin(g)
+            },
+            &["--no-reboot"],
+            255,
+            "",
+            "triple fault",
+        ),
+        (
+            "another resets",
+            |g| {
+                g.start_others()?;
+                g.on(1, reset)?;
+                support::spin(g)
+            },
+            &["--no-reboot"],
+            255,
+            "",
+            "asked for a reset",
+        ),
+        (
+            "another reboots until it has said so often enough",
+            |g| {
+                g.start_others()?;
+                g.on(2, |g| g.say("up").and_then(|()| reset(g)))?;
+                g.on(0, Smp::halt)?;
+                support::spin(g)
+            },
+            &["--until", "upupupup"],
+            0,
+            "upupupup",
+            "",
+        ),
+        ("all spin", |g| g.start_others().and_then(|()| support::spin(g)), &["--timeout", "0.4"], 124, "", "--timeout"),
+        ("all halt", |g| g.start_others().and_then(|()| g.halt()), &["--timeout", "0.4"], 124, "", "--timeout"),
+        (
+            "all do locked accesses that are not aligned",
+            |g| {
+                g.start_others()?;
+                let again = g.here()?;
+                g.lock().inc(dword_ptr(FREE + 1))?;
+                g.jmp(again)
+            },
+            &["--timeout", "0.4"],
+            124,
+            "",
+            "--timeout",
+        ),
+        (
+            "another ends with a code",
+            |g| {
+                g.start_others()?;
+                g.not_on(1, support_spin)?;
+                g.mov(eax, 0x10)?;
+                g.out(0xf4, al)?;
+                support::spin(g)
+            },
+            &["--debug-exit", "0xf4"],
+            33,
+            "",
+            "",
+        ),
+    ];
+    fn support_spin(g: &mut Smp) -> Done {
+        support::spin(g)
+    }
+    let directory = tempfile::tempdir().expect("directory");
+    for (name, code, options, exit, printed, told) in guests {
+        for bits in [Bits::B32, Bits::B64] {
+            let kernel = guest(directory.path(), "kernel", bits, 3, code);
+            on_engines(&kernel, 3, options, |engine, code, stdout, stderr| {
+                assert_eq!((code, stdout), (Some(exit), printed), "{name}, {engine}: {stderr}");
+                // The first line is about the engine.
+                let line = stderr.lines().nth(1).unwrap_or_default();
+                assert!(line.contains(told) && line.is_empty() == told.is_empty(), "{name}, {engine}: {stderr}");
+                assert!(stderr.lines().count() <= 2, "{name}, {engine}: {stderr}");
+            });
+        }
     }
 }
