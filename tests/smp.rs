@@ -603,7 +603,8 @@ fn startup(g: &mut Smp) -> Done {
     const READY: u32 = FREE + 0x600;
     const SPINS: u32 = FREE + 0x700;
     const LOWEST: u32 = FREE + 0x900;
-    const VECTOR: u32 = 0x40;
+    // Higher than the one that is never ended.
+    const VECTOR: u32 = 0x50;
     const LOWEST_VECTOR: u32 = 0x41;
     const SPIN_VECTOR: u32 = 0x42;
     const ELSEWHERE: u32 = 0x9000;
@@ -669,7 +670,7 @@ fn startup(g: &mut Smp) -> Done {
         g.expect(READY + 4 * cpu, 1)?;
     }
     g.ipi(0, OTHERS | STARTUP)?;
-    g.delay(100_000)?;
+    g.delay(10_000)?;
     for cpu in 0..cpus {
         g.check_at(&format!("starts of CPU {cpu}"), STARTS + 4 * cpu, 1)?;
         g.check_at(&format!("APIC ID of CPU {cpu}"), IDS + 4 * cpu, cpu)?;
@@ -709,7 +710,7 @@ fn startup(g: &mut Smp) -> Done {
 
     // One of those that it is for gets it.
     g.ipi(0b1110 << 24, ASSERT | 1 << 11 | 1 << 8 | LOWEST_VECTOR)?;
-    g.delay(100_000)?;
+    g.delay(10_000)?;
     g.xor(eax, eax)?;
     for cpu in 0..cpus {
         g.add(eax, dword_ptr(LOWEST + 4 * cpu))?;
@@ -735,7 +736,7 @@ fn startup(g: &mut Smp) -> Done {
     g.cmp(dword_ptr(SPINS), 30_000)?;
     g.jb(wait)?;
     g.ipi(1 << 24, ASSERT | VECTOR)?;
-    g.delay(100_000)?;
+    g.delay(10_000)?;
     g.ipi(1 << 24, NMI)?;
     g.expect(NMIS + 4, 3)?;
     g.check_at("NMIs beside an interrupt", NMIS + 4, 3)?;
@@ -744,10 +745,10 @@ fn startup(g: &mut Smp) -> Done {
     // One that runs for ever is stopped, takes no interrupts, and starts again where it is told to.
     g.ipi(1 << 24, INIT)?;
     // It may be at the end of what it was doing.
-    g.delay(200_000)?;
+    g.delay(20_000)?;
     g.push_bx()?;
     g.mov(ebx, dword_ptr(SPINS))?;
-    g.delay(200_000)?;
+    g.delay(20_000)?;
     g.mov(eax, dword_ptr(SPINS))?;
     g.sub(eax, ebx)?;
     g.pop_bx()?;
@@ -792,7 +793,7 @@ fn startup(g: &mut Smp) -> Done {
         g.place(&mut there)
     })?;
     g.ipi(1 << 24, INIT)?;
-    g.delay(100_000)?;
+    g.delay(10_000)?;
     g.mov(dword_ptr(READY + 4), 0)?;
     g.ipi(1 << 24, STARTUP)?;
     g.expect(READY + 4, 1)?;
