@@ -568,7 +568,7 @@ fn memory_is_ordered() {
             g.finish()
         });
         // A round takes a few milliseconds where CPUs wait for the host's.
-        let limit = (100 + rounds / 4).to_string();
+        let limit = (100 + 2 * rounds).to_string();
         on_engines(&kernel, cpus, &["--timeout", &limit], |engine, code, stdout, stderr| {
             assert_eq!(code, Some(0), "{engine}: {stdout} {stderr}");
             let lines: Vec<&str> = stdout.lines().collect();
@@ -786,7 +786,7 @@ fn startup(g: &mut Smp) -> Done {
         // Three of four are not waited for.
         g.test(ebx, 3)?;
         g.jne(there)?;
-        g.times(ecx, 1_000_000, |g| {
+        g.times(ecx, 30_000_000, |g| {
             g.pause()?;
             g.cmp(dword_ptr(READY + 4), esi)?;
             g.jne(there)
@@ -1279,8 +1279,8 @@ fn accessed_and_dirty(g: &mut Smp) -> Done {
 #[test]
 fn page_tables_change_under_other_cpus() {
     let directory = tempfile::tempdir().expect("directory");
-    let tests: [(&str, fn(&mut Smp) -> Done); 2] = [("shootdown", shootdowns), ("dirty", accessed_and_dirty)];
-    for (name, test) in tests {
+    type Test = fn(&mut Smp) -> Done;
+    for (name, test) in [("shootdown", shootdowns as Test), ("dirty", accessed_and_dirty)] {
         let kernel = guest(directory.path(), "kernel", Bits::B64, 2, test);
         passes(name, &kernel, 2);
     }
@@ -1393,7 +1393,7 @@ fn ends_of_a_guest_of_several_cpus_have_their_codes() {
             "another ends with a code",
             |g| {
                 g.start_others()?;
-                g.not_on(1, support_spin)?;
+                g.not_on(1, |g| support::spin(g))?;
                 g.mov(eax, 0x10)?;
                 g.out(0xf4, al)?;
                 support::spin(g)
@@ -1404,9 +1404,6 @@ fn ends_of_a_guest_of_several_cpus_have_their_codes() {
             "",
         ),
     ];
-    fn support_spin(g: &mut Smp) -> Done {
-        support::spin(g)
-    }
     let directory = tempfile::tempdir().expect("directory");
     for (name, code, options, exit, printed, told) in guests {
         for bits in [Bits::B32, Bits::B64] {
