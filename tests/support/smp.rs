@@ -124,7 +124,8 @@ impl DerefMut for Smp {
     }
 }
 
-type Done = Result<(), IcedError>;
+/// What emitting code gives.
+pub type Done = Result<(), IcedError>;
 
 /// Writes a guest to `directory` and gives its path. `code` begins on the first CPU, the others wait for
 /// [`Smp::start_others`].
