@@ -277,8 +277,9 @@ fn litmus(g: &mut Smp, test: &Litmus, offsets: [i32; 2], width: u32, rounds: u32
     })
 }
 
-/// Outcomes that the architecture forbids are never seen, however often one looks. How often those are seen that it
-/// allows is printed: the more, the closer were threads to each other.
+/// Outcomes that the architecture forbids are never seen, however often one looks: each test and layout is run as often
+/// as `DIGLOT_LITMUS_ITERATIONS` says, such as 10000000. How often those are seen that it allows is printed: the more, the
+/// closer were threads to each other.
 #[test]
 fn memory_is_ordered() {
     let iterations = std::env::var("DIGLOT_LITMUS_ITERATIONS").ok().and_then(|n| n.parse().ok()).unwrap_or(0x800);
