@@ -21,7 +21,7 @@ fn refused(args: &[&str], code: i32, part: &str) {
 
 #[test]
 fn wrong_usage_is_code_2() {
-    let cases: [(&[&str], &str); 15] = [
+    let cases: [(&[&str], &str); 16] = [
         (&["--frob"], "--frob"),
         (&["frob"], "frob"),
         (&["run", "--frob"], "--frob"),
@@ -30,6 +30,7 @@ fn wrong_usage_is_code_2() {
         (&["run", "--memory", "1M"], "at least 2M"),
         (&["run", "--memory", "much"], "not understood"),
         (&["run", "--cpus", "0"], "--cpus"),
+        (&["run", "--cpus", "65"], "--cpus"),
         (&["run", "--cpu", "i386"], "x86-64-v2"),
         (&["run", "--backend", "tcg"], "auto, jit, interp and kvm"),
         (&["run", "--trace=frob"], "frob"),
@@ -189,6 +190,14 @@ fn the_doctor_tells_what_auto_does() {
         }
         let (_, _, stderr) = output(diglot(&["run", "--memory", "16M"]).env("DIGLOT_KVM", device));
         assert_eq!(stderr.starts_with("diglot: backend: KVM ("), kvm, "{stderr}");
+    }
+}
+
+/// What follows one CPU's instructions one by one.
+#[test]
+fn several_cpus_where_only_one_runs_are_code_125() {
+    for option in ["--lockstep", "--trace"] {
+        refused(&["run", "--cpus", "2", option], 125, option);
     }
 }
 

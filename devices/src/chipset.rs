@@ -268,11 +268,12 @@ impl Chipset {
         here.map_or(Startup::Runs, Lapic::startup)
     }
 
-    /// `cpu` has begun.
-    pub fn begun(&mut self, cpu: usize) {
+    /// `cpu` is about to run from a page on, as [`Self::startup`] said, unless it has been told otherwise since.
+    pub fn begun(&mut self, cpu: usize, page: u8) {
         if let Some(lapic) = self.apics.here.get_mut(cpu) {
-            lapic.begun();
+            lapic.begun(page);
         }
+        self.has_taken(cpu);
     }
 
     /// What waits for `cpu`, a bit each: a maskable interrupt, a non-maskable one, that it is not to run.
@@ -669,8 +670,12 @@ mod tests {
     use proptest::prelude::*;
 
     fn chipset() -> Chipset {
+        chipset_of(1)
+    }
+
+    fn chipset_of(cpus: u8) -> Chipset {
         let config = ChipsetConfig {
-            cpus: 1,
+            cpus,
             memory_bytes: 64 << 20,
             low_memory_bytes: 64 << 20,
             rtc_epoch_seconds: 1 << 30,
@@ -847,6 +852,136 @@ mod tests {
             let mut c = chipset();
             c.port_write(port, size, v, 0);
             assert_eq!(c.take_power_event(), Some(event));
+        }
+    }
+
+    const LAPIC: u64 = 0xfee0_0000;
+    const OTHERS: u64 = 3 << 18;
+
+    /// Sends an IPI from CPU 0; who is told of what then.
+    fn send(c: &mut Chipset, destination: u64, command: u64) -> Vec<(usize, Startup)> {
+        c.mmio_write(0, LAPIC + 0x310, 4, destination << 24, 0);
+        c.mmio_write(0, LAPIC + 0x300, 4, command, 0);
+        told(c)
+    }
+
+    fn told(c: &mut Chipset) -> Vec<(usize, Startup)> {
+        let mut told = Vec::new();
+        c.tell(|cpu, startup| told.push((cpu, startup)));
+        told
+    }
+
+    /// CPUs that run, with their local APICs enabled.
+    fn running(cpus: u8) -> Chipset {
+        let mut c = chipset_of(cpus);
+        send(&mut c, 0, OTHERS | 0x4608);
+        for cpu in 0..cpus.into() {
+            c.begun(cpu, 8);
+            c.mmio_write(cpu, LAPIC + 0xf0, 4, 0x1ff, 0);
+        }
+        assert_eq!(told(&mut c), []);
+        c
+    }
+
+    #[test]
+    fn cpus_wait_begin_and_run() {
+        let mut c = chipset_of(3);
+        assert_eq!([0, 1, 2].map(|cpu| c.startup(cpu)), [Startup::Runs, Startup::Waits, Startup::Waits]);
+        told(&mut c);
+        // One starts; the other waits on.
+        assert_eq!(send(&mut c, 2, 0x4699), [(2, Startup::Begins(0x99))]);
+        assert_eq!(c.startup(1), Startup::Waits);
+        // What comes before it has begun does not count.
+        assert_eq!(send(&mut c, 2, 0x4608), []);
+        c.begun(2, 0x99);
+        assert_eq!(c.startup(2), Startup::Runs);
+        assert_eq!(send(&mut c, 2, 0x4608), []);
+        // All but the sender, whether they run or wait.
+        assert_eq!(send(&mut c, 0, OTHERS | 0x4500), [(1, Startup::Waits), (2, Startup::Waits)]);
+        assert_eq!(c.startup(0), Startup::Runs);
+        assert_eq!(send(&mut c, 0, OTHERS | 0x4607), [(1, Startup::Begins(7)), (2, Startup::Begins(7))]);
+    }
+
+    /// Between what a CPU is told and its beginning it may be told otherwise.
+    #[test]
+    fn an_init_before_the_beginning_counts() {
+        let mut c = chipset_of(2);
+        send(&mut c, 1, 0x4608);
+        assert_eq!(send(&mut c, 1, 0x4500), [(1, Startup::Waits)]);
+        c.begun(1, 8);
+        assert_eq!(c.startup(1), Startup::Waits);
+        assert_eq!(send(&mut c, 1, 0x4609), [(1, Startup::Begins(9))]);
+        c.begun(1, 9);
+        assert_eq!(c.startup(1), Startup::Runs);
+    }
+
+    #[test]
+    fn a_cpu_is_told_once_of_what_it_has_to_take() {
+        let mut c = running(2);
+        assert_eq!(send(&mut c, 1, 0x4040), [(1, Startup::Runs)]);
+        // It has not looked yet.
+        assert_eq!(send(&mut c, 1, 0x4041), []);
+        assert_eq!(c.acknowledge(1), Some(0x41));
+        assert_eq!(c.acknowledge(1), None);
+        // The end of the one in service lets the other through, which is this CPU's own doing.
+        assert_eq!(told(&mut c), []);
+        c.mmio_write(1, LAPIC + 0xb0, 4, 0, 0);
+        assert_eq!(told(&mut c), [(1, Startup::Runs)]);
+        assert_eq!(c.acknowledge(1), Some(0x40));
+        // Behind that it is told of a higher one, not of a lower one.
+        assert_eq!(send(&mut c, 1, 0x4030), []);
+        assert_eq!(send(&mut c, 1, 0x4050), [(1, Startup::Runs)]);
+        assert_eq!(c.acknowledge(1), Some(0x50));
+    }
+
+    #[test]
+    fn the_task_priority_holds_back_who_would_be_told() {
+        let mut c = running(2);
+        c.mmio_write(1, LAPIC + 0x80, 4, 0x50, 0);
+        assert_eq!(send(&mut c, 1, 0x4040), []);
+        assert_eq!(send(&mut c, 1, 0x4060), [(1, Startup::Runs)]);
+        assert_eq!(c.acknowledge(1), Some(0x60));
+        c.mmio_write(1, LAPIC + 0xb0, 4, 0, 0);
+        assert_eq!(told(&mut c), []);
+        c.mmio_write(1, LAPIC + 0x80, 4, 0, 0);
+        assert_eq!(told(&mut c), [(1, Startup::Runs)]);
+        assert_eq!(c.acknowledge(1), Some(0x40));
+    }
+
+    /// Who does not take interrupts now is told of an NMI, and of an INIT.
+    #[test]
+    fn an_nmi_is_told_beside_an_interrupt() {
+        let mut c = running(2);
+        assert_eq!(send(&mut c, 1, 0x4040), [(1, Startup::Runs)]);
+        assert!(!c.take_nmi(1));
+        assert_eq!(send(&mut c, 1, 0x4400), [(1, Startup::Runs)]);
+        assert!(c.take_nmi(1));
+        assert_eq!(send(&mut c, 1, 0x4400), [(1, Startup::Runs)]);
+        assert_eq!(send(&mut c, 1, 0x4500), [(1, Startup::Waits)]);
+    }
+
+    #[test]
+    fn interrupts_reach_whom_they_are_for() {
+        let mut c = running(4);
+        for cpu in 0..4 {
+            c.mmio_write(cpu, LAPIC + 0xd0, 4, 1 << (24 + cpu), 0);
+        }
+        let logical = 1 << 11;
+        for (destination, command, expected) in [
+            (2, 0x4040, 0b0100),
+            (0xff, 0x4040, 0b1111),
+            (9, 0x4040, 0),
+            (0b1010, logical | 0x4040, 0b1010),
+            (0xff, logical | 0x4040, 0b1111),
+            (0, 1 << 18 | 0x4040, 0b0001),
+            (0, 2 << 18 | 0x4040, 0b1111),
+            (0, 3 << 18 | 0x4040, 0b1110),
+            (0b1100, logical | 0x4140, 0b0100),
+        ] {
+            send(&mut c, destination, command);
+            let reached = (0..4).filter(|&cpu| c.acknowledge(cpu) == Some(0x40)).fold(0, |all, cpu| all | 1 << cpu);
+            (0..4).for_each(|cpu| c.mmio_write(cpu, LAPIC + 0xb0, 4, 0, 0));
+            assert_eq!(reached, expected, "{destination:x} {command:x}");
         }
     }
 }

@@ -632,9 +632,11 @@ impl Lapic {
         waits
     }
 
-    /// The CPU has begun.
-    pub fn begun(&mut self) {
-        self.startup = Startup::Runs;
+    /// The CPU begins at a page, unless it is to do something else by now: an INIT that came between is not lost.
+    pub fn begun(&mut self, page: u8) {
+        if self.startup == Startup::Begins(page) {
+            self.startup = Startup::Runs;
+        }
     }
 }
 

@@ -518,7 +518,7 @@ fn run_until_paused(shared: &Shared, cpu: usize, vcpu: &mut dyn Vcpu) -> Result<
             Startup::Begins(page) => {
                 let before = vcpu.state()?;
                 vcpu.set_state(&begun_state(&before, page))?;
-                shared.chipset.lock().begun(cpu);
+                shared.chipset.lock().begun(cpu, page);
             }
         }
         match vcpu.run() {

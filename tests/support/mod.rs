@@ -7,6 +7,8 @@ use std::process::{Command, Output, Stdio};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
+pub mod smp;
+
 /// A way to run guest code: its name, and its options.
 pub type Engine = (&'static str, &'static [&'static str]);
 

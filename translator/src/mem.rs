@@ -180,7 +180,85 @@ pub fn granule_mask(offset: u64, len: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::granule_mask;
+    use std::sync::Barrier;
+
+    use vm_memory::GuestAddress;
+
+    use super::*;
+
+    /// Two ranges of RAM with a hole between, as so many vCPUs have them.
+    fn ram(vcpus: usize) -> Vec<GuestRam> {
+        let ranges = [(GuestAddress(0), 0x20_0000), (GuestAddress(0x40_0000), 0x10_0000)];
+        GuestRam::of_vcpus(Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap()), vcpus)
+    }
+
+    const PAGES: [u64; 3] = [0, 0x1f_f000, 0x40_1000];
+    const HOLE: u64 = 0x30_0000;
+
+    #[test]
+    fn each_vcpu_has_its_own_code() {
+        let ram = ram(3);
+        for page in PAGES {
+            let others = |vcpu: usize, granules| ram[vcpu].others_with_code(page, granules).collect::<Vec<_>>();
+            assert!(ram[0].mark_code(page, 0b001));
+            assert!(!ram[0].mark_code(page + 0x800, 0b010), "not the first code of the page");
+            assert!(ram[2].mark_code(page, 0b110), "but that vCPU's first");
+            assert_eq!([0, 1, 2].map(|vcpu| ram[vcpu].own_granules(page)), [0b011, 0, 0b110]);
+            assert_eq!(ram[1].code_granules(page), 0b111);
+            assert_eq!(others(1, 0b010), [(0, 0b010), (2, 0b010)]);
+            assert_eq!((others(1, 0b100), others(0, 0b001)), (vec![(2, 0b100)], vec![]));
+            ram[0].set_code(page, 0);
+            assert_eq!((ram[1].code_granules(page), others(1, u64::MAX)), (0b110, vec![(2, 0b110)]));
+        }
+        assert!(!ram[0].mark_code(HOLE, 1));
+        assert_eq!((ram[1].code_granules(HOLE), ram[1].others_with_code(HOLE, 1).count()), (0, 0));
+    }
+
+    #[test]
+    fn stores_are_fast_where_nobody_has_code() {
+        let ram = ram(3);
+        for page in PAGES {
+            let fast = |vcpu: usize| ram[vcpu].others_fast(page).collect::<Vec<_>>();
+            assert!(ram[1].allow_fast(page + 8) && ram[2].allow_fast(page));
+            assert_eq!((fast(0), fast(1)), (vec![1, 2], vec![2]));
+            // The page gets code: nothing more is allowed, and what was is to be taken back by whom it was allowed.
+            ram[0].mark_code(page, 1);
+            assert!(!ram[1].allow_fast(page) && ram[1].is_fast(page));
+            ram[1].forbid_fast(page);
+            assert!(!ram[1].allow_fast(page) && !ram[1].is_fast(page));
+            assert!(!ram[0].allow_fast(page), "nor to whose code it is");
+            assert_eq!(fast(0), [2]);
+            ram[0].set_code(page, 0);
+            assert!(ram[1].allow_fast(page) && ram[1].is_fast(page));
+        }
+        assert!(!ram[0].allow_fast(HOLE) && !ram[0].is_fast(HOLE));
+        assert_eq!(ram[0].others_fast(HOLE).count(), 0);
+    }
+
+    /// Of one that begins to have code in a page and one that begins to store fast, one sees the other.
+    #[test]
+    fn code_and_fast_stores_see_each_other() {
+        let mut ram = ram(2);
+        let (storing, translating) = (ram.pop().unwrap(), ram.pop().unwrap());
+        let together = Barrier::new(2);
+        let fast = |page| {
+            together.wait();
+            storing.allow_fast(page)
+        };
+        let code = |page| {
+            together.wait();
+            translating.mark_code(page, 1);
+            translating.others_fast(page).count() != 0
+        };
+        let pages = || (0..512).map(|page| page * PAGE_SIZE);
+        std::thread::scope(|scope| {
+            let stores = scope.spawn(|| pages().map(fast).collect::<Vec<bool>>());
+            let seen: Vec<bool> = pages().map(code).collect();
+            for (page, (allowed, seen)) in stores.join().unwrap().into_iter().zip(seen).enumerate() {
+                assert!(!allowed || seen, "page {page}");
+            }
+        });
+    }
 
     #[test]
     fn granules_of_ranges() {

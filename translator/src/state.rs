@@ -415,3 +415,42 @@ impl CpuState {
         self.rflags & flag::VM != 0
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a running 64-bit system has set is as after RESET, but for what INIT leaves alone (SDM vol. 3 table 10-1).
+    #[test]
+    fn init_resets_all_but_the_vector_state_and_msrs() {
+        let mut s = CpuState::reset();
+        s.rip = 0xffff_8000_0000_1234;
+        s.gpr = [7; 16];
+        s.set_flags(0x246);
+        s.seg = [Segment { base: 1, limit: u32::MAX, attr: 0xc0f3, selector: 0x33 }; 6];
+        s.tr = Segment { base: 0x5000, limit: 0x67, attr: 0x8b, selector: 0x40 };
+        s.idtr = Table { base: 0x6000, limit: 0xfff };
+        s.gdtr = Table { base: 0x7000, limit: 0x7f };
+        (s.cr0, s.cr2, s.cr3, s.cr4, s.efer) = (0x8005_0033, 0x1234, 0x5000, 0x6f0, 0xd01);
+        s.dr = [1; 8];
+        (s.cpl, s.shadow, s.nmi_blocked, s.halted) = (3, 1, true, true);
+        s.due = Some(Due { vector: 13, kind: DueKind::Exception(Some(0)) });
+        (s.ymm[3], s.mxcsr, s.xcr0, s.pkru, s.tsc_offset) = ([1, 2, 3, 4], 0x1fa0, 7, 0x5555, 99);
+        (s.msr.lstar, s.msr.pat, s.msr.tsc_aux) = (0xffff_8000_0000_0000, 0x0407_0506_0007_0106, 5);
+
+        let reset = CpuState::reset();
+        let expected = CpuState {
+            cr0: cr::CR0_ET,
+            ymm: s.ymm,
+            mxcsr: 0x1fa0,
+            xcr0: 7,
+            pkru: 0x5555,
+            tsc_offset: 99,
+            msr: s.msr.clone(),
+            ..reset.clone()
+        };
+        assert_eq!(s.after_init(), expected);
+        // The cache controls are left as they are, and after RESET they are set.
+        assert_eq!(reset.after_init(), reset);
+    }
+}
