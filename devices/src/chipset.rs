@@ -390,12 +390,9 @@ impl Chipset {
                 continue;
             }
             match ipi.mode {
-                0 | 1 => {
-                    lapic.accept(ipi.vector, false);
-                    if ipi.mode == 1 {
-                        break;
-                    }
-                }
+                0 => _ = lapic.accept(ipi.vector, false),
+                // One of them is enough.
+                1 if lapic.accept(ipi.vector, false) => break,
                 4 => lapic.accept_nmi(),
                 5 if k != from => {
                     lapic.init();
@@ -650,10 +647,11 @@ impl Apics {
             return outside.send(m);
         }
         for lapic in self.here.iter_mut().filter(|l| l.is_destination(m.logical, u32::from(m.destination))) {
-            match m.mode {
-                0 => lapic.accept(m.vector, m.level),
-                1 => return lapic.accept(m.vector, m.level),
-                _ => lapic.accept_nmi(),
+            if m.mode == 4 {
+                lapic.accept_nmi();
+            } else if lapic.accept(m.vector, m.level) && m.mode == 1 {
+                // One of them is enough.
+                return;
             }
         }
     }

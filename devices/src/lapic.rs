@@ -241,17 +241,22 @@ impl Lapic {
         Some(v)
     }
 
-    /// Accepts an interrupt message; `level` sets the trigger-mode bit.
-    pub fn accept(&mut self, vector: u8, level: bool) {
+    /// Accepts an interrupt message, if the APIC is enabled; `level` sets the trigger-mode bit.
+    pub fn accept(&mut self, vector: u8, level: bool) -> bool {
         if vector < 16 {
             self.error(1 << 6);
-            return;
+            return true;
         }
         if !self.software_enabled() {
-            return;
+            return false;
         }
         self.irr.set(vector);
-        if level { self.tmr.set(vector) } else { self.tmr.clear(vector) }
+        if level {
+            self.tmr.set(vector)
+        } else {
+            self.tmr.clear(vector)
+        }
+        true
     }
 
     /// Latches a non-maskable interrupt.
@@ -526,7 +531,7 @@ impl Lapic {
                 self.icr = v & !(1 << 12);
                 return Some(self.send(v as u32, (v >> 32) as u32));
             }
-            0x83f if self.x2apic() => self.accept(u8::try_from(v).ok()?, false),
+            0x83f if self.x2apic() => _ = self.accept(u8::try_from(v).ok()?, false),
             0x800..=0x8ff if self.x2apic() => {
                 let n = msr - 0x800;
                 // Reserved bits, and read-only registers, raise #GP; EOI and ESR take only zero.

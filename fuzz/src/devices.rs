@@ -137,8 +137,8 @@ impl Machine {
             let wanted = c.interrupt_pending(cpu) || c.startup(cpu) != Startup::Runs;
             assert!(*told || !wanted, "CPU {cpu} does not know what waits for it");
             *told &= wanted;
-            if let Startup::Begins(_) = c.startup(cpu) {
-                c.begun(cpu);
+            if let Startup::Begins(page) = c.startup(cpu) {
+                c.begun(cpu, page);
             }
         }
     }

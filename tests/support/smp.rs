@@ -77,7 +77,8 @@ pub enum Bits {
 
 /// The engines that run several CPUs.
 pub fn engines() -> Vec<Engine> {
-    ENGINES.into_iter().filter(|&(name, _)| name != "lock-step" && !only_kvm()).collect()
+    let several = |&(name, _): &Engine| name != "lock-step" && !only_kvm();
+    ENGINES.into_iter().filter(several).chain(has_kvm(Asks::Much).then_some(KVM)).collect()
 }
 
 /// Runs a guest on each of them, and hands the engine's name and what came of it to `check`.

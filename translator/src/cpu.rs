@@ -143,7 +143,7 @@ impl Cpu {
             mode: Mode(0),
             generation: 0,
             raised: Exception::plain(vector::UD),
-            mmu: Mmu::new(),
+            mmu: Mmu::default(),
             ram,
             platform,
             model,

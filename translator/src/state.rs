@@ -309,7 +309,7 @@ impl CpuState {
         CpuState {
             cr0: reset.cr0 & !KEPT | self.cr0 & KEPT,
             ymm: self.ymm,
-            x87: self.x87.clone(),
+            x87: self.x87,
             mxcsr: self.mxcsr,
             xcr0: self.xcr0,
             pkru: self.pkru,

@@ -62,9 +62,9 @@ pub struct MmuCounts {
     pub smc_stores: u64,
 }
 
-impl Mmu {
+impl Default for Mmu {
     /// An MMU with nothing cached.
-    pub fn new() -> Mmu {
+    fn default() -> Mmu {
         Mmu {
             tlb: tlb::Tlb::new(),
             code: Box::new([CodeEntry { key: EMPTY, gpa_page: 0 }; CODE_ENTRIES]),

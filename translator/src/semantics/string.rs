@@ -166,10 +166,10 @@ fn bulk_move<W: Width>(
     if bytes == 0 || (lag > 0 && lag < bytes) {
         return Ok(0);
     }
+    cpu.storing();
     // SAFETY: `direct` gave host addresses of guest RAM with that much room in their pages, and `bytes` is inside
     // both; `copy` allows the overlap that is left (destination below or equal to source), which forward elements
     // make no different.
-    cpu.storing();
     unsafe { std::ptr::copy(source, target, bytes) };
     cpu.loaded();
     Ok(n)
@@ -186,8 +186,8 @@ fn stos<W: Width>(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
             && let Some((target, room)) = cpu.direct(to, W::BYTES, true)?
         {
             n = run_length::<W>(cpu, i, di, room, most);
-            // SAFETY: `direct` gave `room` writable bytes of guest RAM and `n` elements fit them.
             cpu.storing();
+            // SAFETY: `direct` gave `room` writable bytes of guest RAM and `n` elements fit them.
             unsafe { fill::<W>(target, v, n as usize) };
         }
         if n == 0 {
