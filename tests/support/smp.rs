@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use iced_x86::code_asm::*;
 use iced_x86::{BlockEncoderOptions, Code, IcedError, Instruction};
 
-use super::{ENGINES, Engine, LOAD, diglot, only_kvm, output, power_off, pvh, text, write};
+use super::{Asks, ENGINES, Engine, KVM, LOAD, diglot, has_kvm, only_kvm, output, power_off, pvh, text, write};
 
 /// The page that the others begin at, and its number, which is the vector of the start-up IPI.
 pub const TRAMPOLINE: u32 = 0x8000;
