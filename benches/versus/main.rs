@@ -16,14 +16,17 @@
 
 mod chart;
 mod contender;
+#[path = "../support/guest.rs"]
+mod guest;
+#[path = "../support/initrd.rs"]
 mod initrd;
 mod report;
 #[path = "../support/mod.rs"]
 mod support;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
-use std::process::{Command, ExitCode, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
 
 use contender::{CONTENDERS, Files, Outcome, Run};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -82,7 +85,7 @@ fn compare(options: Options) -> Result<ExitCode, String> {
         .tempdir()
         .map_err(|e| format!("a directory for temporary files: {e}"))?;
     contender::end_on_signals(directory.path().to_owned());
-    let program = build_guest()?;
+    let program = guest::build(Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap_or(Path::new("target")))?;
     let programs = choose(&program, options.programs)?;
     let files = Files::prepare(directory.path(), program)?;
 
@@ -130,26 +133,6 @@ fn compare(options: Options) -> Result<ExitCode, String> {
     write("versus.svg", &chart::draw(&report)?)?;
     println!("\nwritten: versus.json and versus.svg in {}", options.out.display());
     Ok(ExitCode::SUCCESS)
-}
-
-/// Builds the programs as one static executable.
-fn build_guest() -> Result<PathBuf, String> {
-    let target = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).with_file_name("versus-guest");
-    const TRIPLE: &str = "x86_64-unknown-linux-gnu";
-    let status = Command::new(env!("CARGO"))
-        .args(["build", "--release", "--locked", "--quiet", "-p", "diglot-bench-guest", "--target", TRIPLE])
-        .arg("--target-dir")
-        .arg(&target)
-        // Without frame-pointer or CPU options of the caller's: every contender gets what distributions build.
-        .env("RUSTFLAGS", "-C target-feature=+crt-static")
-        .env_remove("CARGO_ENCODED_RUSTFLAGS")
-        .stdin(Stdio::null())
-        .status()
-        .map_err(|e| format!("cargo: {e}"))?;
-    if !status.success() {
-        return Err(format!("the guest's programs do not build; they need Rust's {TRIPLE} target and its C library"));
-    }
-    Ok(target.join(TRIPLE).join("release/diglot-bench-guest"))
 }
 
 /// The programs to run, in the guest's order.

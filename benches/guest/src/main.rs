@@ -7,12 +7,15 @@
 //! Each repetition prints a line `program NAME NANOSECONDS`, or `wrong NAME RESULT` where the result is not the one it
 //! must be. As process 1 it is a guest's init, and switches the machine off at the end.
 //!
+//! `diglot-bench-guest stress SECONDS` is for `cargo xtask stress` ([`stress`]).
+//!
 //! Every program does the same work everywhere, in one thread, and computes a result from all of it.
 
 mod code;
 mod float;
 mod integer;
 mod memory;
+mod stress;
 mod system;
 
 use std::process::ExitCode;
@@ -45,6 +48,22 @@ fn main() -> ExitCode {
         programs().for_each(|p| println!("{}", p.name));
         return ExitCode::SUCCESS;
     }
+    if let [mode, seed] = arguments.as_slice()
+        && mode == stress::COMPUTE
+    {
+        println!("{}", stress::computed(seed.parse().unwrap_or(0)));
+        return ExitCode::SUCCESS;
+    }
+    if let [mode, seconds, parts @ ..] = arguments.as_slice()
+        && mode == "stress"
+    {
+        let right = stress::run(seconds.parse().unwrap_or(60), parts);
+        // A panic, for lack of process 1, tells the monitor that something was wrong.
+        if right {
+            power_off();
+        }
+        return if right { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
     let repetitions: u32 = arguments.first().and_then(|a| a.parse().ok()).unwrap_or(1);
     let wanted = |p: &&Program| arguments.len() < 2 || arguments[1..].iter().any(|a| a == p.name);
     println!("begin");
@@ -70,6 +89,12 @@ fn main() -> ExitCode {
         }
     }
     println!("end");
+    power_off();
+    if right { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Ends the machine if this is its process 1.
+fn power_off() {
     if std::process::id() == 1 {
         // SAFETY: no memory is involved.
         unsafe {
@@ -77,7 +102,6 @@ fn main() -> ExitCode {
             libc::reboot(libc::RB_POWER_OFF);
         }
     }
-    if right { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 /// A generator of numbers that are the same everywhere.
