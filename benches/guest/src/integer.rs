@@ -55,7 +55,7 @@ fn crc32() -> Option<u64> {
 }
 
 /// SHA-256 (FIPS 180-4) of 12 MiB, by the standard's own steps.
-fn sha256() -> Option<u64> {
+pub fn sha256() -> Option<u64> {
     const ROUNDS: usize = 64;
     let primes = (2u32..).filter(|n| (2..*n).take_while(|d| d * d <= *n).all(|d| n % d != 0));
     // The first 32 bits of the fractional parts of roots of primes.
@@ -162,7 +162,7 @@ fn unpack(packed: &[u8]) -> Vec<u8> {
 }
 
 /// A register machine whose program finds the longest Collatz chain below 60,000: one indirect branch an instruction.
-fn bytecode() -> Option<u64> {
+pub fn bytecode() -> Option<u64> {
     #[derive(Clone, Copy)]
     enum Op {
         Set(u8, i64),

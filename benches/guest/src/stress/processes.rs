@@ -13,13 +13,14 @@ pub const PARTS: &[Part] = &[("execs", execs), ("forks", forks), ("pipes", pipes
 pub const COMPUTE: &str = "compute";
 
 /// A number that takes some work.
-pub fn computed(seed: u64) -> u64 {
+pub fn computed(seed: u64, rounds: u64) -> u64 {
     let mut numbers = Numbers(seed);
-    (0..2000).fold(seed, |sum, _| fold(sum, numbers.next()))
+    (0..rounds).fold(seed, |sum, _| fold(sum, numbers.next()))
 }
 
 /// Two threads that each execute short programs, one after the other.
 fn execs(share: &Share) {
+    const ROUNDS: u64 = 2000;
     let Some(program) = std::env::args_os().next() else { return };
     std::thread::scope(|scope| {
         for thread in 0..2u64 {
@@ -29,9 +30,10 @@ fn execs(share: &Share) {
                 while !share.over() {
                     seed += 1;
                     let mut command = Command::new(program);
-                    let output = command.args([COMPUTE, &seed.to_string()]).stderr(Stdio::null()).output();
+                    let output =
+                        command.args([COMPUTE, &seed.to_string(), &ROUNDS.to_string()]).stderr(Stdio::null()).output();
                     let said = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
-                    let right = said.as_ref().is_ok_and(|said| said.trim() == computed(seed).to_string());
+                    let right = said.as_ref().is_ok_and(|said| said.trim() == computed(seed, ROUNDS).to_string());
                     share.check(right, || format!("compute {seed} says {said:?}"));
                     share.did();
                 }
