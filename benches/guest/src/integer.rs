@@ -91,7 +91,7 @@ pub fn sha256() -> Option<u64> {
 }
 
 /// Text with repetitions, compressed by a Lempel-Ziv scheme with a hash of three bytes, and expanded again.
-fn lz() -> Option<u64> {
+pub fn lz() -> Option<u64> {
     let words: Vec<&[u8]> = vec![b"the ", b"guest ", b"runs ", b"on ", b"a ", b"host ", b"of ", b"another ", b"kind, "];
     let mut numbers = Numbers(7);
     let mut text = Vec::new();
@@ -162,7 +162,7 @@ fn unpack(packed: &[u8]) -> Vec<u8> {
 }
 
 /// A register machine whose program finds the longest Collatz chain below 60,000: one indirect branch an instruction.
-pub fn bytecode() -> Option<u64> {
+fn bytecode() -> Option<u64> {
     #[derive(Clone, Copy)]
     enum Op {
         Set(u8, i64),
@@ -220,7 +220,7 @@ pub fn bytecode() -> Option<u64> {
 }
 
 /// Fibonacci's numbers by their definition: nothing but calls and returns.
-fn calls() -> Option<u64> {
+pub fn calls() -> Option<u64> {
     #[inline(never)]
     fn fibonacci(n: u64) -> u64 {
         if n < 2 { n } else { fibonacci(black_box(n - 1)) + fibonacci(black_box(n - 2)) }
