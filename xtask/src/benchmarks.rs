@@ -64,8 +64,8 @@ fn page(value: &Value) -> String {
     table(&mut out, &present, programs().filter(|row| !several(row)), &[]);
     if programs().any(several) {
         out.push_str(
-            "\nWith two CPUs (QEMU: `thread=multi`); those of one thread are what the others' scaling, work done in the \
-             same time, is\nmeasured by.\n\n",
+            "\nWith two CPUs (QEMU: `thread=multi`). Scaling is how much more work two threads do than one in the same \
+             time.\n\n",
         );
         table(&mut out, &present, programs().filter(|row| several(row)), &SCALING);
     }
