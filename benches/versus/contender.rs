@@ -45,7 +45,7 @@ pub const CONTENDERS: [Contender; 6] = [
     Contender { name: NATIVE, kind: Kind::Native, repetitions: 3 },
     Contender { name: "kvm", kind: Kind::Diglot("kvm"), repetitions: 3 },
     Contender { name: JIT, kind: Kind::Diglot("jit"), repetitions: 3 },
-    Contender { name: QEMU, kind: Kind::Qemu("tcg,thread=single"), repetitions: 3 },
+    Contender { name: QEMU, kind: Kind::Qemu("tcg"), repetitions: 3 },
     Contender { name: "interp", kind: Kind::Diglot("interp"), repetitions: 1 },
     Contender { name: "QEMU KVM", kind: Kind::Qemu("kvm"), repetitions: 3 },
 ];
@@ -123,18 +123,19 @@ fn compiler() -> Option<(PathBuf, Vec<initrd::File>)> {
 }
 
 impl Contender {
-    /// Runs the programs once round. The one that needs a compiler has a boot of its own: the others' is measured.
-    pub fn run(&self, files: &Files, programs: &[String]) -> Outcome {
+    /// Runs the programs once round, in a guest with so many CPUs. The one that needs a compiler has a boot of its own: the
+    /// others' is measured.
+    pub fn run(&self, files: &Files, programs: &[String], cpus: u8) -> Outcome {
         let (with, without): (Vec<String>, Vec<String>) = programs.iter().cloned().partition(|p| p == C_COMPILE);
         let mut whole = Run::default();
         if !without.is_empty() {
-            match self.run_from(files, &files.initrd, &without) {
+            match self.run_from(files, &files.initrd, &without, cpus) {
                 Outcome::Measured(run) => whole = run,
                 other => return other,
             }
         }
         if let Some((_, initrd)) = files.compiler.as_ref().filter(|_| !with.is_empty()) {
-            match self.run_from(files, initrd, &with) {
+            match self.run_from(files, initrd, &with, cpus) {
                 Outcome::Measured(mut run) => {
                     run.seconds.remove(BOOT);
                     whole.seconds.append(&mut run.seconds);
@@ -146,14 +147,14 @@ impl Contender {
         Outcome::Measured(whole)
     }
 
-    fn run_from(&self, files: &Files, initrd: &Path, programs: &[String]) -> Outcome {
+    fn run_from(&self, files: &Files, initrd: &Path, programs: &[String], cpus: u8) -> Outcome {
         // Where Diglot would not use KVM, QEMU would take for ever with it or fail.
         if self.kind == Kind::Qemu("kvm")
             && let Some(problem) = diglot_runtime::survey::survey().problem
         {
             return Outcome::Unavailable(problem);
         }
-        let mut command = self.command(files, initrd, programs);
+        let mut command = self.command(files, initrd, programs, cpus);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // SAFETY: prctl may be called between fork and exec.
         unsafe {
@@ -173,7 +174,8 @@ impl Contender {
         self.follow(child, start)
     }
 
-    fn command(&self, files: &Files, initrd: &Path, programs: &[String]) -> Command {
+    fn command(&self, files: &Files, initrd: &Path, programs: &[String], cpus: u8) -> Command {
+        let cpus = cpus.to_string();
         let repetitions = self.repetitions.to_string();
         // What is behind the dashes goes to init.
         let cmdline = format!("console=ttyS0 quiet panic=-1 -- {repetitions} {}", programs.join(" "));
@@ -188,24 +190,29 @@ impl Contender {
             }
             Kind::Diglot(backend) => {
                 let mut command = Command::new(DIGLOT);
-                command.args(["run", "--memory", "512M", "--backend", backend, "--no-reboot", "--kernel"]);
+                command.args([
+                    "run",
+                    "--memory",
+                    "512M",
+                    "--cpus",
+                    &cpus,
+                    "--backend",
+                    backend,
+                    "--no-reboot",
+                    "--kernel",
+                ]);
                 command.arg(&files.kernel).arg("--initrd").arg(initrd).arg("--append");
                 command
             }
             Kind::Qemu(accelerator) => {
+                let accelerator = match (accelerator, cpus.as_str()) {
+                    ("tcg", "1") => "tcg,thread=single",
+                    ("tcg", _) => "tcg,thread=multi",
+                    (other, _) => other,
+                };
                 let mut command = Command::new("qemu-system-x86_64");
-                command.args([
-                    "-accel",
-                    accelerator,
-                    "-cpu",
-                    "max",
-                    "-smp",
-                    "1",
-                    "-m",
-                    "512",
-                    "-nographic",
-                    "-no-reboot",
-                ]);
+                command.args(["-accel", accelerator, "-cpu", "max", "-smp", &cpus, "-m", "512"]);
+                command.args(["-nographic", "-no-reboot"]);
                 command.arg("-kernel").arg(&files.kernel).arg("-initrd").arg(initrd).arg("-append");
                 command
             }

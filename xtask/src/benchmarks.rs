@@ -13,6 +13,9 @@ const RESULTS: &str = "target/versus";
 /// Columns, in the order of the page.
 const CONTENDERS: [&str; 6] = ["native", "kvm", "jit", "QEMU TCG", "interp", "QEMU KVM"];
 
+/// Contenders of which the page says how they scale, and the columns' titles.
+const SCALING: [(&str, &str); 3] = [("jit", "scaling"), ("QEMU TCG", "QEMU's"), ("native", "native")];
+
 /// Measures for `rounds` rounds, or takes the last measurement's results, and writes the page.
 pub fn run(rounds: Option<u32>) -> ExitCode {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
@@ -45,9 +48,8 @@ fn write(root: &Path, rounds: Option<u32>) -> Result<(), String> {
 fn page(value: &Value) -> String {
     let text = |key: &str| value[key].as_str().unwrap_or("unknown").to_owned();
     let programs = || value["programs"].as_array().into_iter().flatten();
-    let seconds = |row: &Value, name: &str| row["seconds"][name]["median"].as_f64();
     let present: Vec<&str> =
-        CONTENDERS.into_iter().filter(|name| programs().any(|row| seconds(row, name).is_some())).collect();
+        CONTENDERS.into_iter().filter(|name| programs().any(|row| milliseconds(row, name).is_some())).collect();
     let mut out = format!(
         "# Benchmarks\n\nWritten by `cargo xtask benchmarks` from what `cargo bench --bench versus` measured; what the \
          programs do is in\n`benches/guest`. Times are medians in milliseconds. The column \"QEMU / jit\" is the median \
@@ -58,15 +60,14 @@ fn page(value: &Value) -> String {
         text("qemu"),
         value["rounds"]
     );
-    let _ = writeln!(out, "| program | {} | QEMU / jit | of native |", present.join(" | "));
-    let _ = writeln!(out, "|---|{}--:|--:|", "--:|".repeat(present.len()));
-    for row in programs() {
-        let time = |name: &&str| seconds(row, name).map_or("-".into(), |s| format!("{:.1}", s * 1e3));
-        let times: Vec<String> = present.iter().map(time).collect();
-        let ratio = row["qemu_to_jit"].as_f64().map_or("-".into(), |r| format!("{r:.2}"));
-        let share = row["native_to_jit"].as_f64().map_or("-".into(), |r| format!("{:.0} %", r * 100.0));
-        let _ =
-            writeln!(out, "| {} | {} | {ratio} | {share} |", row["program"].as_str().unwrap_or("?"), times.join(" | "));
+    let several = |row: &Value| row["cpus"].as_u64().is_some_and(|cpus| cpus > 1);
+    table(&mut out, &present, programs().filter(|row| !several(row)), &[]);
+    if programs().any(several) {
+        out.push_str(
+            "\nWith two CPUs (QEMU: `thread=multi`). Scaling is how much more work two threads do than one in the same \
+             time.\n\n",
+        );
+        table(&mut out, &present, programs().filter(|row| several(row)), &SCALING);
     }
     let _ = writeln!(out, "\n| group (geometric mean) | QEMU / jit |\n|---|--:|");
     for (group, ratio) in value["groups"].as_object().into_iter().flatten() {
@@ -76,4 +77,29 @@ fn page(value: &Value) -> String {
         let _ = writeln!(out, "\n{contender} was not available: {}.", why.as_str().unwrap_or("unknown"));
     }
     out
+}
+
+/// A table of programs; the contenders of `scaling` have a column that says how they scale.
+fn table<'a>(out: &mut String, present: &[&str], rows: impl Iterator<Item = &'a Value>, scaling: &[(&str, &str)]) {
+    let titles: String = scaling.iter().map(|(_, title)| format!(" {title} |")).collect();
+    let _ = writeln!(out, "| program | {} | QEMU / jit | of native |{titles}", present.join(" | "));
+    let _ = writeln!(out, "|---|{}--:|--:|{}", "--:|".repeat(present.len()), "--:|".repeat(scaling.len()));
+    for row in rows {
+        let time = |name: &&str| milliseconds(row, name).map_or("-".into(), |ms| format!("{ms:.1}"));
+        let times: Vec<String> = present.iter().map(time).collect();
+        let ratio = row["qemu_to_jit"].as_f64().map_or("-".into(), |r| format!("{r:.2}"));
+        let share = row["native_to_jit"].as_f64().map_or("-".into(), |r| format!("{:.0} %", r * 100.0));
+        let scales = |(name, _): &(&str, &str)| match row["scaling"][name].as_f64() {
+            Some(times) => format!(" {times:.2} |"),
+            None => " - |".into(),
+        };
+        let scales: String = scaling.iter().map(scales).collect();
+        let name = row["program"].as_str().unwrap_or("?");
+        let _ = writeln!(out, "| {name} | {} | {ratio} | {share} |{scales}", times.join(" | "));
+    }
+}
+
+/// A contender's median.
+fn milliseconds(row: &Value, name: &str) -> Option<f64> {
+    row["seconds"][name]["median"].as_f64().map(|seconds| seconds * 1e3)
 }

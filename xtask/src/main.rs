@@ -5,8 +5,13 @@ mod check;
 mod counts;
 mod coverage;
 mod fuzz;
+#[path = "../../benches/support/guest.rs"]
+mod guest;
+#[path = "../../benches/support/initrd.rs"]
+mod initrd;
 mod record;
 mod silicon;
+mod stress;
 
 use std::process::ExitCode;
 
@@ -52,6 +57,8 @@ enum Command {
     Record(record::Options),
     /// Looks for inputs that make a part of Diglot panic, hang or differ from itself (docs/fuzzing.md).
     Fuzz(fuzz::Options),
+    /// Boots a guest with several CPUs whose programs check everything that CPUs share (docs/debugging.md).
+    Stress(stress::Options),
 }
 
 fn main() -> ExitCode {
@@ -63,5 +70,6 @@ fn main() -> ExitCode {
         Command::Silicon(options) => silicon::run(&options),
         Command::Record(options) => record::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
+        Command::Stress(options) => stress::run(&options),
     }
 }

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::process::{Command, Stdio};
+use std::sync::atomic::AtomicU32;
 
 use crate::{Numbers, Program, fold};
 
@@ -19,14 +20,15 @@ pub const PROGRAMS: &[Program] = &[
     Program { name: COMPILE, run: compile, result: None },
 ];
 
-/// Memory that may be written and executed.
-struct Writable {
+/// Memory that may be written and executed, by several threads at once.
+pub struct Writable {
     at: *mut u8,
     size: usize,
 }
 
 impl Writable {
-    fn new(size: usize) -> Option<Writable> {
+    /// New memory of `size` bytes.
+    pub fn new(size: usize) -> Option<Writable> {
         let protection = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
         // SAFETY: a new mapping.
         let p = unsafe {
@@ -36,14 +38,21 @@ impl Writable {
     }
 
     /// Puts a function at an offset.
-    fn put(&self, offset: usize, code: &[u8]) {
+    pub fn put(&self, offset: usize, code: &[u8]) {
         assert!(offset + code.len() <= self.size);
         // SAFETY: inside the mapping, which nothing borrows.
         unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.at.add(offset), code.len()) }
     }
 
+    /// The constant at an offset, inside a function, as other threads change it while it runs.
+    pub fn constant(&self, offset: usize) -> &AtomicU32 {
+        assert!(offset + 4 <= self.size && offset.is_multiple_of(4));
+        // SAFETY: inside the mapping and aligned.
+        unsafe { AtomicU32::from_ptr(self.at.add(offset).cast()) }
+    }
+
     /// Calls the function at an offset.
-    fn call(&self, offset: usize, argument: u64) -> u64 {
+    pub fn call(&self, offset: usize, argument: u64) -> u64 {
         // SAFETY: every caller has put a whole function with this signature there, which touches no memory.
         unsafe {
             let f: extern "sysv64" fn(u64) -> u64 = std::mem::transmute(self.at.add(offset));
@@ -51,6 +60,10 @@ impl Writable {
         }
     }
 }
+
+// SAFETY: what is in the memory is only reached by raw pointers, atomics and calls, of which each user of several threads
+// says who does what when.
+unsafe impl Sync for Writable {}
 
 impl Drop for Writable {
     fn drop(&mut self) {

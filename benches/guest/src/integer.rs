@@ -55,7 +55,7 @@ fn crc32() -> Option<u64> {
 }
 
 /// SHA-256 (FIPS 180-4) of 12 MiB, by the standard's own steps.
-fn sha256() -> Option<u64> {
+pub fn sha256() -> Option<u64> {
     const ROUNDS: usize = 64;
     let primes = (2u32..).filter(|n| (2..*n).take_while(|d| d * d <= *n).all(|d| n % d != 0));
     // The first 32 bits of the fractional parts of roots of primes.
@@ -91,7 +91,7 @@ fn sha256() -> Option<u64> {
 }
 
 /// Text with repetitions, compressed by a Lempel-Ziv scheme with a hash of three bytes, and expanded again.
-fn lz() -> Option<u64> {
+pub fn lz() -> Option<u64> {
     let words: Vec<&[u8]> = vec![b"the ", b"guest ", b"runs ", b"on ", b"a ", b"host ", b"of ", b"another ", b"kind, "];
     let mut numbers = Numbers(7);
     let mut text = Vec::new();
@@ -220,7 +220,7 @@ fn bytecode() -> Option<u64> {
 }
 
 /// Fibonacci's numbers by their definition: nothing but calls and returns.
-fn calls() -> Option<u64> {
+pub fn calls() -> Option<u64> {
     #[inline(never)]
     fn fibonacci(n: u64) -> u64 {
         if n < 2 { n } else { fibonacci(black_box(n - 1)) + fibonacci(black_box(n - 2)) }

@@ -7,12 +7,17 @@
 //! Each repetition prints a line `program NAME NANOSECONDS`, or `wrong NAME RESULT` where the result is not the one it
 //! must be. As process 1 it is a guest's init, and switches the machine off at the end.
 //!
-//! Every program does the same work everywhere, in one thread, and computes a result from all of it.
+//! `diglot-bench-guest stress SECONDS` is for `cargo xtask stress` ([`stress`]).
+//!
+//! Every program does the same work everywhere, and computes a result from all of it; those of [`smp`] in several threads,
+//! all others in one. `list` prints the names of these, `list smp` of those.
 
 mod code;
 mod float;
 mod integer;
 mod memory;
+mod smp;
+mod stress;
 mod system;
 
 use std::process::ExitCode;
@@ -28,9 +33,13 @@ pub struct Program {
     pub result: Option<u64>,
 }
 
-/// All of them, by what they need most.
+/// Those for one CPU, by what they need most.
+const ONE_CPU: [&[Program]; 5] =
+    [integer::PROGRAMS, float::PROGRAMS, memory::PROGRAMS, system::PROGRAMS, code::PROGRAMS];
+
+/// All of them.
 fn programs() -> impl Iterator<Item = &'static Program> {
-    [integer::PROGRAMS, float::PROGRAMS, memory::PROGRAMS, system::PROGRAMS, code::PROGRAMS].into_iter().flatten()
+    ONE_CPU.into_iter().chain([smp::PROGRAMS]).flatten()
 }
 
 /// What `exec` comes back with when it only starts and ends.
@@ -42,8 +51,26 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     if arguments.first().is_some_and(|a| a == "list") {
-        programs().for_each(|p| println!("{}", p.name));
+        let smp = arguments.get(1).is_some_and(|a| a == "smp");
+        let groups = if smp { vec![smp::PROGRAMS] } else { ONE_CPU.to_vec() };
+        groups.into_iter().flatten().for_each(|p| println!("{}", p.name));
         return ExitCode::SUCCESS;
+    }
+    if let [mode, seed, rounds] = arguments.as_slice()
+        && mode == stress::COMPUTE
+    {
+        println!("{}", stress::computed(seed.parse().unwrap_or(0), rounds.parse().unwrap_or(0)));
+        return ExitCode::SUCCESS;
+    }
+    if let [mode, seconds, parts @ ..] = arguments.as_slice()
+        && mode == "stress"
+    {
+        let right = stress::run(seconds.parse().unwrap_or(60), parts);
+        // A panic, for lack of process 1, tells the monitor that something was wrong.
+        if right {
+            power_off();
+        }
+        return if right { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }
     let repetitions: u32 = arguments.first().and_then(|a| a.parse().ok()).unwrap_or(1);
     let wanted = |p: &&Program| arguments.len() < 2 || arguments[1..].iter().any(|a| a == p.name);
@@ -70,6 +97,12 @@ fn main() -> ExitCode {
         }
     }
     println!("end");
+    power_off();
+    if right { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Ends the machine if this is its process 1.
+fn power_off() {
     if std::process::id() == 1 {
         // SAFETY: no memory is involved.
         unsafe {
@@ -77,7 +110,6 @@ fn main() -> ExitCode {
             libc::reboot(libc::RB_POWER_OFF);
         }
     }
-    if right { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 /// A generator of numbers that are the same everywhere.
@@ -104,7 +136,8 @@ mod tests {
 
     #[test]
     fn results_are_right() {
-        for p in programs() {
+        // Some execute this executable's other modes, which that of the tests has not.
+        for p in programs().filter(|p| !p.name.ends_with("-make")) {
             // What the system's own programs take on a busy host is not this test's matter.
             if let (Some(r), Some(right)) = ((p.run)(), p.result) {
                 assert_eq!(r, right, "{}: {r:#x}", p.name);
