@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use iced_x86::code_asm::*;
 use iced_x86::{BlockEncoderOptions, Code, IcedError, Instruction};
 
-use super::{Asks, ENGINES, Engine, KVM, LOAD, diglot, has_kvm, only_kvm, output, power_off, pvh, text, write};
+use super::{ENGINES, Engine, LOAD, diglot, only_kvm, output, power_off, pvh, text, write};
 
 /// The page that the others begin at, and its number, which is the vector of the start-up IPI.
 pub const TRAMPOLINE: u32 = 0x8000;
@@ -75,10 +75,9 @@ pub enum Bits {
     B64,
 }
 
-/// The engines that run several CPUs.
+/// The engines that run several CPUs and are the project's own. KVM's CPUs are the host's processor.
 pub fn engines() -> Vec<Engine> {
-    let several = |&(name, _): &Engine| name != "lock-step" && !only_kvm();
-    ENGINES.into_iter().filter(several).chain(has_kvm(Asks::Much).then_some(KVM)).collect()
+    ENGINES.into_iter().filter(|&(name, _)| name != "lock-step" && !only_kvm()).collect()
 }
 
 /// Runs a guest on each of them, and hands the engine's name and what came of it to `check`.
