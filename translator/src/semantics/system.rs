@@ -37,7 +37,7 @@ pub fn lookup(form: &Form<'_>) -> Option<&'static Sem> {
         Str => interp!(control::str_),
         Invlpg => interp!(control::invlpg, ends),
         Invpcid => interp!(control::invpcid, ends),
-        Wbinvd | Invd => interp!(control::wbinvd),
+        Wbinvd | Invd => interp!(control::wbinvd, ends),
         Hlt => interp!(control::hlt, ends),
         Cli => both!(cli),
         Sti => both!(sti),
