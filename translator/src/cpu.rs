@@ -336,7 +336,7 @@ impl Cpu {
         }
     }
 
-    /// Has other vCPUs see what this one has stored, as serializing instructions do.
+    /// Has other vCPUs see what this one has stored, as MFENCE and serializing instructions do.
     #[inline]
     pub(crate) fn serialize(&self) {
         if self.peers.is_some() {

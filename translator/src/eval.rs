@@ -1,7 +1,5 @@
 //! The interpreter's evaluator: semantics run on numbers.
 
-use std::sync::atomic::{Ordering, fence};
-
 use crate::addr::is_canonical;
 use crate::cpu::Cpu;
 use crate::emit::{Bin, Cmp, Cond, Emit, Flags, FpArgs, FpCall, LaneOp, Un, Word};
@@ -220,9 +218,7 @@ impl Emit for Cpu {
     }
 
     fn fence(&mut self) {
-        if self.peers.is_some() {
-            fence(Ordering::SeqCst);
-        }
+        self.serialize();
     }
 
     fn set_ac(&mut self, on: bool) {

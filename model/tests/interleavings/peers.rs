@@ -88,16 +88,22 @@ impl Machine {
     }
 }
 
+/// Two vCPUs that have stored and decoded at a time, and what was decoded.
+fn stored_and_decoded() -> (Arc<Machine>, (u64, u64)) {
+    let machine = machine(2);
+    let there = machine.clone();
+    let storer = thread::spawn(move || there.run_storer());
+    let decoded = machine.run_decoder();
+    storer.join().expect("a thread that ends");
+    (machine, decoded)
+}
+
 /// A block whose bytes were the same before its page was marked and afterwards is of the bytes that are there, or whoever has
 /// stored others has said so.
 #[test]
 fn no_store_to_code_is_missed() {
     explore("no store to code is missed", Two, 50, || {
-        let machine = machine(2);
-        let there = machine.clone();
-        let storer = thread::spawn(move || there.run_storer());
-        let (before, after) = machine.run_decoder();
-        storer.join().expect("a thread that ends");
+        let (machine, (before, after)) = stored_and_decoded();
         assert!(before != after || machine.is_known(after));
     });
 }
@@ -107,11 +113,7 @@ fn no_store_to_code_is_missed() {
 #[should_panic(expected = "is_known")]
 fn bytes_have_to_be_read_again() {
     explore("bytes have to be read again", Two, 1, || {
-        let machine = machine(2);
-        let there = machine.clone();
-        let storer = thread::spawn(move || there.run_storer());
-        let (before, _) = machine.run_decoder();
-        storer.join().expect("a thread that ends");
+        let (machine, (before, _)) = stored_and_decoded();
         assert!(machine.is_known(before), "is_known");
     });
 }

@@ -578,15 +578,12 @@ impl Cpu {
         if self.is_watched_page(linear) {
             return None;
         }
-        if write {
-            // Where others may begin to have code in the page, what is stored has to be looked at afterwards.
-            let beside_code = !self.ram.is_shared() || self.ram.allow_fast(t.gpa);
-            let on_code = self.ram.code_granules(t.gpa) & granule_mask(t.gpa & PAGE_MASK, len) != 0;
-            if on_code || !beside_code {
-                return None;
-            }
-        }
-        t.host
+        // Where others may begin to have code in the page, what is stored has to be looked at afterwards.
+        let may_write = || match self.ram.is_shared() {
+            true => self.ram.allow_fast(t.gpa),
+            false => self.ram.code_granules(t.gpa) & granule_mask(t.gpa & PAGE_MASK, len) == 0,
+        };
+        t.host.filter(|_| !write || may_write())
     }
 
     /// The physical address of an instruction byte, or the fault that fetching it raises.
