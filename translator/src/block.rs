@@ -1,6 +1,7 @@
 //! Predecoded basic blocks, keyed by guest physical address and mode, dropped when their bytes are overwritten.
 
 use std::borrow::Cow;
+use std::collections::VecDeque;
 
 use crate::addr::{PAGE_MASK, PAGE_SIZE};
 use crate::address_map::AddressMap;
@@ -17,10 +18,9 @@ const MAX_CACHED_INSNS: usize = 512 * 1024;
 
 /// Blocks kept before everything is dropped (about 150 bytes each besides their instructions).
 const MAX_BLOCKS: usize = 512 * 1024;
-/// Predecoded instructions that are never too many.
-const FEW_INSNS: usize = 64 * 1024;
-/// Runs of a block that are too few for it to stay.
-const SELDOM: u32 = 4;
+/// So many blocks later one that has run no more than once keeps no instructions: most of what boots runs once, and most
+/// of what runs again does so soon.
+const SOON: usize = 4096;
 
 /// Index of a block in its cache; reused after invalidation.
 pub type BlockId = u32;
@@ -72,7 +72,7 @@ pub enum Cached {
 
 impl Block {
     /// A block that has not run yet; `in_ram` says whether its bytes lie in one page of RAM.
-    pub fn new(gpa: u64, mode: Mode, len: u16, next_page: Option<u64>, insns: Vec<Insn>, in_ram: bool) -> Block {
+    pub fn new(gpa: u64, mode: Mode, len: u16, next_page: Option<u64>, insns: &[Insn], in_ram: bool) -> Block {
         use iced_x86::FlowControl::{IndirectBranch, IndirectCall, Return};
         let last = insns.last().map(|i| i.iced_code().flow_control());
         Block {
@@ -81,7 +81,7 @@ impl Block {
             len,
             next_page,
             in_ram,
-            insns: insns.into_boxed_slice(),
+            insns: insns.into(),
             heat: 0,
             runs: Runs::default(),
             postponed: 0,
@@ -96,10 +96,12 @@ impl Block {
         if !self.insns.is_empty() {
             return Cow::Borrowed(&self.insns);
         }
-        let mut page = [0; PAGE_SIZE as usize];
-        let bytes = &mut page[..usize::from(self.len)];
+        let mut bytes = [0; decode::MAX_BYTES];
+        let bytes = &mut bytes[..usize::from(self.len)];
         cpu.ram.read_in_page(self.gpa, bytes);
-        Cow::Owned(decode::straight(bytes, self.mode, &cpu.model).0)
+        let mut insns = Vec::new();
+        decode::straight(bytes, self.mode, &cpu.model, &mut insns);
+        Cow::Owned(insns)
     }
 
     /// Notes where the indirect branch at the end has led, if that is in the block's page; `ip` is the block's.
@@ -142,8 +144,8 @@ pub struct BlockCache {
     by_key: AddressMap<(u64, u8), BlockId>,
     by_page: AddressMap<u64, Vec<BlockId>>,
     insns: usize,
-    /// How many instructions there were behind the last sweep ([`Self::sweep`]).
-    swept: usize,
+    /// The [`SOON`] latest blocks, the oldest first.
+    latest: VecDeque<BlockId>,
     /// Blocks decoded so far.
     pub decoded: u64,
     /// Blocks dropped because their bytes changed.
@@ -170,25 +172,6 @@ impl BlockCache {
         &mut self.blocks[id as usize]
     }
 
-    /// Drops blocks that have seldom run, when there are many more than after the last time, and returns them: most of what
-    /// boots runs once. Their granules stay marked as code, which costs a store there some time and nothing else.
-    pub fn sweep(&mut self) -> Vec<BlockId> {
-        if self.insns < (2 * self.swept).max(FEW_INSNS) {
-            return Vec::new();
-        }
-        let seldom = |(id, b): (usize, &Block)| (b.heat < SELDOM && !b.insns.is_empty()).then_some(id as BlockId);
-        let gone: Vec<BlockId> = self.blocks.iter().enumerate().filter_map(seldom).collect();
-        for &id in &gone {
-            let Block { gpa, next_page, .. } = self.blocks[id as usize];
-            for page in std::iter::once(gpa & !PAGE_MASK).chain(next_page) {
-                self.unlist(page, id);
-            }
-            self.remove(id);
-        }
-        self.swept = self.insns;
-        gone
-    }
-
     /// Removes a block from the list of a page.
     fn unlist(&mut self, page: u64, id: BlockId) {
         if let Some(list) = self.by_page.get_mut(&page) {
@@ -212,7 +195,7 @@ impl BlockCache {
         self.insns + n > MAX_CACHED_INSNS || self.by_key.len() >= MAX_BLOCKS
     }
 
-    /// Drops the instructions of a block that runs as code. They are decoded again where they are needed.
+    /// Drops the instructions of a block. They are decoded again where they are needed.
     pub fn drop_insns(&mut self, id: BlockId) {
         let block = &mut self.blocks[id as usize];
         if block.in_ram {
@@ -241,13 +224,19 @@ impl BlockCache {
         self.free.clear();
         self.by_key.clear();
         self.by_page.clear();
-        (self.insns, self.swept) = (0, 0);
+        self.latest.clear();
+        self.insns = 0;
     }
 
     /// Adds a block and marks its granules. Returns the pages that held no code before, for write protection.
     pub fn insert(&mut self, block: Block, ram: &GuestRam) -> (BlockId, [Option<u64>; 2]) {
         self.decoded += 1;
         self.insns += block.insns.len();
+        if self.latest.len() == SOON
+            && let Some(id) = self.latest.pop_front().filter(|&id| self.get(id).heat <= 1)
+        {
+            self.drop_insns(id);
+        }
         let id = self.free.pop().unwrap_or(self.blocks.len() as BlockId);
         self.by_key.insert((block.gpa, block.mode.0), id);
         let mut fresh = [None; 2];
@@ -262,6 +251,7 @@ impl BlockCache {
         } else {
             self.blocks.push(block);
         }
+        self.latest.push_back(id);
         (id, fresh)
     }
 
@@ -302,26 +292,15 @@ mod tests {
     use super::*;
     use crate::testing::bare::cpu;
 
-    /// Blocks of a NOP and a RET in the guest's memory, one behind the other.
-    fn blocks(cpu: &Cpu, count: u64, heat: u32) -> BlockCache {
-        let mut cache = BlockCache::default();
-        for n in 0..count {
-            let (insns, len) = decode::straight(&[0x90, 0xc3], cpu.mode, &cpu.model);
-            let mut block = Block::new(2 * n, cpu.mode, len as u16, None, insns, true);
-            block.heat = heat;
-            cache.insert(block, &cpu.ram);
-        }
-        cache
-    }
-
     #[test]
     fn dropped_instructions_are_decoded_again() {
         let code = [0x90, 0xc3].repeat(8);
         let cpu = cpu(&code);
         let mut cache = BlockCache::default();
-        let (insns, len) = decode::straight(&code, cpu.mode, &cpu.model);
+        let mut insns = Vec::new();
+        let len = decode::straight(&code, cpu.mode, &cpu.model, &mut insns);
         let gpa = crate::testing::bare::CODE;
-        let (id, _) = cache.insert(Block::new(gpa, cpu.mode, len as u16, None, insns.clone(), true), &cpu.ram);
+        let (id, _) = cache.insert(Block::new(gpa, cpu.mode, len as u16, None, &insns, true), &cpu.ram);
         let text = |insns: &[Insn]| insns.iter().map(|i| (i.code, i.off, i.len)).collect::<Vec<_>>();
         cache.drop_insns(id);
         assert!(cache.get(id).insns.is_empty());
@@ -334,20 +313,28 @@ mod tests {
     fn what_cannot_be_read_again_stays() {
         let cpu = cpu(&[0xc3]);
         let mut cache = BlockCache::default();
-        let (insns, len) = decode::straight(&[0xc3], cpu.mode, &cpu.model);
-        let (id, _) = cache.insert(Block::new(1 << 40, cpu.mode, len as u16, None, insns, false), &cpu.ram);
+        let mut insns = Vec::new();
+        let len = decode::straight(&[0xc3], cpu.mode, &cpu.model, &mut insns);
+        let (id, _) = cache.insert(Block::new(1 << 40, cpu.mode, len as u16, None, &insns, false), &cpu.ram);
         cache.drop_insns(id);
         assert_eq!(cache.get(id).insns.len(), 1);
     }
 
     #[test]
-    fn seldom_run_blocks_go_when_there_are_many() {
+    fn what_does_not_run_again_soon_keeps_no_instructions() {
         let cpu = cpu(&[0xc3]);
-        let many = FEW_INSNS as u64;
-        assert!(blocks(&cpu, 100, 0).sweep().is_empty(), "few");
-        assert!(blocks(&cpu, many, SELDOM).sweep().is_empty(), "all have run often");
-        let mut cache = blocks(&cpu, many, SELDOM - 1);
-        assert_eq!(cache.sweep().len() as u64, many);
-        assert_eq!((cache.insns, cache.find(0, cpu.mode), cache.by_page.len()), (0, None, 0));
+        let mut cache = BlockCache::default();
+        let mut insns = Vec::new();
+        let len = decode::straight(&[0x90, 0xc3], cpu.mode, &cpu.model, &mut insns) as u16;
+        let mut decode = |heat| {
+            let mut block = Block::new(2 * cache.decoded, cpu.mode, len, None, &insns, true);
+            block.heat = heat;
+            cache.insert(block, &cpu.ram).0
+        };
+        let [once, twice] = [1, 2].map(&mut decode);
+        let later: Vec<BlockId> = (0..SOON).map(|_| decode(0)).collect();
+        let kept = |id: BlockId| !cache.get(id).insns.is_empty();
+        assert!(!kept(once) && kept(twice) && later.into_iter().all(kept));
+        assert_eq!(cache.insns, 2 * (1 + SOON));
     }
 }

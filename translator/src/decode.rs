@@ -12,6 +12,8 @@ use crate::state::seg;
 
 /// The longest instruction (SDM vol. 2 §2.3.11).
 pub const MAX_LEN: usize = 15;
+/// The most bytes of a block.
+pub const MAX_BYTES: usize = MAX_INSNS * MAX_LEN;
 
 /// Why no instruction could be decoded from the bytes at hand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,10 +31,10 @@ pub fn decode(bytes: &[u8], mode: Mode, model: &CpuModel) -> Result<Insn, NeedMo
     Ok(predecode(&instr, bytes, mode, model, decoder.last_error() == DecoderError::NoMoreBytes))
 }
 
-/// Decodes the instructions at the start of `bytes` up to the end of their block; and how many bytes they are. There are
-/// none where the first one does not lie inside.
-pub fn straight(bytes: &[u8], mode: Mode, model: &CpuModel) -> (Vec<Insn>, usize) {
-    let mut insns = Vec::with_capacity(8);
+/// Decodes the instructions at the start of `bytes` up to the end of their block into `insns`; returns how many bytes they
+/// are. There are none where the first one does not lie inside.
+pub fn straight(bytes: &[u8], mode: Mode, model: &CpuModel, insns: &mut Vec<Insn>) -> usize {
+    insns.clear();
     let mut off = 0;
     while insns.len() < MAX_INSNS && off < bytes.len() {
         match decode(&bytes[off..], mode, model) {
@@ -47,7 +49,7 @@ pub fn straight(bytes: &[u8], mode: Mode, model: &CpuModel) -> (Vec<Insn>, usize
             _ => break,
         }
     }
-    (insns, off)
+    off
 }
 
 /// What the bytes of newer instructions mean to a processor without them: hints are no operations (SDM vol. 2, NOP),

@@ -152,7 +152,7 @@ mod tests {
     /// Enters blocks at distinct addresses, all of use at the same time.
     fn fill(jump: &mut JumpCache, blocks: u64) {
         for n in 0..blocks {
-            let mut block = Block::new(n, Mode(0), 1, None, Vec::new(), false);
+            let mut block = Block::new(n, Mode(0), 1, None, &[], false);
             let linear = 0x40_0000 + 16 * n;
             jump.insert(linear, JumpEntry { key: linear ^ 5, code: n }, n as BlockId, &mut block);
         }
@@ -181,7 +181,7 @@ mod tests {
         let mut jump = JumpCache::default();
         for space in 0..8 {
             for n in 0..FEWEST as u64 {
-                let mut block = Block::new(n, Mode(0), 1, None, Vec::new(), false);
+                let mut block = Block::new(n, Mode(0), 1, None, &[], false);
                 jump.insert(n, JumpEntry { key: n ^ space << 48, code: n }, n as BlockId, &mut block);
             }
         }

@@ -68,6 +68,8 @@ pub struct Vcpu {
     quick: Option<u32>,
     /// Runs of a block's quick code, or interpreted runs of a block that gets none, before its region is compiled.
     threshold: u32,
+    /// Where blocks are decoded.
+    decoded: Vec<Insn>,
     /// Statistics.
     pub counts: RunCounts,
 }
@@ -87,6 +89,7 @@ impl Vcpu {
             difference: None,
             quick: quick.then_some(QUICK),
             threshold: if quick { PATIENCE } else { THRESHOLD },
+            decoded: Vec::new(),
             counts: RunCounts::default(),
         }
     }
@@ -751,28 +754,25 @@ impl Vcpu {
         } else {
             (u64::from(self.cpu.s.seg[usize::from(seg::CS)].limit) + 1).saturating_sub(start).min(room)
         };
-        let mut page = [0; PAGE_SIZE as usize];
-        let bytes = &mut page[..limit as usize];
-        let in_ram = self.cpu.ram.read_in_page(gpa, bytes);
-        let (mut insns, off) = decode::straight(if in_ram { bytes } else { &[] }, self.cpu.mode, &self.cpu.model);
-        let in_ram = !insns.is_empty();
-        let mut off = off as u64;
+        let mut bytes = [0; decode::MAX_BYTES];
+        let there = &mut bytes[..decode::MAX_BYTES.min(limit as usize)];
+        let there = if self.cpu.ram.read_in_page(gpa, there) { there } else { &mut [] };
+        let mut off = decode::straight(there, self.cpu.mode, &self.cpu.model, &mut self.decoded) as u64;
+        let in_ram = !self.decoded.is_empty();
         let mut next_page = None;
-        let mut first = [0; MAX_LEN];
-        if insns.is_empty() {
+        if !in_ram {
             // The first instruction crosses the page or CS's limit, or is not in RAM.
-            let (insn, bytes) = self.fetch_bytes()?;
-            (off, first) = (u64::from(insn.len), bytes);
+            let (insn, fetched) = self.fetch_bytes()?;
+            off = u64::from(insn.len);
+            bytes[..MAX_LEN].copy_from_slice(&fetched);
             let linear = self.linear_rip();
             if off > room {
                 let next = self.cpu.wrap_linear(linear.wrapping_add(room));
                 next_page = Some(self.cpu.translate_code(next)? & !PAGE_MASK);
             }
-            insns.push(insn);
+            self.decoded.push(insn);
         }
-        let gone = self.blocks.sweep();
-        self.forget(&gone);
-        if self.blocks.is_full(insns.len()) {
+        if self.blocks.is_full(self.decoded.len()) {
             let jit = self.jit.as_ref();
             self.blocks.clear(&self.cpu.ram, |page| jit.map_or(0, |jit| jit.granules(page)));
             if let Some(jit) = &mut self.jit {
@@ -781,7 +781,7 @@ impl Vcpu {
             self.flush_jump_cache();
         }
         let runs = self.jit.as_ref().map_or(Runs::default(), |j| j.find((gpa, self.cpu.mode.0), next_page));
-        let mut block = Block::new(gpa, self.cpu.mode, off as u16, next_page, insns, in_ram);
+        let mut block = Block::new(gpa, self.cpu.mode, off as u16, next_page, &self.decoded, in_ram);
         block.runs = runs;
         let (id, fresh) = self.blocks.insert(block, &self.cpu.ram);
         for page in fresh.into_iter().flatten() {
@@ -789,9 +789,8 @@ impl Vcpu {
         }
         if self.cpu.peers.is_some() && self.cpu.ram.host_page(gpa).is_some() {
             fresh.into_iter().flatten().for_each(|page| self.have_others_protect(page));
-            let decoded = if in_ram { &page[..off as usize] } else { &first[..off as usize] };
             // From here on whoever overwrites them says so. What was stored before that is found now.
-            if !self.cpu.ram.holds(gpa, next_page, decoded) {
+            if !self.cpu.ram.holds(gpa, next_page, &bytes[..off as usize]) {
                 self.invalidate(gpa & !PAGE_MASK, crate::mem::granule_mask(gpa & PAGE_MASK, off));
                 return Err(self.cpu.try_again(Again::Now));
             }
