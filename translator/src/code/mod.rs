@@ -22,7 +22,7 @@ mod publish;
 mod tests;
 
 pub use arena::{ArenaError, CodeArena, Slot};
-pub use frame::{FRAME_SETUP_LEN, PUSH_LEN, elide_frame};
+pub use frame::{Elided, PUSH_LEN, elide_frame};
 pub use free_list::GRANULE;
 pub use patch::{Jump, add_link_cells, encode_jump, is_patchable, lead_x86};
 pub use perf::PerfMap;

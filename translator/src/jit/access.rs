@@ -21,6 +21,9 @@ use crate::state::seg;
 const ENTRIES_AT: i32 = offset_of!(Translations, entries) as i32;
 const SITES_AT: i32 = offset_of!(Translations, sites) as i32;
 
+/// No page's linear address.
+const NO_PAGE: i64 = 1;
+
 /// Where in the table a site's word is, of those at `field`.
 fn site_at(field: usize, site: usize) -> i32 {
     SITES_AT + (field + 8 * site) as i32
@@ -54,29 +57,55 @@ impl JitEmit<'_> {
     ) -> [Option<Value>; 2] {
         let done = self.b.create_block();
         let results = results.map(|t| t.map(|t| self.b.append_block_param(done, t)));
-        let finish = |e: &mut Self, host| {
-            let values: Vec<BlockArg> = at(e, host).into_iter().flatten().map(BlockArg::Value).collect();
+        let write = tag == offset_of!(TlbEntry, write);
+        let address = self.pages.address(linear, self.b.func).filter(|_| !self.in_loops[self.current]);
+        let near = address.and_then(|at| self.pages.find(at, write));
+        let noted = address.filter(|&at| near.is_none() && self.pages.is_used_again(at));
+        let page_and_addend = noted.map(|at| (at, [(); 2].map(|()| self.b.append_block_param(done, I64))));
+        let finish = |e: &mut Self, host, found: [Value; 2]| {
+            let found = found.into_iter().filter(|_| noted.is_some());
+            let values: Vec<BlockArg> = at(e, host).into_iter().flatten().chain(found).map(BlockArg::Value).collect();
             e.b.ins().jump(done, &values);
         };
+        self.by_thunk = self.in_loops[self.current] || near.is_some();
         if self.in_loops[self.current] {
-            self.by_site(linear, bytes, tag == offset_of!(TlbEntry, write), finish);
+            self.by_site(linear, bytes, write, |e, host| finish(e, host, [host; 2]));
+        } else if let Some(near) = near {
+            self.next_site += 1;
+            let page = page_of_last(&mut self.b, linear, Width::Known(bytes));
+            let hit = self.b.ins().icmp(IntCC::Equal, page, near.page);
+            let (here, elsewhere) = (self.b.create_block(), self.b.create_block());
+            self.b.set_cold_block(elsewhere);
+            self.b.ins().brif(hit, here, &[], elsewhere, &[]);
+            self.b.switch_to_block(here);
+            let host = self.b.ins().iadd(near.addend, linear);
+            finish(self, host, [host; 2]);
+            self.b.switch_to_block(elsewhere);
         } else {
             let table = self.b.use_var(self.tlb);
-            let Lookup { entry, hit, .. } = look_up(&mut self.b, table, linear, Width::Known(bytes), tag);
+            let Lookup { entry, page, hit } = look_up(&mut self.b, table, linear, Width::Known(bytes), tag);
             let (known, miss) = (self.b.create_block(), self.b.create_block());
             self.b.set_cold_block(miss);
             self.b.ins().brif(hit, known, &[], miss, &[]);
             self.b.switch_to_block(known);
             let addend = self.b.ins().load(I64, aligned(), entry, ENTRIES_AT + offset_of!(TlbEntry, addend) as i32);
             let host = self.b.ins().iadd(addend, linear);
-            finish(self, host);
+            finish(self, host, [page, addend]);
             self.b.switch_to_block(miss);
         }
-        match slow(self) {
-            Some(host) => finish(self, host),
-            None => _ = self.b.ins().jump(done, &[]),
+        let found = slow(self);
+        let nowhere = self.b.ins().iconst(I64, NO_PAGE);
+        match found {
+            Some(host) => finish(self, host, [nowhere; 2]),
+            None => {
+                let nothing: &[BlockArg] = if noted.is_some() { &[BlockArg::Value(nowhere); 2] } else { &[] };
+                self.b.ins().jump(done, nothing);
+            }
         }
         self.b.switch_to_block(done);
+        if let Some((at, [page, addend])) = page_and_addend {
+            self.pages.note(at, write, page, addend);
+        }
         results
     }
 
@@ -127,7 +156,7 @@ impl JitEmit<'_> {
 
     /// Calls a slow path; what it says.
     fn ask(&mut self, helper: Helper, linear: Value, bytes: u64, value: Option<Value>) -> Value {
-        if self.in_loops[self.current] {
+        if self.by_thunk {
             let site = site(self.next_site, matches!(helper, Helper::Store | Helper::Modify), bytes);
             let which = self.b.ins().iconst(I64, (site << 8) as i64 | bytes as i64);
             self.call_thunk(HELPERS + helper as usize, linear, which, value);
@@ -191,7 +220,10 @@ impl JitEmit<'_> {
             Some(found)
         };
         let same = |_: &mut Self, host| [Some(host), None];
+        // Control may come to what is behind by way of `elsewhere`, too.
+        let later = std::mem::take(&mut self.pages.later);
         let [found, _] = self.access(linear, bytes, tag, [Some(I64), None], same, slow);
+        self.pages.later = later;
         found.unwrap_or(linear)
     }
 
@@ -275,6 +307,14 @@ fn look_up(b: &mut FunctionBuilder<'_>, table: Value, linear: Value, bytes: Widt
     let mask = b.ins().load(I64, aligned(), table, offset_of!(Translations, mask) as i32);
     let index = b.ins().band(index, mask);
     let entry = b.ins().iadd(table, index);
+    let page = page_of_last(b, linear, bytes);
+    let found = b.ins().load(I64, aligned(), entry, ENTRIES_AT + tag as i32);
+    let hit = b.ins().icmp(IntCC::Equal, found, page);
+    Lookup { entry, page, hit }
+}
+
+/// The page of an access's last byte.
+fn page_of_last(b: &mut FunctionBuilder<'_>, linear: Value, bytes: Width) -> Value {
     let last = match bytes {
         Width::Known(1) => linear,
         Width::Known(n) => b.ins().iadd_imm_u(linear, n as i64 - 1),
@@ -283,13 +323,10 @@ fn look_up(b: &mut FunctionBuilder<'_>, table: Value, linear: Value, bytes: Widt
             b.ins().iadd_imm_s(behind, -1)
         }
     };
-    let page = b.ins().band_imm_s(last, !(PAGE_MASK as i64));
-    let found = b.ins().load(I64, aligned(), entry, ENTRIES_AT + tag as i32);
-    let hit = b.ins().icmp(IntCC::Equal, found, page);
-    Lookup { entry, page, hit }
+    b.ins().band_imm_s(last, !(PAGE_MASK as i64))
 }
 
-/// The body of a thunk that compiled loops call for an access that is not where its site was last: by the table, whose
+/// The body of a thunk that compiled code calls for an access that is not where its site was last: by the table, whose
 /// page the site remembers then, or else by the helper's own thunk. Parameters are those of helpers, with the site's
 /// number above the number of bytes.
 pub fn site_thunk(b: &mut FunctionBuilder<'_>, params: &[Value], helper: Helper, signature: SigRef) {

@@ -1,5 +1,6 @@
 //! From a planned region to host code: one Cranelift function each.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -135,7 +136,7 @@ impl Compiler {
         };
         let (b, Emitted { links, insns, bridges, pieces }) = JitEmit::new(b, plan, signatures).emit();
         b.finalize(self.isa.frontend_config());
-        let (code, relocations) = self.finish()?;
+        let Finished { code, mut relocations, jumps } = self.finish()?;
         // Its working memory, megabytes behind a large region, goes back.
         self.context = Context::new();
         let mut compiled = Compiled {
@@ -150,10 +151,15 @@ impl Compiler {
             calls: Vec::new(),
             nanos: 0,
         };
-        let tail_calls: Vec<usize> =
-            relocations.iter().filter(|r| name::TAIL_CALLS.contains(&r.namespace)).map(|r| r.offset).collect();
         if HostIsa::native() == Some(HostIsa::X86_64) {
-            compiled.tail = elide_frame(&mut compiled.code, &tail_calls).ok_or("a tail call of another form")?;
+            let (tail_calls, sites): (Vec<_>, Vec<_>) = relocations
+                .iter_mut()
+                .filter(|r| name::TAIL_CALLS.contains(&r.namespace))
+                .map(|r| (r.offset, &mut r.offset))
+                .unzip();
+            let elided = elide_frame(&mut compiled.code, &tail_calls, &jumps).ok_or("a tail call of another form")?;
+            compiled.tail = elided.entry;
+            sites.into_iter().zip(elided.sites).for_each(|(site, now)| *site = now);
         }
         let pieces = append(&mut compiled.code, &pieces);
         for Relocation { offset, kind, namespace, index } in relocations {
@@ -201,8 +207,8 @@ impl Compiler {
         b.seal_all_blocks();
         b.finalize(self.isa.frontend_config());
         match self.finish()? {
-            (code, relocations) if relocations.is_empty() => Ok(code),
-            (_, relocations) => Err(format!("{relocations:?}")),
+            Finished { code, relocations, .. } if relocations.is_empty() => Ok(code),
+            Finished { relocations, .. } => Err(format!("{relocations:?}")),
         }
     }
 
@@ -261,20 +267,31 @@ impl Compiler {
         })
     }
 
-    fn finish(&mut self) -> Result<(Vec<u8>, Vec<Relocation>), String> {
+    fn finish(&mut self) -> Result<Finished, String> {
         let result = self.context.compile(&*self.isa, &mut ControlPlane::default());
-        let code = match result {
+        let finished = match result {
             Ok(c) => {
                 let code = c.code_buffer().to_vec();
                 let relocations = c.buffer.relocs().to_vec();
-                let names = relocations.iter().map(|r| relocation(&self.context.func, r));
-                names.collect::<Result<Vec<_>, _>>().map(|relocations| (code, relocations))
+                let jumps = c.buffer.get_srclocs_sorted().iter().filter(|l| l.loc.bits() == leave::TAIL_JUMP);
+                let jumps = jumps.map(|l| l.start as usize..l.end as usize).collect();
+                let relocations = relocations.iter().map(|r| relocation(&self.context.func, r)).collect();
+                let finished = |relocations| Finished { code, relocations, jumps };
+                Result::<Vec<_>, _>::map(relocations, finished)
             }
             Err(e) => Err(format!("{:?}", e.inner)),
         };
         self.context.clear();
-        code
+        finished
     }
+}
+
+/// What Cranelift made.
+struct Finished {
+    code: Vec<u8>,
+    relocations: Vec<Relocation>,
+    /// Computed tail jumps.
+    jumps: Vec<Range<usize>>,
 }
 
 /// Appends pieces of code; where each begins.

@@ -23,6 +23,7 @@ use crate::insn::{Insn, Mode};
 use crate::jit::frame::{lazy, reason};
 use crate::jit::leave::jump_by_cache;
 use crate::jit::liveness::{dirty_on_entry, flags_live_on_entry, flags_read_on_entry, live_on_entry};
+use crate::jit::pages::{Inherited, Pages, bases};
 use crate::jit::region::Plan;
 use crate::jit::usage::{Regs, Usage};
 use crate::mmu::tlb::SITES;
@@ -144,6 +145,14 @@ pub struct JitEmit<'a> {
     pub(super) current: usize,
     /// Whether control may come back to each block.
     pub(super) in_loops: Vec<bool>,
+    /// Where accesses of the current block have been found.
+    pub(super) pages: Pages,
+    /// Whether the access being emitted, where it is not where it is looked for, is looked up by a thunk.
+    pub(super) by_thunk: bool,
+    /// Which pages are known on entry to blocks that have one way in, which was emitted before them.
+    pub(super) inherited: Vec<Inherited>,
+    /// The registers that each block addresses memory by.
+    pub(super) bases: Vec<u16>,
     /// The next access of a loop's number ([`crate::mmu::tlb::Sites`]).
     pub(super) next_site: usize,
     /// Registers that the CPU state may lack on entry to each block.
@@ -262,6 +271,10 @@ impl<'a> JitEmit<'a> {
             off: plan.blocks[0].off,
             done: 0,
             current: 0,
+            pages: Pages::default(),
+            by_thunk: false,
+            inherited: vec![Inherited::new(); plan.blocks.len()],
+            bases: plan.blocks.iter().map(|b| b.insns.iter().fold(0, |set, i| set | bases(i))).collect(),
             next_site: first_site(plan),
             dirty_in: dirty_on_entry(plan, &in_loops),
             in_loops,
@@ -335,6 +348,8 @@ impl<'a> JitEmit<'a> {
             self.wide.clear();
             self.low.clear();
             self.seen_regular.clear();
+            self.pages.begin(std::mem::take(&mut self.inherited[k]));
+            let below = self.bases_below(k);
             self.fp_ready = false;
             self.fp_unused = (self.dirty.x, self.dirty.y);
             let mut rest = &block.insns[..];
@@ -343,6 +358,7 @@ impl<'a> JitEmit<'a> {
                 self.done = (block.insns.len() - rest.len()) as i64;
                 self.rmw_host = None;
                 self.locked = None;
+                self.pages.ahead(behind, below);
                 (self.fp_result, self.fp_read) = (false, (0, 0));
                 rest = match self.x87_run(rest) {
                     Some(behind) => behind,
@@ -360,6 +376,13 @@ impl<'a> JitEmit<'a> {
         self.finish_side_exit();
         self.b.seal_all_blocks();
         (self.b, self.emitted)
+    }
+
+    /// The registers that blocks which are entered from block `k` alone address memory by.
+    fn bases_below(&self, k: usize) -> u16 {
+        let below = self.plan.blocks[k].successors().filter_map(|off| self.plan.find(off));
+        let below = below.filter(|&to| to > k && !self.in_loops[to] && self.plan.only_from(to) == Some(k));
+        below.fold(0, |set, to| set | self.bases[to])
     }
 
     pub(super) fn instruction(&mut self, i: &Insn) {
@@ -404,6 +427,7 @@ impl<'a> JitEmit<'a> {
         self.b.switch_to_block(go_on);
         let table = self.b.ins().load(I64, aligned(), self.cpu, at!(jit.tlb));
         self.b.def_var(self.tlb, table);
+        self.pages.forget();
         self.load_registers(Regs::ALL);
         self.fp_ready = false;
         self.flags = FlagVal::Memory;
@@ -446,6 +470,9 @@ impl<'a> JitEmit<'a> {
             }
         };
         for r in 0..16 {
+            if set.gpr >> r & 1 != 0 {
+                self.pages.changed(r as u8);
+            }
             load(self.gpr[r], set.gpr, r, I64, gpr_at(r));
             load(self.x[r], set.x, r, I8X16, x_at(r));
             load(self.y[r], set.y, r, I8X16, x_at(r) + 16);
@@ -745,6 +772,7 @@ impl<'a> JitEmit<'a> {
         let dirty = self.flags_dirty;
         if self.plan.only_from(k) == Some(self.current) && k > self.current {
             self.handed_down[k] = Some((self.flags.clone(), dirty));
+            self.inherited[k] = self.pages.hand_down();
         } else if self.flags_read_in[k] != 0 {
             self.store_flag_words();
             self.flags_dirty = false;

@@ -4,13 +4,16 @@ use std::mem::offset_of;
 
 use cranelift_codegen::ir::condcodes::IntCC;
 use cranelift_codegen::ir::types::I64;
-use cranelift_codegen::ir::{InstBuilder, SigRef, Value};
+use cranelift_codegen::ir::{InstBuilder, SigRef, SourceLoc, Value};
 use cranelift_frontend::FunctionBuilder;
 
 use crate::code::HostIsa;
 use crate::jit::bridge::{Bridge, PATIENCE};
 use crate::jit::emit::{JitEmit, aligned, at, name};
 use crate::jump::{ENTRY_SHIFT, JumpEntry};
+
+/// Marks computed tail jumps, for [`elide_frame`](crate::code::elide_frame) to find them.
+pub const TAIL_JUMP: u32 = 1;
 
 impl JitEmit<'_> {
     /// Ends the current Cranelift block by going on at `rip`, which the CPU state has, in another page: by a bridge, or
@@ -81,7 +84,9 @@ pub fn jump_by_cache(b: &mut FunctionBuilder<'_>, cpu: Value, rip: Value, tail_s
     b.ins().brif(hit, go, &[], out, &[]);
     b.switch_to_block(go);
     let code = b.ins().load(I64, aligned(), entry, offset_of!(JumpEntry, code) as i32);
+    b.set_srcloc(SourceLoc::new(TAIL_JUMP));
     b.ins().return_call_indirect(tail_sig, code, &[cpu]);
+    b.set_srcloc(SourceLoc::default());
     b.switch_to_block(out);
     b.ins().return_(&[]);
 }

@@ -17,6 +17,7 @@ pub mod host;
 mod leave;
 mod liveness;
 pub mod ordering;
+pub mod pages;
 pub mod region;
 pub mod usage;
 pub(crate) mod values;
@@ -80,7 +81,6 @@ type Done = (RegionId, Plan, Result<Compiled, String>);
 struct Stub {
     slot: Slot,
     code: u64,
-    tail: usize,
 }
 
 impl Stub {
@@ -145,13 +145,15 @@ impl Jit {
             let mut slot = arena.alloc(code.len()).ok_or_else(|| JitError::Host("code memory is too small".into()))?;
             arena.write(&mut slot, &code)?;
             arena.publish(&slot);
-            let tail = slot.offset() + elide_frame(&mut code.clone(), &[]).unwrap_or(0);
-            Ok(Stub { code: arena.exec_ptr(slot.offset()) as u64, tail, slot })
+            Ok(Stub { code: arena.exec_ptr(slot.offset()) as u64, slot })
         };
         let quick = Quick::new(arena.isa());
         let enter = install(quick.map_or_else(|| compiler.trampoline(), |quick| Ok(quick.trampoline())))?;
         let stub = install(compiler.stub())?;
-        let lookup = install(compiler.lookup())?;
+        let mut code = compiler.lookup().map_err(JitError::Host)?;
+        // Where regions enter it.
+        let entry = elide_frame(&mut code, &[], &[]).map_or(0, |e| e.entry);
+        let lookup = install(Ok(code))?;
         let library = Library::new();
         let shared = install(Ok(library.code.clone()))?;
         for site in &library.lookups {
@@ -159,7 +161,7 @@ impl Jit {
         }
         let thunks = (0..THUNKS).map(|n| install(compiler.thunk(n))).collect::<Result<_, _>>()?;
         Ok(Jit {
-            cache: Cache::new(arena, lookup.tail),
+            cache: Cache::new(arena, lookup.start() + entry),
             workers: Workers::start(workers)?,
             enter,
             stub,
@@ -335,7 +337,7 @@ impl Jit {
         let Place { extents, entries, blocks, second_page, quick } = place;
         let &(first, mode) = entries.first()?;
         let mut enter = |key: Key| match self.quick {
-            Some(_) if !quick => Quick::append_way_into(&mut code, key.0 & PAGE_MASK),
+            Some(_) if !quick => Quick::append_way_into(&mut code, key.0 & PAGE_MASK, tail),
             _ => inner,
         };
         let entries = entries.into_iter().map(|key| (key, enter(key))).collect();

@@ -331,6 +331,7 @@ impl Emit for JitEmit<'_> {
         let v = self.var(&self.gpr, r);
         let v = self.b.use_var(v);
         if W::BITS == 64 {
+            self.pages.is_read(r, v);
             return v;
         }
         match self.low.get(&(v, W::BYTES)) {
@@ -361,6 +362,7 @@ impl Emit for JitEmit<'_> {
         if W::BITS != 64 {
             self.low.insert((whole, W::BYTES), v);
         }
+        self.pages.is_set(r, whole, self.b.func);
         self.b.def_var(var, whole);
         self.dirty.gpr |= 1 << (r & 15);
     }
@@ -379,6 +381,7 @@ impl Emit for JitEmit<'_> {
         let v = self.b.ins().uextend(I64, v);
         let v = self.b.ins().ishl_imm_u(v, 8);
         let v = self.b.ins().bor(kept, v);
+        self.pages.changed(r & 3);
         self.b.def_var(var, v);
         self.dirty.gpr |= 1 << (r & 3);
     }
@@ -437,6 +440,7 @@ impl Emit for JitEmit<'_> {
         let table = self.b.ins().load(I64, aligned(), cpu, at!(jit.tables));
         self.b.ins().store(aligned(), table, self.cpu, at!(jit.tlb));
         self.b.def_var(self.tlb, table);
+        self.pages.forget();
     }
 
     fn xmm(&mut self, r: u8) -> Value {

@@ -16,7 +16,7 @@ mod vector;
 
 use std::mem::offset_of;
 
-use crate::code::{HostIsa, PUSH_LEN};
+use crate::code::HostIsa;
 use crate::cpu::ANCHOR;
 use crate::insn::{Insn, Mode};
 use crate::jit::compile::Compiled;
@@ -243,15 +243,17 @@ impl Quick {
         Emitter::new(self, mode, start, options).emit(insns)
     }
 
-    /// Appends the way from quick code into a region whose entry is at a page offset: which of its entries is meant a
-    /// region learns from RIP. Where it begins.
-    pub fn append_way_into(region: &mut Vec<u8>, off: u64) -> usize {
+    /// Appends the way from quick code into a region, entered at `tail`, whose entry is at a page offset: which of its
+    /// entries is meant a region learns from RIP. Where it begins.
+    pub fn append_way_into(region: &mut Vec<u8>, off: u64, tail: usize) -> usize {
         let start = region.len();
         let mut a = Asm { code: std::mem::take(region) };
         a.mov_imm(Gpr::RAX, off);
         set_rip(&mut a);
+        // As regions leave it.
+        a.mov(8, Gpr::RBP, Gpr::RSP);
         let jump = a.jmp();
-        a.lead(jump, PUSH_LEN);
+        a.lead(jump, tail);
         *region = a.code;
         start
     }

@@ -245,13 +245,14 @@ fn scas<W: Width>(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     })
 }
 
+/// Of two operands that fault, AMD's processors report the second, Intel's the first.
 fn cmps<W: Width>(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     repeat(cpu, i, |cpu, _| {
         let (si, di) = (index(cpu, i, gpr::RSI), index(cpu, i, gpr::RDI));
-        let left = cpu.linearize(i.seg, si, W::BYTES, false)?;
-        let a = cpu.load_linear::<W>(left)?;
         let right = cpu.linearize(seg::ES, di, W::BYTES, false)?;
         let b = cpu.load_linear::<W>(right)?;
+        let left = cpu.linearize(i.seg, si, W::BYTES, false)?;
+        let a = cpu.load_linear::<W>(left)?;
         advance(cpu, i, gpr::RSI, W::BYTES);
         advance(cpu, i, gpr::RDI, W::BYTES);
         cpu.set_flags::<W>(Flags::Cmp { a, b, r: W::zext(a.wrapping_sub(b)) });

@@ -299,10 +299,13 @@ fn image(r: &mut Random, m: &mut Machine, i: &Instruction, at: u64) {
 }
 
 /// Whether the operand is accessed a field at a time, so that only some of it has faulted when it leads out of the
-/// canonical addresses. How much, and whether an image's alignment is looked at before, is up to the processor.
+/// canonical addresses. How much, and whether an image's alignment is looked at before, is up to the processor; so is
+/// whether elements beyond 4 GiB of a 32-bit address are there or at 0.
 fn by_fields(i: &Instruction) -> bool {
     use Mnemonic::*;
+    let masked = matches!(i.mnemonic(), Vmaskmovps | Vmaskmovpd | Vpmaskmovd | Vpmaskmovq);
     is_image(i)
+        || masked && i.memory_base().size() == 4
         || matches!(i.mnemonic(), Maskmovq | Maskmovdqu | Vmaskmovdqu)
         || matches!(i.memory_size(), MemorySize::Float80 | MemorySize::Bcd)
 }
