@@ -161,12 +161,12 @@ mod tests {
     }
 
     #[test]
-    fn pops_before_the_given_jumps_become_nops() {
+    fn nothing_is_popped_before_the_given_jumps() {
         let mut code = UNIT;
         assert_eq!(elide_frame(&mut code, &[9, 18], &[]), elided(4, &[8, 17]));
         let mut expected = UNIT;
-        expected[7] = 0x90;
-        expected[16] = 0x90;
+        expected[7..12].copy_from_slice(&[0xe9, 0, 0, 0, 0]);
+        expected[16..21].copy_from_slice(&[0xe9, 0, 0, 0, 0]);
         assert_eq!(code, expected);
     }
 
