@@ -245,22 +245,13 @@ fn scas<W: Width>(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     })
 }
 
-/// Of two operands that fault, Intel's processors report the first, AMD's the second unless the instruction is repeated.
 fn cmps<W: Width>(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
     repeat(cpu, i, |cpu, _| {
         let (si, di) = (index(cpu, i, gpr::RSI), index(cpu, i, gpr::RDI));
-        let mut load = |s, at| {
-            let linear = cpu.linearize(s, at, W::BYTES, false)?;
-            cpu.load_linear::<W>(linear)
-        };
-        let (a, b);
-        if i.rep == Rep::None {
-            b = load(seg::ES, di)?;
-            a = load(i.seg, si)?;
-        } else {
-            a = load(i.seg, si)?;
-            b = load(seg::ES, di)?;
-        }
+        let left = cpu.linearize(i.seg, si, W::BYTES, false)?;
+        let a = cpu.load_linear::<W>(left)?;
+        let right = cpu.linearize(seg::ES, di, W::BYTES, false)?;
+        let b = cpu.load_linear::<W>(right)?;
         advance(cpu, i, gpr::RSI, W::BYTES);
         advance(cpu, i, gpr::RDI, W::BYTES);
         cpu.set_flags::<W>(Flags::Cmp { a, b, r: W::zext(a.wrapping_sub(b)) });

@@ -12,6 +12,8 @@ use crate::state::flag;
 /// The registers by number in ModRM.
 const RSI: u8 = 6;
 const RDI: u8 = 7;
+/// The opcode of CMPSB.
+const CMPS: u8 = 0xa6;
 
 /// Code in the making.
 struct Bundle {
@@ -82,15 +84,18 @@ fn string(r: &mut Random, bits: u32) -> Part {
     let (from, to) = (r.below(48) as i8 - 24, r.below(48) as i8 - 24);
     // Comparisons of equal strings go on.
     let from = if r.below(3) == 0 { to } else { from };
+    let opcode = one_of(r, &[0xa4, CMPS, 0xaa, 0xac, 0xae]);
+    let prefix = [0x67, 0x64, 0x65, 0, 0, 0, 0, 0][r.below(8) as usize];
     // mov rdx, rsi
-    b.wide().bytes(&[0x89, 0xf2]).load(1, count).point(RDI, to).point(RSI, from);
-    if bits == 64 {
-        match r.below(8) {
-            0 => b.bytes(&[0x67]),
-            1 => b.bytes(&[0x64]),
-            2 => b.bytes(&[0x65]),
-            _ => &mut b,
-        };
+    b.wide().bytes(&[0x89, 0xf2]).load(1, count).point(RSI, from);
+    if opcode == CMPS && (from != to || prefix != 0) {
+        // Which of two operands that fault does is up to the processor. lea rdi, [rsp + to], aligned, does not.
+        b.wide().bytes(&[0x8d, 0x7c, 0x24, to as u8 & !7]);
+    } else {
+        b.point(RDI, to);
+    }
+    if bits == 64 && prefix != 0 {
+        b.bytes(&[prefix]);
     }
     let repeat: &[u8] = match r.below(4) {
         0 => &[],
@@ -98,7 +103,6 @@ fn string(r: &mut Random, bits: u32) -> Part {
         _ => &[0xf3],
     };
     b.bytes(repeat);
-    let opcode = one_of(r, &[0xa4, 0xa6, 0xaa, 0xac, 0xae]);
     match r.below(4) {
         0 => b.bytes(&[opcode]),
         1 => b.bytes(&[0x66, opcode + 1]),

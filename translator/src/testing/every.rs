@@ -359,7 +359,10 @@ pub(super) fn state(r: &mut Random, i: &Instruction, bits: u32) -> Machine {
         (gpr[0], gpr[1], gpr[2]) = (r.below(18), r.below(70), r.below(18));
     }
     let mut m = Machine::new(gpr, r.u64() & (flag::STATUS | flag::DF) | 0x202, data);
-    if r.below(6) == 0 && i.code() != Code::Movsxd_r16_rm16 {
+    // Which of two operands that fault does is up to the processor.
+    let compares = i.is_string_instruction()
+        && matches!(i.mnemonic(), Mnemonic::Cmpsb | Mnemonic::Cmpsw | Mnemonic::Cmpsd | Mnemonic::Cmpsq);
+    if r.below(6) == 0 && i.code() != Code::Movsxd_r16_rm16 && !compares {
         m.flags |= flag::AC;
     }
     m.segments.fs_base = if r.below(16) == 0 && !by_fields(i) && !sha {

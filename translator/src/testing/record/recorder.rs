@@ -49,13 +49,6 @@ const MAKERS: &[(&str, Is)] = &[
         "a gather that faults: which elements it has done before, and what of the mask remains",
         |form, _, theirs, ours| form.instruction.is_vsib() && ours.fault.is_some() && theirs.fault == ours.fault,
     ),
-    ("CMPS of two operands that fault: which of them does", |form, _, theirs, ours| {
-        let compares = matches!(
-            form.instruction.mnemonic(),
-            Mnemonic::Cmpsb | Mnemonic::Cmpsw | Mnemonic::Cmpsd | Mnemonic::Cmpsq
-        );
-        compares && form.instruction.is_string_instruction() && ours.fault.is_some() && theirs.fault.is_some()
-    }),
     ("a masked move that faults: which byte or element the fault is of", |form, _, theirs, ours| {
         let name = format!("{:?}", form.instruction.mnemonic()).to_lowercase();
         name.contains("maskmov") && ours.fault.is_some() && theirs.fault.is_some()
