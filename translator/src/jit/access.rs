@@ -21,8 +21,8 @@ use crate::state::seg;
 const ENTRIES_AT: i32 = offset_of!(Translations, entries) as i32;
 const SITES_AT: i32 = offset_of!(Translations, sites) as i32;
 
-/// No page's linear address.
-const NO_PAGE: i64 = 1;
+/// No page's linear address, nor near any: what comes back from a slow path had a canonical address.
+const NO_PAGE: i64 = i64::MIN;
 
 /// Where in the table a site's word is, of those at `field`.
 fn site_at(field: usize, site: usize) -> i32 {
@@ -72,8 +72,9 @@ impl JitEmit<'_> {
             self.by_site(linear, bytes, write, |e, host| finish(e, host, [host; 2]));
         } else if let Some(near) = near {
             self.next_site += 1;
-            let page = page_of_last(&mut self.b, linear, Width::Known(bytes));
-            let hit = self.b.ins().icmp(IntCC::Equal, page, near.page);
+            let offset = self.b.ins().isub(linear, near.page);
+            let most = (PAGE_SIZE - bytes) as i64;
+            let hit = self.b.ins().icmp_imm_u(IntCC::UnsignedLessThanOrEqual, offset, most);
             let (here, elsewhere) = (self.b.create_block(), self.b.create_block());
             self.b.set_cold_block(elsewhere);
             self.b.ins().brif(hit, here, &[], elsewhere, &[]);
@@ -94,11 +95,11 @@ impl JitEmit<'_> {
             self.b.switch_to_block(miss);
         }
         let found = slow(self);
-        let nowhere = self.b.ins().iconst(I64, NO_PAGE);
+        let nowhere = [NO_PAGE, 0].map(|k| self.b.ins().iconst(I64, k));
         match found {
-            Some(host) => finish(self, host, [nowhere; 2]),
+            Some(host) => finish(self, host, nowhere),
             None => {
-                let nothing: &[BlockArg] = if noted.is_some() { &[BlockArg::Value(nowhere); 2] } else { &[] };
+                let nothing: &[BlockArg] = if noted.is_some() { &nowhere.map(BlockArg::Value) } else { &[] };
                 self.b.ins().jump(done, nothing);
             }
         }

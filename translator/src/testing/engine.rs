@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::{
-    ABSENT, CODE, DATA, DATA_LEN, EDGE, FALL, Fault, Fpu, Guest, INSN, Machine, READ_ONLY, SYSTEM, Segments, TAKEN,
-    WINDOW, WINDOW_LEN,
+    ABSENT, CODE, DATA, DATA_LEN, EDGE, EDGE_LEN, FALL, Fault, Fpu, Guest, INSN, Machine, READ_ONLY, SYSTEM, Segments,
+    TAKEN, WINDOW, WINDOW_LEN,
 };
-use crate::addr::PAGE_SIZE;
+use crate::addr::{PAGE_MASK, PAGE_SIZE};
 use crate::exception::vector;
 use crate::insn::Mode;
 use crate::jit::compile::Compiler;
@@ -62,6 +62,29 @@ pub(crate) struct Engine {
     len: u64,
 }
 
+/// Which page of memory a page of the window is: two that [`DATA`] lies in have changed places, so that what begins in
+/// one does not go on behind it.
+fn frame(n: u64) -> u64 {
+    match n * PAGE_SIZE + WINDOW {
+        at if at == DATA & !PAGE_MASK => n + 1,
+        at if at == (DATA & !PAGE_MASK) + PAGE_SIZE => n - 1,
+        _ => n,
+    }
+}
+
+/// Where in memory the parts of [`Machine::data`] are, none of which crosses a page.
+fn data_pieces() -> impl Iterator<Item = (std::ops::Range<usize>, GuestAddress)> {
+    let part = |(at, bytes): (u64, std::ops::Range<usize>)| {
+        let room = (PAGE_SIZE - (at & PAGE_MASK)) as usize;
+        let middle = bytes.end.min(bytes.start + room);
+        let gpa = |at: u64| GuestAddress(frame((at - WINDOW) / PAGE_SIZE) * PAGE_SIZE | at & PAGE_MASK);
+        let first = (bytes.start..middle, gpa(at));
+        let second = (middle..bytes.end, gpa(at + (middle - bytes.start) as u64));
+        [first, second].into_iter().filter(|(range, _)| !range.is_empty())
+    };
+    [(DATA, 0..DATA_LEN), (EDGE, DATA_LEN..DATA_LEN + EDGE_LEN)].into_iter().flat_map(part)
+}
+
 /// Runs of quick code before a region is asked for: more than there will be.
 const FOR_EVER: u32 = 1 << 30;
 
@@ -87,8 +110,8 @@ impl Engine {
             let entry = match WINDOW + n * PAGE_SIZE {
                 ABSENT => 0,
                 at if at >= WINDOW + WINDOW_LEN => 0,
-                READ_ONLY => n * PAGE_SIZE | 5,
-                _ => n * PAGE_SIZE | 7,
+                READ_ONLY => frame(n) * PAGE_SIZE | 5,
+                _ => frame(n) * PAGE_SIZE | 7,
             };
             memory.write_obj(entry, GuestAddress(PAGE_TABLE + n * 8)).unwrap();
         }
@@ -223,8 +246,8 @@ impl Engine {
         cpu.s.x87.fxrstor(&before.fpu.image(before.mxcsr), true);
         cpu.mode_changed();
         assert!(cpu.mode.has(Mode::AVX));
-        for (at, bytes) in [(DATA, &before.data[..DATA_LEN]), (EDGE, &before.data[DATA_LEN..])] {
-            self.memory.write_slice(bytes, GuestAddress(at - WINDOW)).unwrap();
+        for (range, gpa) in data_pieces() {
+            self.memory.write_slice(&before.data[range], gpa).unwrap();
         }
         let mut turns = 0;
         let fault = loop {
@@ -248,8 +271,9 @@ impl Engine {
         let mut image = [0; 512];
         s.x87.fxsave(&mut image, true);
         let mut data = vec![0; before.data.len()];
-        self.memory.read_slice(&mut data[..DATA_LEN], GuestAddress(DATA - WINDOW)).unwrap();
-        self.memory.read_slice(&mut data[DATA_LEN..], GuestAddress(EDGE - WINDOW)).unwrap();
+        for (range, gpa) in data_pieces() {
+            self.memory.read_slice(&mut data[range], gpa).unwrap();
+        }
         let rip = if s.rip == FALL { INSN + self.len } else { s.rip };
         let mut after = Machine {
             gpr: s.gpr,

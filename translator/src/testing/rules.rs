@@ -76,6 +76,37 @@ fn an_operand_across_four_gigabytes() {
     check(64, &[0x67, 0xc4, 0xe2, 0x6d, 0x2c, 0x0e], set, fault(vector::PF, 4, 1 << 32));
 }
 
+/// Fields of one object, of which some lie in another page than the first: before it, behind it, and across its edges.
+#[test]
+fn fields_beside_a_page() {
+    let code = [
+        &[0x48, 0x8b, 0x06][..],         // mov rax, [rsi]
+        &[0x48, 0x89, 0x4e, 0x08],       // mov [rsi + 8], rcx
+        &[0x48, 0x8b, 0x56, 0xfc],       // mov rdx, [rsi - 4]
+        &[0x48, 0x89, 0x4e, 0xfb],       // mov [rsi - 5], rcx
+        &[0x4c, 0x8b, 0x46, 0xf0],       // mov r8, [rsi - 10h]
+        &[0xc5, 0xfe, 0x6f, 0x4e, 0xe1], // vmovdqu ymm1, [rsi - 1fh]
+        &[0x48, 0x01, 0x4e, 0xf9],       // add [rsi - 7], rcx
+        &[0x51, 0x58],                   // push rcx; pop rax
+    ]
+    .concat();
+    let edge = (DATA | 0xfff) + 1;
+    for at in [edge - 16, edge - 8, edge - 3, edge, edge + 1, edge + 4, edge + 16, edge + 32] {
+        let mut before = Machine::new([0; 16], 0x202, (0..=255).cycle().take(DATA_LEN + 256).collect());
+        (before.gpr[1], before.gpr[4], before.gpr[6]) = (0x1122_3344_5566_7788, DATA + 0x40, at);
+        let [interpreted, quick, compiled] = Kind::ALL.map(|kind| {
+            let mut engine = Engine::new(kind, 64);
+            engine.load(&code, std::slice::from_ref(&before)).unwrap();
+            engine.run(&before).unwrap()
+        });
+        assert_eq!(interpreted.fault, None);
+        for other in [quick, compiled] {
+            assert_eq!((&interpreted.gpr, &interpreted.ymm), (&other.gpr, &other.ymm), "{at:#x}");
+            assert!(interpreted.data == other.data, "{at:#x}");
+        }
+    }
+}
+
 /// Elements at a page's end: backwards they are not inside it, and the source comes first.
 #[test]
 fn string_elements_across_pages() {
