@@ -42,6 +42,9 @@ fn programs() -> impl Iterator<Item = &'static Program> {
     ONE_CPU.into_iter().chain([smp::PROGRAMS]).flatten()
 }
 
+/// What comes of a program that has gone wrong: none's result.
+const WRONG: Option<u64> = Some(0);
+
 /// What `exec` comes back with when it only starts and ends.
 const NOTHING: &str = "nothing";
 

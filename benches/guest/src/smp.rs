@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use crate::stress::COMPUTE;
-use crate::{Numbers, Program, fold, integer};
+use crate::{Numbers, Program, WRONG, fold, integer};
 
 /// The group's programs.
 pub const PROGRAMS: &[Program] = &[
@@ -33,7 +33,7 @@ fn computes(threads: usize) -> Option<u64> {
         let sums: Option<Vec<u64>> = threads.into_iter().map(|thread| thread.join().ok()?).collect();
         let sums = sums?;
         let first = *sums.first()?;
-        sums.iter().all(|&sum| sum == first).then_some(first)
+        sums.iter().all(|&sum| sum == first).then_some(first).or(WRONG)
     })
 }
 
@@ -47,7 +47,7 @@ fn sort(threads: usize) -> Option<u64> {
     let (low, high) = sorted.split_at_mut(N / 2);
     both(threads, || merge_sort(left, low), || merge_sort(right, high));
     both(threads, || merge_up(left, right, low), || merge_down(left, right, high));
-    sorted.is_sorted().then(|| sorted.iter().step_by(1000).fold(0, |sum, &n| fold(sum, n.into())))
+    sorted.is_sorted().then(|| sorted.iter().step_by(1000).fold(0, |sum, &n| fold(sum, n.into()))).or(WRONG)
 }
 
 /// Does two things, at once or one after the other.
@@ -228,7 +228,7 @@ fn ping_pong() -> Option<u64> {
     });
     // SAFETY: these are open, and nobody uses them any more.
     there.into_iter().chain(back).for_each(|fd| _ = unsafe { libc::close(fd) });
-    (counts[0] == counts[1]).then_some(counts[0])
+    (counts[0] == counts[1]).then_some(counts[0]).or(WRONG)
 }
 
 /// Waits on a word for as long as it has a value, or wakes so many.

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use crate::{NOTHING, Program};
+use crate::{NOTHING, Program, WRONG};
 
 /// The group's programs.
 pub const PROGRAMS: &[Program] = &[
@@ -46,7 +46,7 @@ fn pipe() -> Option<u64> {
         let count = (0..ROUNDS).take_while(|_| libc::write(there[1], at, 1) == 1 && libc::read(back[0], at, 1) == 1);
         let count = count.count() as u64;
         there.into_iter().chain(back).for_each(|fd| _ = libc::close(fd));
-        ended_well(child).then_some(count)
+        ended_well(child).then_some(count).or(WRONG)
     }
 }
 

@@ -15,6 +15,7 @@ use crate::insn::{Insn, Mode};
 use crate::jit::Unsupported;
 use crate::jit::emit::{Helper, JitEmit, aligned, at, plain};
 use crate::jit::frame::HELPERS;
+use crate::jit::pages;
 use crate::mmu::tlb::{Sites, TlbEntry, Translations, site};
 use crate::state::seg;
 
@@ -318,7 +319,11 @@ fn look_up(b: &mut FunctionBuilder<'_>, table: Value, linear: Value, bytes: Widt
 fn page_of_last(b: &mut FunctionBuilder<'_>, linear: Value, bytes: Width) -> Value {
     let last = match bytes {
         Width::Known(1) => linear,
-        Width::Known(n) => b.ins().iadd_imm_u(linear, n as i64 - 1),
+        Width::Known(n) => {
+            // One addition where the address is a sum already.
+            let (part, k) = pages::sum(linear, b.func).unwrap_or((linear, 0));
+            b.ins().iadd_imm_s(part, k.wrapping_add(n as i64 - 1))
+        }
         Width::Given(n) => {
             let behind = b.ins().iadd(linear, n);
             b.ins().iadd_imm_s(behind, -1)

@@ -119,15 +119,8 @@ impl Pages {
             if let Some(at) = self.values.get(&v) {
                 return Some(Address { plus: at.plus.wrapping_add(plus), ..*at });
             }
-            let ValueDef::Result(inst, 0) = func.dfg.value_def(v) else { return None };
-            let InstructionData::Binary { opcode, args: [a, b] } = func.dfg.insts[inst] else { return None };
-            let k = constant(b, func)?;
-            plus = match opcode {
-                Opcode::Iadd => plus.wrapping_add(k),
-                Opcode::Isub => plus.wrapping_sub(k),
-                _ => return None,
-            };
-            v = a;
+            let (part, k) = sum(v, func)?;
+            (v, plus) = (part, plus.wrapping_add(k));
         }
     }
 
@@ -152,6 +145,18 @@ impl Pages {
             self.found.remove(0);
         }
         self.found.push(Found { at, write, page, addend });
+    }
+}
+
+/// What a 64-bit value is the sum of, if one part is a constant.
+pub fn sum(v: Value, func: &Function) -> Option<(Value, i64)> {
+    let ValueDef::Result(inst, 0) = func.dfg.value_def(v) else { return None };
+    let InstructionData::Binary { opcode, args: [a, b] } = func.dfg.insts[inst] else { return None };
+    let k = constant(b, func)?;
+    match opcode {
+        Opcode::Iadd => Some((a, k)),
+        Opcode::Isub => Some((a, k.wrapping_neg())),
+        _ => None,
     }
 }
 
