@@ -16,7 +16,7 @@ use crate::jit::Unsupported;
 use crate::jit::emit::{Helper, JitEmit, aligned, at, plain};
 use crate::jit::frame::HELPERS;
 use crate::jit::pages;
-use crate::mmu::tlb::{Sites, TlbEntry, Translations, site};
+use crate::mmu::tlb::{Places, Sites, TlbEntry, Translations, site};
 use crate::state::seg;
 
 const ENTRIES_AT: i32 = offset_of!(Translations, entries) as i32;
@@ -25,9 +25,13 @@ const SITES_AT: i32 = offset_of!(Translations, sites) as i32;
 /// No page's linear address, nor near any: what comes back from a slow path had a canonical address.
 const NO_PAGE: i64 = i64::MIN;
 
-/// Where in the table a site's word is, of those at `field`.
-fn site_at(field: usize, site: usize) -> i32 {
-    SITES_AT + (field + 8 * site) as i32
+/// Offsets of [`Places`] in [`Sites`].
+const LAST: usize = offset_of!(Sites, last);
+const BEFORE: usize = offset_of!(Sites, before);
+
+/// Where in the table a site's word is, of those at `field` of `places`.
+fn site_at(places: usize, field: usize, site: usize) -> i32 {
+    SITES_AT + (places + field + 8 * site) as i32
 }
 
 impl JitEmit<'_> {
@@ -129,18 +133,24 @@ impl JitEmit<'_> {
         self.next_site += 1;
         let site = site(self.next_site, store, bytes);
         let table = self.b.use_var(self.tlb);
-        let base = self.b.ins().load(I64, aligned(), table, site_at(offset_of!(Sites, base), site));
-        let offset = self.b.ins().isub(linear, base);
-        let limit = self.b.ins().load(I64, aligned(), table, site_at(offset_of!(Sites, limit), site));
-        let hit = self.b.ins().icmp(IntCC::UnsignedLessThan, offset, limit);
-        let (here, elsewhere) = (self.b.create_block(), self.b.create_block());
-        self.b.set_cold_block(elsewhere);
-        self.b.ins().brif(hit, here, &[], elsewhere, &[]);
-        self.b.switch_to_block(here);
-        let host = self.b.ins().load(I64, aligned(), table, site_at(offset_of!(Sites, host), site));
-        let host = self.b.ins().iadd(host, offset);
-        finish(self, host);
-        self.b.switch_to_block(elsewhere);
+        for places in [LAST, BEFORE] {
+            let at = |field| site_at(places, field, site);
+            let base = self.b.ins().load(I64, aligned(), table, at(offset_of!(Places, base)));
+            let offset = self.b.ins().isub(linear, base);
+            let limit = self.b.ins().load(I64, aligned(), table, at(offset_of!(Places, limit)));
+            let hit = self.b.ins().icmp(IntCC::UnsignedLessThan, offset, limit);
+            let (here, elsewhere) = (self.b.create_block(), self.b.create_block());
+            self.b.set_cold_block(elsewhere);
+            if places == BEFORE {
+                self.b.set_cold_block(here);
+            }
+            self.b.ins().brif(hit, here, &[], elsewhere, &[]);
+            self.b.switch_to_block(here);
+            let first = self.b.ins().load(I64, aligned(), table, at(offset_of!(Places, host)));
+            let host = self.b.ins().iadd(first, offset);
+            finish(self, host);
+            self.b.switch_to_block(elsewhere);
+        }
     }
 
     /// Calls a slow path and leaves to the interpreter if it says so; gives the address it found.
@@ -354,9 +364,12 @@ pub fn site_thunk(b: &mut FunctionBuilder<'_>, params: &[Value], helper: Helper,
     let size = b.ins().iconst(I64, PAGE_SIZE as i64 + 1);
     let limit = b.ins().isub(size, bytes);
     let used = b.ins().iconst(I64, 1);
-    b.ins().store(aligned(), page, at, site_at(offset_of!(Sites, base), 0));
-    b.ins().store(aligned(), limit, at, site_at(offset_of!(Sites, limit), 0));
-    b.ins().store(aligned(), host, at, site_at(offset_of!(Sites, host), 0));
+    let fields = [offset_of!(Places, base), offset_of!(Places, limit), offset_of!(Places, host)];
+    for (field, now) in fields.into_iter().zip([page, limit, host]) {
+        let last = b.ins().load(I64, aligned(), at, site_at(LAST, field, 0));
+        b.ins().store(aligned(), last, at, site_at(BEFORE, field, 0));
+        b.ins().store(aligned(), now, at, site_at(LAST, field, 0));
+    }
     b.ins().store(aligned(), used, table, SITES_AT + offset_of!(Sites, used) as i32);
     let host = b.ins().iadd(addend, linear);
     if matches!(helper, Helper::Store) {

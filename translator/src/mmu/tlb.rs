@@ -61,12 +61,21 @@ pub fn site(n: usize, store: bool, bytes: u64) -> usize {
     kind * SITES + n % SITES
 }
 
-/// Where accesses in loops were last: an offset from `base` below `limit` is at that offset from `host`. What these hold
-/// was in the table's entries once, and goes with them.
+/// Where accesses in loops were last, and before that: data may lie across the end of a page. What these hold was in the
+/// table's entries once, and goes with them.
 #[repr(C)]
 pub struct Sites {
     /// Whether there may be a `limit` that is not 0; compiled code says 1.
     pub used: u64,
+    /// Where they were last.
+    pub last: Places,
+    /// Where they were before.
+    pub before: Places,
+}
+
+/// A page for each site: an offset from `base` below `limit` is at that offset from `host`.
+#[repr(C)]
+pub struct Places {
     /// Linear addresses of pages.
     pub base: [u64; ALL_SITES],
     /// One more than the highest offset at which such an access stays inside the page; 0 for an empty site.
@@ -202,7 +211,8 @@ impl Table {
     fn clear_sites(&mut self) {
         let sites = &mut self.known.sites;
         if sites.used != 0 {
-            sites.limit.fill(0);
+            sites.last.limit.fill(0);
+            sites.before.limit.fill(0);
             sites.used = 0;
         }
     }
