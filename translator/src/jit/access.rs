@@ -19,18 +19,18 @@ use crate::jit::pages;
 use crate::mmu::tlb::{Places, Sites, TlbEntry, Translations, site};
 use crate::state::seg;
 
-const ENTRIES_AT: i32 = offset_of!(Translations, entries) as i32;
-const SITES_AT: i32 = offset_of!(Translations, sites) as i32;
+pub(crate) const ENTRIES_AT: i32 = offset_of!(Translations, entries) as i32;
+pub(crate) const SITES_AT: i32 = offset_of!(Translations, sites) as i32;
 
 /// No page's linear address, nor near any: what comes back from a slow path had a canonical address.
 const NO_PAGE: i64 = i64::MIN;
 
 /// Offsets of [`Places`] in [`Sites`].
-const LAST: usize = offset_of!(Sites, last);
-const BEFORE: usize = offset_of!(Sites, before);
+pub(crate) const LAST: usize = offset_of!(Sites, last);
+pub(crate) const BEFORE: usize = offset_of!(Sites, before);
 
 /// Where in the table a site's word is, of those at `field` of `places`.
-fn site_at(places: usize, field: usize, site: usize) -> i32 {
+pub(crate) fn site_at(places: usize, field: usize, site: usize) -> i32 {
     SITES_AT + (places + field + 8 * site) as i32
 }
 
@@ -344,7 +344,7 @@ fn page_of_last(b: &mut FunctionBuilder<'_>, linear: Value, bytes: Width) -> Val
 
 /// The body of a thunk that compiled code calls for an access that is not where its site was last: by the table, whose
 /// page the site remembers then, or else by the helper's own thunk. Parameters are those of helpers, with the site's
-/// number above the number of bytes.
+/// number above the number of bytes. (On x86-64 hosts [`crate::quick::site`] has a shorter one of some.)
 pub fn site_thunk(b: &mut FunctionBuilder<'_>, params: &[Value], helper: Helper, signature: SigRef) {
     let [cpu, linear, which, value] = *params else { return };
     let bytes = b.ins().band_imm_u(which, 0xff);

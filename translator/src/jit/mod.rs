@@ -4,7 +4,7 @@
 //! the vCPU thread picks the code up between two blocks, copies it into the arena and publishes it. What the threads
 //! share is in `handover.rs`, what becomes of the code in `cache.rs`.
 
-mod access;
+pub(crate) mod access;
 pub mod bridge;
 pub mod cache;
 pub mod compile;
@@ -159,7 +159,8 @@ impl Jit {
         for site in &library.lookups {
             arena.patch_branch(shared.start() + site, lookup.start() + PUSH_LEN);
         }
-        let thunks = (0..THUNKS).map(|n| install(compiler.thunk(n))).collect::<Result<_, _>>()?;
+        let mut thunk = |n| quick.and_then(|quick| quick.thunk(n)).map_or_else(|| compiler.thunk(n), Ok);
+        let thunks = (0..THUNKS).map(|n| install(thunk(n))).collect::<Result<_, _>>()?;
         Ok(Jit {
             cache: Cache::new(arena, lookup.start() + entry),
             workers: Workers::start(workers)?,

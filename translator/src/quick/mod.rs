@@ -11,6 +11,7 @@
 pub mod asm;
 pub mod cross;
 mod emit;
+pub mod site;
 mod values;
 mod vector;
 
@@ -21,7 +22,7 @@ use crate::cpu::ANCHOR;
 use crate::insn::{Insn, Mode};
 use crate::jit::compile::Compiled;
 use crate::jit::emit::{Helper, at};
-use crate::jit::frame::reason;
+use crate::jit::frame::{HELPERS, reason};
 use crate::jit::region::Options;
 use crate::mmu::tlb::{TlbEntry, Translations};
 use asm::{Alu, Asm, Cc, Gpr, Jump, Mem, Shift};
@@ -258,8 +259,13 @@ impl Quick {
         start
     }
 
-    /// `extern "C" fn(cpu, code)`: calls compiled code. Regions preserve the registers that C functions do; quick code
-    /// does not.
+    /// Thunk number `thunk` ([`THUNKS`](crate::jit::frame::THUNKS)), if there is a shorter one than the compiler's.
+    pub fn thunk(&self, thunk: usize) -> Option<Vec<u8>> {
+        let helper = [Some(Helper::Load), None, Some(Helper::Modify), Some(Helper::Find)][thunk.checked_sub(HELPERS)?]?;
+        Some(site::thunk_for(helper))
+    }
+
+    /// `extern "C" fn(cpu, code)`: calls compiled code, which preserves none of the registers that C functions do.
     pub fn trampoline(&self) -> Vec<u8> {
         let saved = [Gpr::RBX, Gpr(12), Gpr(13), Gpr(14), Gpr(15)];
         let mut a = Asm::default();

@@ -1,0 +1,66 @@
+//! The thunks of loads and resolved stores in loops ([`crate::jit::access::site_thunk`]) as x86-64 code that saves no more
+//! registers than it changes: a loop that walks down the columns of a matrix calls one each time.
+
+use std::mem::offset_of;
+
+use super::asm::{Alu, Asm, Cc, Gpr, Mem, Shift, Unary};
+use super::emit::{CPU, cpu, thunk};
+use crate::addr::PAGE_SIZE;
+use crate::jit::access::{BEFORE, ENTRIES_AT, LAST, SITES_AT, site_at};
+use crate::jit::emit::{Helper, at};
+use crate::mmu::tlb::{Places, Sites, TlbEntry, Translations};
+
+/// The thunk for a helper that gives an address.
+pub fn thunk_for(helper: Helper) -> Vec<u8> {
+    let (linear, which) = (Gpr::RSI, Gpr::RDX);
+    let (found, page, table, word) = (Gpr::RAX, Gpr(10), Gpr(8), Gpr(9));
+    let saved = [found, which, table, word, page];
+    let tag = match helper {
+        Helper::Load | Helper::Find => offset_of!(TlbEntry, read),
+        _ => offset_of!(TlbEntry, write),
+    };
+    let entry = |field: usize| Mem::indexed(table, found, ENTRIES_AT + field as i32);
+    let place = |places: usize, field: usize| Mem::at(table, site_at(places, field, 0));
+    let fields @ [base, limit, host] = [offset_of!(Places, base), offset_of!(Places, limit), offset_of!(Places, host)];
+    let shift = size_of::<TlbEntry>().trailing_zeros() as u8;
+    let mut a = Asm::default();
+    saved.iter().for_each(|&r| a.push(r));
+    a.load(8, table, cpu(at!(jit.tlb)));
+    a.mov(8, found, linear);
+    a.shift_imm(8, Shift::Shr, found, 12 - shift);
+    a.alu(8, Alu::And, found, Mem::at(table, offset_of!(Translations, mask) as i32));
+    a.movzx(1, word, which);
+    a.lea(8, page, Mem::indexed(linear, word, -1));
+    a.alu_imm(8, Alu::And, page, -(PAGE_SIZE as i32));
+    a.alu(8, Alu::Cmp, page, entry(tag));
+    let miss = a.jcc(Cc::NE);
+    a.load(8, found, entry(offset_of!(TlbEntry, addend)));
+    a.store_imm(8, Mem::at(table, SITES_AT + offset_of!(Sites, used) as i32), 1);
+    a.shift_imm(8, Shift::Shr, which, 8);
+    a.lea(8, table, Mem { base: Some(table), index: Some((which, 3)), disp: 0 });
+    for field in fields {
+        a.load(8, which, place(LAST, field));
+        a.store(8, place(BEFORE, field), which);
+    }
+    a.unary(8, Unary::Neg, word);
+    a.alu_imm(8, Alu::Add, word, PAGE_SIZE as i32 + 1);
+    a.store(8, place(LAST, base), page);
+    a.store(8, place(LAST, limit), word);
+    a.alu(8, Alu::Add, page, found);
+    a.store(8, place(LAST, host), page);
+    a.alu(8, Alu::Add, found, linear);
+    a.store(8, cpu(at!(jit.slow_result)), found);
+    saved.iter().rev().for_each(|&r| a.pop(r));
+    a.ret();
+
+    a.here(miss);
+    saved.iter().rev().for_each(|&r| a.pop(r));
+    // For the stack's alignment, too.
+    a.push(which);
+    a.movzx(1, which, which);
+    a.call(thunk(helper));
+    a.pop(which);
+    a.ret();
+    debug_assert_eq!(CPU, Gpr::RDI);
+    a.code
+}
