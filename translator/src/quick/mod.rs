@@ -261,8 +261,12 @@ impl Quick {
 
     /// Thunk number `thunk` ([`THUNKS`](crate::jit::frame::THUNKS)), if there is a shorter one than the compiler's.
     pub fn thunk(&self, thunk: usize) -> Option<Vec<u8>> {
-        let helper = [Some(Helper::Load), None, Some(Helper::Modify), Some(Helper::Find)][thunk.checked_sub(HELPERS)?]?;
-        Some(site::thunk_for(helper))
+        match thunk.checked_sub(HELPERS)? {
+            0 => Some(site::thunk_for(Helper::Load)),
+            2 => Some(site::thunk_for(Helper::Modify)),
+            3 => Some(site::thunk_for(Helper::Find)),
+            _ => None,
+        }
     }
 
     /// `extern "C" fn(cpu, code)`: calls compiled code, which preserves none of the registers that C functions do.
