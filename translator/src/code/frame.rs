@@ -213,7 +213,7 @@ mod tests {
         let mut code = SAVING;
         code[26] = 0x18;
         let before = code;
-        assert_eq!(elide_frame(&mut code, &[40], &[44..59]), elided(13, &[40]));
+        assert_eq!(elide_frame(&mut code, &[40], std::slice::from_ref(&(44..59))), elided(13, &[40]));
         assert_eq!((&code[17..38], code[38]), (&before[17..38], NOP));
         assert_eq!(code[39..], before[39..], "this one ends before it jumps");
     }
