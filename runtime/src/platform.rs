@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use diglot_devices::bus::Nanos;
+use diglot_devices::bus::{Nanos, scale};
 use diglot_devices::chipset::{Chipset, PowerEvent, Startup};
 use diglot_translator::engine::{Kick, Platform};
 use parking_lot::{Condvar, Mutex};
@@ -101,11 +101,7 @@ impl Shared {
 
     /// The time-stamp counter at a time.
     pub fn tsc(&self, now: Nanos) -> u64 {
-        const SECOND: u64 = 1_000_000_000;
-        // What `scale` gives, without its division of 128 bits: guests ask with each system call. No processor counts
-        // 18 GHz, so that the second product does not overflow either.
-        let (seconds, rest) = (now / SECOND, now % SECOND);
-        seconds.wrapping_mul(self.tsc_hz).wrapping_add(rest.wrapping_mul(self.tsc_hz) / SECOND)
+        scale(now, self.tsc_hz, 1_000_000_000)
     }
 
     /// Asks for another engine.
