@@ -14,7 +14,7 @@
 use std::ops::Range;
 
 use super::HostIsa;
-use super::patch::is_patchable;
+use super::patch::{X86_JMP_REL32, is_patchable};
 
 /// Length of `push rbp` alone: how far past its start code that has changed `rbp` since enters an elided unit.
 pub const PUSH_LEN: usize = 1;
@@ -24,7 +24,6 @@ const FRAME_SETUP: [u8; 4] = [0x55, 0x48, 0x89, 0xe5];
 const FRAME_END: [u8; 4] = [0x48, 0x89, 0xec, 0x5d];
 /// How much of it elided units keep.
 const KEPT: usize = 3;
-const JMP_REL32: u8 = 0xe9;
 const NOP: u8 = 0x90;
 /// The registers that C functions preserve, besides RBP: RBX and R12 to R15.
 const PRESERVED: u16 = 1 << 3 | 0xf000;
@@ -49,7 +48,9 @@ pub struct Elided {
 /// computed tail jumps enter any unit at its start.
 pub fn elide_frame(code: &mut [u8], tail_jump_sites: &[usize], tail_jumps: &[Range<usize>]) -> Option<Elided> {
     let is_tail_jump = |&site: &usize| {
-        code.get(..site).and_then(|before| before.strip_suffix(&[JMP_REL32])).is_some_and(|b| b.ends_with(&FRAME_END))
+        code.get(..site)
+            .and_then(|before| before.strip_suffix(&[X86_JMP_REL32]))
+            .is_some_and(|b| b.ends_with(&FRAME_END))
             && code.len() - site >= size_of::<i32>()
     };
     if !code.starts_with(&FRAME_SETUP) || !tail_jump_sites.iter().all(is_tail_jump) {
@@ -68,7 +69,7 @@ pub fn elide_frame(code: &mut [u8], tail_jump_sites: &[usize], tail_jumps: &[Ran
         code[start..start + KEPT].copy_from_slice(&FRAME_END[..KEPT]);
         let earlier = (start + KEPT + 1..=site).find(|&at| is_patchable(HostIsa::X86_64, at)).unwrap_or(site);
         // What is behind it is the displacement of before, or nothing that control comes to.
-        code[earlier - 1] = JMP_REL32;
+        code[earlier - 1] = X86_JMP_REL32;
         code[earlier..earlier + size_of::<i32>()].fill(0);
         earlier
     });

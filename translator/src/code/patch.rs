@@ -12,7 +12,7 @@
 use super::HostIsa;
 
 /// Opcode of `jmp rel32` (SDM vol. 2 `JMP`).
-const X86_JMP_REL32: u8 = 0xe9;
+pub(super) const X86_JMP_REL32: u8 = 0xe9;
 const AARCH64_B: u32 = 0x1400_0000;
 const AARCH64_B_MASK: u32 = 0xfc00_0000;
 

@@ -80,20 +80,14 @@ impl JitEmit<'_> {
             let offset = self.b.ins().isub(linear, near.page);
             let most = (PAGE_SIZE - bytes) as i64;
             let hit = self.b.ins().icmp_imm_u(IntCC::UnsignedLessThanOrEqual, offset, most);
-            let (here, elsewhere) = (self.b.create_block(), self.b.create_block());
-            self.b.set_cold_block(elsewhere);
-            self.b.ins().brif(hit, here, &[], elsewhere, &[]);
-            self.b.switch_to_block(here);
+            let elsewhere = self.go_on_if(hit);
             let host = self.b.ins().iadd(near.addend, linear);
             finish(self, host, [host; 2]);
             self.b.switch_to_block(elsewhere);
         } else {
             let table = self.b.use_var(self.tlb);
             let Lookup { entry, page, hit } = look_up(&mut self.b, table, linear, Width::Known(bytes), tag);
-            let (known, miss) = (self.b.create_block(), self.b.create_block());
-            self.b.set_cold_block(miss);
-            self.b.ins().brif(hit, known, &[], miss, &[]);
-            self.b.switch_to_block(known);
+            let miss = self.go_on_if(hit);
             let addend = self.b.ins().load(I64, aligned(), entry, ENTRIES_AT + offset_of!(TlbEntry, addend) as i32);
             let host = self.b.ins().iadd(addend, linear);
             finish(self, host, [page, addend]);
@@ -127,6 +121,15 @@ impl JitEmit<'_> {
         self.loaded();
     }
 
+    /// Goes on where `hit` is true; the block, an unlikely one, where it is not.
+    fn go_on_if(&mut self, hit: Value) -> Block {
+        let (here, elsewhere) = (self.b.create_block(), self.b.create_block());
+        self.b.set_cold_block(elsewhere);
+        self.b.ins().brif(hit, here, &[], elsewhere, &[]);
+        self.b.switch_to_block(here);
+        elsewhere
+    }
+
     /// Begins an access by where it was last, which `finish` does and ends; the current block is where it is somewhere
     /// else.
     fn by_site(&mut self, linear: Value, bytes: u64, store: bool, finish: impl Fn(&mut Self, Value)) {
@@ -139,13 +142,12 @@ impl JitEmit<'_> {
             let offset = self.b.ins().isub(linear, base);
             let limit = self.b.ins().load(I64, aligned(), table, at(offset_of!(Places, limit)));
             let hit = self.b.ins().icmp(IntCC::UnsignedLessThan, offset, limit);
-            let (here, elsewhere) = (self.b.create_block(), self.b.create_block());
-            self.b.set_cold_block(elsewhere);
-            if places == BEFORE {
+            let elsewhere = self.go_on_if(hit);
+            if places == BEFORE
+                && let Some(here) = self.b.current_block()
+            {
                 self.b.set_cold_block(here);
             }
-            self.b.ins().brif(hit, here, &[], elsewhere, &[]);
-            self.b.switch_to_block(here);
             let first = self.b.ins().load(I64, aligned(), table, at(offset_of!(Places, host)));
             let host = self.b.ins().iadd(first, offset);
             finish(self, host);

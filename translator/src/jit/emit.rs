@@ -378,10 +378,15 @@ impl<'a> JitEmit<'a> {
         (self.b, self.emitted)
     }
 
+    /// Whether what is known at the end of block `from` is known at the beginning of `to`.
+    fn hands_down(&self, from: usize, to: usize) -> bool {
+        to > from && self.plan.only_from(to) == Some(from)
+    }
+
     /// The registers that blocks which are entered from block `k` alone address memory by.
     fn bases_below(&self, k: usize) -> u16 {
         let below = self.plan.blocks[k].successors().filter_map(|off| self.plan.find(off));
-        let below = below.filter(|&to| to > k && !self.in_loops[to] && self.plan.only_from(to) == Some(k));
+        let below = below.filter(|&to| !self.in_loops[to] && self.hands_down(k, to));
         below.fold(0, |set, to| set | self.bases[to])
     }
 
@@ -770,7 +775,7 @@ impl<'a> JitEmit<'a> {
 
     pub(super) fn go_to_block(&mut self, k: usize) {
         let dirty = self.flags_dirty;
-        if self.plan.only_from(k) == Some(self.current) && k > self.current {
+        if self.hands_down(self.current, k) {
             self.handed_down[k] = Some((self.flags.clone(), dirty));
             self.inherited[k] = self.pages.hand_down();
         } else if self.flags_read_in[k] != 0 {

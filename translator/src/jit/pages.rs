@@ -21,7 +21,7 @@ const MOST: usize = 3;
 const RSP: u8 = 4;
 
 /// An address: what some register had, by number, and what is added to it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Address {
     of: u32,
     plus: i64,
@@ -43,7 +43,7 @@ pub struct Found {
 #[derive(Default)]
 pub struct Pages {
     /// What each guest register has.
-    registers: [Option<Address>; 16],
+    registers: [Address; 16],
     /// What values are.
     values: HashMap<Value, Address>,
     numbers: u32,
@@ -64,18 +64,16 @@ impl Pages {
             self.changed(r);
         }
         for (r, found) in inherited {
-            if let Some(at) = self.registers[usize::from(r)] {
-                self.found.push(Found { at: Address { of: at.of, ..found.at }, ..found });
-            }
+            let of = self.registers[usize::from(r)].of;
+            self.found.push(Found { at: Address { of, ..found.at }, ..found });
         }
     }
 
     /// What a block is handed down that is entered from here alone.
     pub fn hand_down(&self) -> Inherited {
         let by_register = |found: &Found| {
-            let has = |at: &Option<Address>| at.is_some_and(|at| at.of == found.at.of);
-            let r = self.registers.iter().position(has)?;
-            let at = Address { plus: found.at.plus.wrapping_sub(self.registers[r]?.plus), ..found.at };
+            let r = self.registers.iter().position(|has| has.of == found.at.of)?;
+            let at = Address { plus: found.at.plus.wrapping_sub(self.registers[r].plus), ..found.at };
             Some((r as u8, Found { at, ..*found }))
         };
         self.found.iter().filter_map(by_register).collect()
@@ -89,20 +87,18 @@ impl Pages {
     /// Guest register `r` has a new value that nothing is known of.
     pub fn changed(&mut self, r: u8) {
         self.numbers += 1;
-        self.registers[usize::from(r & 15)] = Some(Address { of: self.numbers, plus: 0 });
+        self.registers[usize::from(r & 15)] = Address { of: self.numbers, plus: 0 };
     }
 
     /// Guest register `r` was read as `v`.
     pub fn is_read(&mut self, r: u8, v: Value) {
-        if let Some(at) = self.registers[usize::from(r & 15)] {
-            self.values.insert(v, at);
-        }
+        self.values.insert(v, self.registers[usize::from(r & 15)]);
     }
 
     /// Guest register `r` is `v` from here on.
     pub fn is_set(&mut self, r: u8, v: Value, func: &Function) {
         match self.address(v, func) {
-            Some(at) => self.registers[usize::from(r & 15)] = Some(at),
+            Some(at) => self.registers[usize::from(r & 15)] = at,
             None => self.changed(r),
         }
     }
@@ -132,9 +128,7 @@ impl Pages {
 
     /// Whether an instruction behind the current one addresses memory by what `at` is a sum of.
     pub fn is_used_again(&self, at: Address) -> bool {
-        let used =
-            |(r, has): (usize, &Option<Address>)| self.later >> r & 1 != 0 && has.is_some_and(|has| has.of == at.of);
-        self.registers.iter().enumerate().any(used)
+        self.registers.iter().enumerate().any(|(r, has)| self.later >> r & 1 != 0 && has.of == at.of)
     }
 
     /// Notes where an access was found.

@@ -17,9 +17,11 @@ mod vector;
 
 use std::mem::offset_of;
 
+use crate::addr::PAGE_SIZE;
 use crate::code::HostIsa;
 use crate::cpu::ANCHOR;
 use crate::insn::{Insn, Mode};
+use crate::jit::access::ENTRIES_AT;
 use crate::jit::compile::Compiled;
 use crate::jit::emit::{Helper, at};
 use crate::jit::frame::{HELPERS, reason};
@@ -195,21 +197,43 @@ fn set_rip(a: &mut Asm) {
     a.store(8, emit::cpu(at!(s.rip)), Gpr::RAX);
 }
 
-/// By the soft TLB, whose entry is that of the first byte if the last one lies in the same page; else by helper.
+/// A lookup in the soft TLB, by the registers that it uses: the entry is that of the first byte, if the last one lies in
+/// the same page.
+struct Lookup {
+    /// Becomes the current table.
+    table: Gpr,
+    linear: Gpr,
+    /// Becomes what the host's address is more than the linear one; only if the entry is the page's.
+    found: Gpr,
+    /// Becomes the linear address of the page.
+    page: Gpr,
+}
+
+impl Lookup {
+    /// Emits it for an access whose last byte is at `last`; the branch that is taken on a miss.
+    fn emit(&self, a: &mut Asm, last: Mem, write: bool) -> Jump {
+        let Lookup { table, linear, found, page } = *self;
+        let shift = size_of::<TlbEntry>().trailing_zeros() as u8;
+        let tag = if write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) };
+        let entry = |field: usize| Mem::indexed(table, found, ENTRIES_AT + field as i32);
+        a.load(8, table, emit::cpu(at!(jit.tlb)));
+        a.mov(8, found, linear);
+        a.shift_imm(8, Shift::Shr, found, 12 - shift);
+        a.alu(8, Alu::And, found, Mem::at(table, offset_of!(Translations, mask) as i32));
+        a.lea(8, page, last);
+        a.alu_imm(8, Alu::And, page, -(PAGE_SIZE as i32));
+        a.alu(8, Alu::Cmp, page, entry(tag));
+        let miss = a.jcc(Cc::NE);
+        a.load(8, found, entry(offset_of!(TlbEntry, addend)));
+        miss
+    }
+}
+
+/// By the soft TLB, or else by helper.
 fn find(a: &mut Asm, bytes: i32, write: bool) {
-    let (table, found, last, linear) = (Gpr::RCX, Gpr::RAX, Gpr::RDX, Gpr::RSI);
-    let shift = size_of::<TlbEntry>().trailing_zeros() as u8;
-    let tag = if write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) };
-    let entry = |field: usize| Mem::indexed(table, found, (offset_of!(Translations, entries) + field) as i32);
-    a.load(8, table, emit::cpu(at!(jit.tlb)));
-    a.mov(8, found, linear);
-    a.shift_imm(8, Shift::Shr, found, 12 - shift);
-    a.alu(8, Alu::And, found, Mem::at(table, offset_of!(Translations, mask) as i32));
-    a.lea(8, last, Mem::at(linear, bytes - 1));
-    a.alu_imm(8, Alu::And, last, -4096);
-    a.alu(8, Alu::Cmp, last, entry(tag));
-    let miss = a.jcc(Cc::NE);
-    a.load(8, found, entry(offset_of!(TlbEntry, addend)));
+    let (found, linear) = (Gpr::RAX, Gpr::RSI);
+    let lookup = Lookup { table: Gpr::RCX, linear, found, page: Gpr::RDX };
+    let miss = lookup.emit(a, Mem::at(linear, bytes - 1), write);
     // No guest memory is at the host's address 0.
     a.alu(8, Alu::Add, found, linear);
     a.ret();

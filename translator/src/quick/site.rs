@@ -3,38 +3,27 @@
 
 use std::mem::offset_of;
 
-use super::asm::{Alu, Asm, Cc, Gpr, Mem, Shift, Unary};
-use super::emit::{CPU, cpu, thunk};
+use super::Lookup;
+use super::asm::{Alu, Asm, Gpr, Mem, Shift, Unary};
+use super::emit::{cpu, thunk};
 use crate::addr::PAGE_SIZE;
-use crate::jit::access::{BEFORE, ENTRIES_AT, LAST, SITES_AT, site_at};
+use crate::jit::access::{BEFORE, LAST, SITES_AT, site_at};
 use crate::jit::emit::{Helper, at};
-use crate::mmu::tlb::{Places, Sites, TlbEntry, Translations};
+use crate::mmu::tlb::{Places, Sites};
 
 /// The thunk for a helper that gives an address.
 pub fn thunk_for(helper: Helper) -> Vec<u8> {
     let (linear, which) = (Gpr::RSI, Gpr::RDX);
     let (found, page, table, word) = (Gpr::RAX, Gpr(10), Gpr(8), Gpr(9));
     let saved = [found, which, table, word, page];
-    let tag = match helper {
-        Helper::Load | Helper::Find => offset_of!(TlbEntry, read),
-        _ => offset_of!(TlbEntry, write),
-    };
-    let entry = |field: usize| Mem::indexed(table, found, ENTRIES_AT + field as i32);
     let place = |places: usize, field: usize| Mem::at(table, site_at(places, field, 0));
     let fields @ [base, limit, host] = [offset_of!(Places, base), offset_of!(Places, limit), offset_of!(Places, host)];
-    let shift = size_of::<TlbEntry>().trailing_zeros() as u8;
     let mut a = Asm::default();
     saved.iter().for_each(|&r| a.push(r));
-    a.load(8, table, cpu(at!(jit.tlb)));
-    a.mov(8, found, linear);
-    a.shift_imm(8, Shift::Shr, found, 12 - shift);
-    a.alu(8, Alu::And, found, Mem::at(table, offset_of!(Translations, mask) as i32));
     a.movzx(1, word, which);
-    a.lea(8, page, Mem::indexed(linear, word, -1));
-    a.alu_imm(8, Alu::And, page, -(PAGE_SIZE as i32));
-    a.alu(8, Alu::Cmp, page, entry(tag));
-    let miss = a.jcc(Cc::NE);
-    a.load(8, found, entry(offset_of!(TlbEntry, addend)));
+    let lookup = Lookup { table, linear, found, page };
+    let write = !matches!(helper, Helper::Load | Helper::Find);
+    let miss = lookup.emit(&mut a, Mem::indexed(linear, word, -1), write);
     a.store_imm(8, Mem::at(table, SITES_AT + offset_of!(Sites, used) as i32), 1);
     a.shift_imm(8, Shift::Shr, which, 8);
     a.lea(8, table, Mem { base: Some(table), index: Some((which, 3)), disp: 0 });
@@ -61,6 +50,5 @@ pub fn thunk_for(helper: Helper) -> Vec<u8> {
     a.call(thunk(helper));
     a.pop(which);
     a.ret();
-    debug_assert_eq!(CPU, Gpr::RDI);
     a.code
 }

@@ -2,7 +2,7 @@
 //! judge, too.
 
 use super::engine::{Engine, Kind};
-use super::{ABSENT, DATA, DATA_LEN, Fault, INSN, Machine, TAKEN};
+use super::{ABSENT, DATA, DATA_LEN, EDGE_LEN, Fault, INSN, Machine, TAKEN};
 use crate::exception::vector;
 use crate::state::flag;
 
@@ -92,7 +92,7 @@ fn fields_beside_a_page() {
     .concat();
     let edge = (DATA | 0xfff) + 1;
     for at in [edge - 16, edge - 8, edge - 3, edge, edge + 1, edge + 4, edge + 16, edge + 32] {
-        let mut before = Machine::new([0; 16], 0x202, (0..=255).cycle().take(DATA_LEN + 256).collect());
+        let mut before = Machine::new([0; 16], 0x202, (0..=255).cycle().take(DATA_LEN + EDGE_LEN).collect());
         (before.gpr[1], before.gpr[4], before.gpr[6]) = (0x1122_3344_5566_7788, DATA + 0x40, at);
         let [interpreted, quick, compiled] = Kind::ALL.map(|kind| {
             let mut engine = Engine::new(kind, 64);
