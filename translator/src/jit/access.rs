@@ -16,22 +16,24 @@ use crate::jit::Unsupported;
 use crate::jit::emit::{Helper, JitEmit, aligned, at, plain};
 use crate::jit::frame::HELPERS;
 use crate::jit::pages;
-use crate::mmu::tlb::{Places, Sites, TlbEntry, Translations, site};
+use crate::mmu::tlb::{Place, SITE_GROUP, Sites, TlbEntry, Translations, site};
 use crate::state::seg;
 
 pub(crate) const ENTRIES_AT: i32 = offset_of!(Translations, entries) as i32;
-pub(crate) const SITES_AT: i32 = offset_of!(Translations, sites) as i32;
+const SITES_AT: i32 = offset_of!(Translations, sites) as i32;
+/// Where in the table it says which groups of sites are used.
+pub(crate) const USED_AT: i32 = SITES_AT + offset_of!(Sites, used) as i32;
 
 /// No page's linear address, nor near any: what comes back from a slow path had a canonical address.
 const NO_PAGE: i64 = i64::MIN;
 
-/// Offsets of [`Places`] in [`Sites`].
+/// Offsets of places in [`Sites`].
 pub(crate) const LAST: usize = offset_of!(Sites, last);
 pub(crate) const BEFORE: usize = offset_of!(Sites, before);
 
 /// Where in the table a site's word is, of those at `field` of `places`.
 pub(crate) fn site_at(places: usize, field: usize, site: usize) -> i32 {
-    SITES_AT + (places + field + 8 * site) as i32
+    SITES_AT + (places + field + size_of::<Place>() * site) as i32
 }
 
 impl JitEmit<'_> {
@@ -138,9 +140,10 @@ impl JitEmit<'_> {
         let table = self.b.use_var(self.tlb);
         for places in [LAST, BEFORE] {
             let at = |field| site_at(places, field, site);
-            let base = self.b.ins().load(I64, aligned(), table, at(offset_of!(Places, base)));
+            // Of use once, and in place: such a load is part of the subtraction.
+            let base = self.b.ins().load(I64, aligned(), table, at(offset_of!(Place, base)));
             let offset = self.b.ins().isub(linear, base);
-            let limit = self.b.ins().load(I64, aligned(), table, at(offset_of!(Places, limit)));
+            let limit = self.b.ins().load(I64, aligned(), table, at(offset_of!(Place, limit)));
             let hit = self.b.ins().icmp(IntCC::UnsignedLessThan, offset, limit);
             let elsewhere = self.go_on_if(hit);
             if places == BEFORE
@@ -148,8 +151,8 @@ impl JitEmit<'_> {
             {
                 self.b.set_cold_block(here);
             }
-            let first = self.b.ins().load(I64, aligned(), table, at(offset_of!(Places, host)));
-            let host = self.b.ins().iadd(first, offset);
+            let addend = self.b.ins().load(I64, aligned(), table, at(offset_of!(Place, addend)));
+            let host = self.b.ins().iadd(addend, linear);
             finish(self, host);
             self.b.switch_to_block(elsewhere);
         }
@@ -360,19 +363,20 @@ pub fn site_thunk(b: &mut FunctionBuilder<'_>, params: &[Value], helper: Helper,
 
     b.switch_to_block(known);
     let addend = b.ins().load(I64, aligned(), entry, ENTRIES_AT + offset_of!(TlbEntry, addend) as i32);
-    let words = b.ins().ishl_imm_u(site, 3);
-    let at = b.ins().iadd(table, words);
-    let host = b.ins().iadd(page, addend);
+    let of_site = b.ins().ishl_imm_u(site, i64::from(size_of::<Place>().trailing_zeros()));
+    let at = b.ins().iadd(table, of_site);
     let size = b.ins().iconst(I64, PAGE_SIZE as i64 + 1);
     let limit = b.ins().isub(size, bytes);
     let used = b.ins().iconst(I64, 1);
-    let fields = [offset_of!(Places, base), offset_of!(Places, limit), offset_of!(Places, host)];
-    for (field, now) in fields.into_iter().zip([page, limit, host]) {
+    let fields = [offset_of!(Place, base), offset_of!(Place, limit), offset_of!(Place, addend)];
+    for (field, now) in fields.into_iter().zip([page, limit, addend]) {
         let last = b.ins().load(I64, aligned(), at, site_at(LAST, field, 0));
         b.ins().store(aligned(), last, at, site_at(BEFORE, field, 0));
         b.ins().store(aligned(), now, at, site_at(LAST, field, 0));
     }
-    b.ins().store(aligned(), used, table, SITES_AT + offset_of!(Sites, used) as i32);
+    let group = b.ins().ushr_imm_u(site, i64::from(SITE_GROUP.trailing_zeros()));
+    let at = b.ins().iadd(table, group);
+    b.ins().istore8(aligned(), used, at, USED_AT);
     let host = b.ins().iadd(addend, linear);
     if matches!(helper, Helper::Store) {
         store_some(b, cpu, host, bytes, value);

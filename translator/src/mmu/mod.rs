@@ -329,6 +329,11 @@ impl Cpu {
         if self.class == Class::UserAligned {
             return Ok(None);
         }
+        let e = self.tlb_entry(linear);
+        let room = PAGE_SIZE - (linear & PAGE_MASK);
+        if if write { e.write } else { e.read } == linear & !PAGE_MASK {
+            return Ok(Some((e.addend.wrapping_add(linear) as *mut u8, room)));
+        }
         self.check_canonical(linear, len)?;
         let access = if write { Access::Write } else { Access::Read };
         let t = self.translate(linear, access, self.class)?;
@@ -336,7 +341,7 @@ impl Cpu {
         if (write && slow_store()) || self.is_watched_page(linear) {
             return Ok(None);
         }
-        Ok(t.host.map(|h| (h, PAGE_SIZE - (linear & PAGE_MASK))))
+        Ok(t.host.map(|h| (h, room)))
     }
 
     /// Cuts a linear address to 32 bits outside 64-bit mode.
@@ -532,7 +537,7 @@ impl Cpu {
         self.check_canonical(linear, 1)?;
         let found = walk(&self.ram, &self.paging(), linear, access, class.is_user(), class == Class::SupervisorSmap);
         let w = found.map_err(|e| {
-            self.mmu.tlb.page_fault();
+            self.mmu.tlb.page_fault(linear);
             self.raise(e)
         })?;
         Ok(self.fill(linear, w, class))

@@ -53,6 +53,8 @@ pub const SITES: usize = 128;
 /// Kinds of accesses: loads and stores, of 1, 2, 4, 8, 16, 32 and 10 bytes.
 const SITE_KINDS: usize = 2 * 7;
 const ALL_SITES: usize = SITES * SITE_KINDS;
+/// Sites, from each multiple on, that are emptied together.
+pub const SITE_GROUP: usize = 16;
 
 /// The site that is number `n` of its kind. What one kind may do at an address, another may not.
 pub fn site(n: usize, store: bool, bytes: u64) -> usize {
@@ -65,23 +67,26 @@ pub fn site(n: usize, store: bool, bytes: u64) -> usize {
 /// table's entries once, and goes with them.
 #[repr(C)]
 pub struct Sites {
-    /// Whether there may be a `limit` that is not 0; compiled code says 1.
-    pub used: u64,
+    /// Whether there may be a `limit` that is not 0, for each [`SITE_GROUP`] sites; compiled code says 1.
+    pub used: [[u8; 8]; ALL_SITES / SITE_GROUP / 8],
     /// Where they were last.
-    pub last: Places,
+    pub last: [Place; ALL_SITES],
     /// Where they were before.
-    pub before: Places,
+    pub before: [Place; ALL_SITES],
 }
 
-/// A page for each site: an offset from `base` below `limit` is at that offset from `host`.
+/// A page for accesses of one width.
 #[repr(C)]
-pub struct Places {
-    /// Linear addresses of pages.
-    pub base: [u64; ALL_SITES],
-    /// One more than the highest offset at which such an access stays inside the page; 0 for an empty site.
-    pub limit: [u64; ALL_SITES],
-    /// Host addresses of the pages.
-    pub host: [u64; ALL_SITES],
+#[derive(Clone, Copy)]
+pub struct Place {
+    /// Its linear address.
+    pub base: u64,
+    /// One more than the highest offset at which such an access stays inside the page; 0 for no page.
+    pub limit: u64,
+    /// Host address minus linear address.
+    pub addend: u64,
+    /// For compiled code to find a place by a shift.
+    pub unused: u64,
 }
 
 /// What of a table compiled code sees.
@@ -210,10 +215,14 @@ impl Table {
     /// Empties the sites: to be called when a translation goes or permits less.
     fn clear_sites(&mut self) {
         let sites = &mut self.known.sites;
-        if sites.used != 0 {
-            sites.last.limit.fill(0);
-            sites.before.limit.fill(0);
-            sites.used = 0;
+        // Seldom are there any, and there may be many faults.
+        let eights = sites.used.iter_mut().enumerate().filter(|(_, used)| **used != [0; 8]);
+        for (eight, used) in eights {
+            for (group, _) in std::mem::take(used).into_iter().enumerate().filter(|&(_, used)| used != 0) {
+                let first = (8 * eight + group) * SITE_GROUP;
+                sites.last[first..first + SITE_GROUP].iter_mut().for_each(|place| place.limit = 0);
+                sites.before[first..first + SITE_GROUP].iter_mut().for_each(|place| place.limit = 0);
+            }
         }
     }
 
@@ -263,6 +272,11 @@ impl Table {
         if (first..=last).contains(&linear) {
             return self.flush();
         }
+        self.forget(linear);
+    }
+
+    /// Empties the entry of a page of 4 KiB.
+    fn forget(&mut self, linear: u64) {
         self.clear_sites();
         let e = self.entry(linear);
         let page = linear & !PAGE_MASK;
@@ -404,10 +418,10 @@ impl Tlb {
         }
     }
 
-    /// A page fault in the current address space: what accesses in loops remember of the page is not used any more,
-    /// since the guest may repair its tables and invalidate nothing (SDM vol. 3 §4.10.4.1).
-    pub fn page_fault(&mut self) {
-        self.slots[self.current].tables.iter_mut().for_each(Table::clear_sites);
+    /// A page fault in the current address space: nothing is known of the page any more, since the guest may repair its
+    /// tables and invalidate nothing (SDM vol. 3 §4.10.4.1).
+    pub fn page_fault(&mut self, linear: u64) {
+        self.slots[self.current].tables.iter_mut().for_each(|t| t.forget(linear));
     }
 
     /// Removes the translations of pages with one of the protection keys in a mask.

@@ -7,26 +7,29 @@ use super::Lookup;
 use super::asm::{Alu, Asm, Gpr, Mem, Shift, Unary};
 use super::emit::{cpu, thunk};
 use crate::addr::PAGE_SIZE;
-use crate::jit::access::{BEFORE, LAST, SITES_AT, site_at};
+use crate::jit::access::{BEFORE, LAST, USED_AT, site_at};
 use crate::jit::emit::{Helper, at};
-use crate::mmu::tlb::{Places, Sites};
+use crate::mmu::tlb::{Place, SITE_GROUP};
 
 /// The thunk for a helper that gives an address.
 pub fn thunk_for(helper: Helper) -> Vec<u8> {
     let (linear, which) = (Gpr::RSI, Gpr::RDX);
-    let (found, page, table, word) = (Gpr::RAX, Gpr(10), Gpr(8), Gpr(9));
-    let saved = [found, which, table, word, page];
+    let (found, page, group, table, word) = (Gpr::RAX, Gpr(10), Gpr(11), Gpr(8), Gpr(9));
+    let saved = [found, which, table, word, page, group];
     let place = |places: usize, field: usize| Mem::at(table, site_at(places, field, 0));
-    let fields @ [base, limit, host] = [offset_of!(Places, base), offset_of!(Places, limit), offset_of!(Places, host)];
+    let fields @ [base, limit, addend] = [offset_of!(Place, base), offset_of!(Place, limit), offset_of!(Place, addend)];
     let mut a = Asm::default();
     saved.iter().for_each(|&r| a.push(r));
     a.movzx(1, word, which);
     let lookup = Lookup { table, linear, found, page };
     let write = !matches!(helper, Helper::Load | Helper::Find);
     let miss = lookup.emit(&mut a, Mem::indexed(linear, word, -1), write);
-    a.store_imm(8, Mem::at(table, SITES_AT + offset_of!(Sites, used) as i32), 1);
     a.shift_imm(8, Shift::Shr, which, 8);
-    a.lea(8, table, Mem { base: Some(table), index: Some((which, 3)), disp: 0 });
+    a.mov(8, group, which);
+    a.shift_imm(8, Shift::Shr, group, SITE_GROUP.trailing_zeros() as u8);
+    a.store_imm(1, Mem::indexed(table, group, USED_AT), 1);
+    a.shift_imm(8, Shift::Shl, which, size_of::<Place>().trailing_zeros() as u8);
+    a.alu(8, Alu::Add, table, which);
     for field in fields {
         a.load(8, which, place(LAST, field));
         a.store(8, place(BEFORE, field), which);
@@ -35,8 +38,7 @@ pub fn thunk_for(helper: Helper) -> Vec<u8> {
     a.alu_imm(8, Alu::Add, word, PAGE_SIZE as i32 + 1);
     a.store(8, place(LAST, base), page);
     a.store(8, place(LAST, limit), word);
-    a.alu(8, Alu::Add, page, found);
-    a.store(8, place(LAST, host), page);
+    a.store(8, place(LAST, addend), found);
     a.alu(8, Alu::Add, found, linear);
     a.store(8, cpu(at!(jit.slow_result)), found);
     saved.iter().rev().for_each(|&r| a.pop(r));
