@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use diglot_devices::bus::{Nanos, scale};
 use diglot_devices::chipset::{Chipset, PowerEvent, Startup};
@@ -23,7 +23,7 @@ pub(crate) struct Shared {
     seats: Box<[Seat]>,
     /// Whether the vCPUs are to leave guest code, all of them, for something that only the machine can do.
     pause: AtomicBool,
-    start: Instant,
+    start: Nanos,
     /// Frequency of the time-stamp counter.
     tsc_hz: u64,
     /// Whether another engine is to take over.
@@ -77,13 +77,22 @@ fn count(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);
 }
 
+/// The host's monotonic clock: as [`std::time::Instant`], without the arithmetic of that, as guests read it with each
+/// system call.
+fn monotonic() -> Nanos {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: it writes to `now` alone. It has nothing to fail by: Linux has this clock.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
 impl Shared {
     pub fn new(chipset: Chipset, cpus: u8, tsc_hz: u64) -> Shared {
         Shared {
             chipset: Mutex::new(chipset),
             seats: (0..cpus).map(|_| Seat::default()).collect(),
             pause: AtomicBool::new(false),
-            start: Instant::now(),
+            start: monotonic(),
             tsc_hz,
             switch: AtomicBool::new(false),
             input: Mutex::new(VecDeque::new()),
@@ -96,7 +105,7 @@ impl Shared {
 
     /// Virtual time.
     pub fn now(&self) -> Nanos {
-        self.start.elapsed().as_nanos() as u64
+        monotonic() - self.start
     }
 
     /// The time-stamp counter at a time.
