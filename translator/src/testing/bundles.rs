@@ -6,7 +6,7 @@ use iced_x86::{Decoder, DecoderOptions, Instruction};
 
 use super::program::{Part, Rsi};
 use super::sequences::flags_of;
-use super::{INSN, Random};
+use super::{DATA, INSN, Random};
 use crate::state::flag;
 
 /// The registers by number in ModRM.
@@ -89,8 +89,8 @@ fn string(r: &mut Random, bits: u32) -> Part {
     // mov rdx, rsi
     b.wide().bytes(&[0x89, 0xf2]).load(1, count).point(RSI, from);
     if opcode == CMPS && (from != to || prefix != 0) {
-        // Which of two operands that fault does is up to the processor. lea rdi, [rsp + to], aligned, does not.
-        b.wide().bytes(&[0x8d, 0x7c, 0x24, to as u8 & !7]);
+        // Which of two operands that fault does is up to the processor. This one does not: RSP need not be aligned.
+        b.load(RDI, DATA.wrapping_add_signed(i64::from(to & !7)) as u32 + 0x80);
     } else {
         b.point(RDI, to);
     }
