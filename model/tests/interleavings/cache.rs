@@ -139,7 +139,7 @@ impl Vcpu {
         let unit = Unit {
             code,
             tail: 0,
-            branches: vec![Link { site, to: Some(key(plan.next)), otherwise: None }],
+            branches: vec![Link { site, to: Some(key(plan.next)), otherwise: None, quick: false }],
             calls: Vec::new(),
             extents: plan.blocks.iter().map(|&(b, _)| extent(b)).collect(),
             entries: keys.iter().map(|&k| (k, 0)).collect(),
@@ -147,6 +147,7 @@ impl Vcpu {
             second_page: None,
             quick: false,
             bridges: Box::default(),
+            quick_bridges: 0,
             crossings: Vec::new(),
             kept: Kept(plan.number, self.alive.clone()),
         };

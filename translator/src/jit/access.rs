@@ -13,9 +13,10 @@ use crate::addr::{PAGE_MASK, PAGE_SIZE};
 use crate::emit::{Emit, Word};
 use crate::insn::{Insn, Mode};
 use crate::jit::Unsupported;
-use crate::jit::emit::{Helper, JitEmit, aligned, at, plain};
+use crate::jit::emit::{Helper, JitEmit, aligned, at, name, plain};
 use crate::jit::frame::HELPERS;
-use crate::jit::pages;
+use crate::jit::groups::Group;
+use crate::jit::pages::{self, Found};
 use crate::mmu::tlb::{Place, SITE_GROUP, Sites, TlbEntry, Translations, site};
 use crate::state::seg;
 
@@ -62,9 +63,27 @@ impl JitEmit<'_> {
         at: impl Fn(&mut Self, Value) -> [Option<Value>; 2],
         slow: impl FnOnce(&mut Self) -> Option<Value>,
     ) -> [Option<Value>; 2] {
+        if let Some(found) = self.covered(linear, bytes, tag) {
+            let host = self.b.ins().iadd(found.addend, linear);
+            return at(self, host);
+        }
+        self.before_access();
+        self.access_anywhere(linear, bytes, tag, results, at, slow)
+    }
+
+    /// The same of what is not covered, and without storing registers.
+    fn access_anywhere(
+        &mut self,
+        linear: Value,
+        bytes: u64,
+        tag: usize,
+        results: [Option<Type>; 2],
+        at: impl Fn(&mut Self, Value) -> [Option<Value>; 2],
+        slow: impl FnOnce(&mut Self) -> Option<Value>,
+    ) -> [Option<Value>; 2] {
+        let write = tag == offset_of!(TlbEntry, write);
         let done = self.b.create_block();
         let results = results.map(|t| t.map(|t| self.b.append_block_param(done, t)));
-        let write = tag == offset_of!(TlbEntry, write);
         let address = self.pages.address(linear, self.b.func).filter(|_| !self.in_loops[self.current]);
         let near = address.and_then(|at| self.pages.find(at, write));
         let noted = address.filter(|&at| near.is_none() && self.pages.is_used_again(at));
@@ -79,9 +98,7 @@ impl JitEmit<'_> {
             self.by_site(linear, bytes, write, |e, host| finish(e, host, [host; 2]));
         } else if let Some(near) = near {
             self.next_site += 1;
-            let offset = self.b.ins().isub(linear, near.page);
-            let most = (PAGE_SIZE - bytes) as i64;
-            let hit = self.b.ins().icmp_imm_u(IntCC::UnsignedLessThanOrEqual, offset, most);
+            let hit = self.lies_in(linear, bytes, near);
             let elsewhere = self.go_on_if(hit);
             let host = self.b.ins().iadd(near.addend, linear);
             finish(self, host, [host; 2]);
@@ -109,6 +126,66 @@ impl JitEmit<'_> {
             self.pages.note(at, write, page, addend);
         }
         results
+    }
+
+    /// The page of an access that needs no look any more.
+    fn covered(&self, linear: Value, bytes: u64, tag: usize) -> Option<Found> {
+        let at = self.pages.address(linear, self.b.func)?;
+        self.pages.covers(at, bytes, tag == offset_of!(TlbEntry, write))
+    }
+
+    /// Looks up the memory of the groups of the block that begins here ([`super::groups`]).
+    pub(super) fn look_up_groups(&mut self) {
+        let mut slow = None;
+        for Group { base, from, to, write, .. } in std::mem::take(&mut self.groups[self.current]) {
+            let Some(var) = self.gpr[usize::from(base)] else { continue };
+            let value = self.b.use_var(var);
+            self.pages.is_read(base, value);
+            let linear = self.b.ins().iadd_imm_s(value, from);
+            let bytes = (to - from) as u64;
+            let at = self.pages.address(linear, self.b.func);
+            let near = at.and_then(|at| self.pages.find(at, write));
+            let (hit, known) = match near {
+                Some(near) => (self.lies_in(linear, bytes, near), Ok((near.page, near.addend))),
+                None => {
+                    let tag = if write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) };
+                    let table = self.b.use_var(self.tlb);
+                    let Lookup { entry, page, hit } = look_up(&mut self.b, table, linear, Width::Known(bytes), tag);
+                    (hit, Err((page, entry)))
+                }
+            };
+            let go_on = self.b.create_block();
+            let miss = slow.unwrap_or_else(|| self.b.create_block());
+            self.b.ins().brif(hit, go_on, &[], miss, &[]);
+            if slow.replace(miss).is_none() {
+                self.b.set_cold_block(miss);
+                self.b.switch_to_block(miss);
+                self.leave_for_slow_version();
+            }
+            self.b.switch_to_block(go_on);
+            let (page, addend) = known.unwrap_or_else(|(page, entry)| {
+                let at = ENTRIES_AT + offset_of!(TlbEntry, addend) as i32;
+                (page, self.b.ins().load(I64, aligned(), entry, at))
+            });
+            if let Some(at) = at {
+                self.pages.cover(at, to - from, write, page, addend);
+            }
+        }
+    }
+
+    /// Whether an access lies in a page that an earlier one was found in.
+    fn lies_in(&mut self, linear: Value, bytes: u64, near: Found) -> Value {
+        let offset = self.b.ins().isub(linear, near.page);
+        let most = (PAGE_SIZE - bytes) as i64;
+        self.b.ins().icmp_imm_u(IntCC::UnsignedLessThanOrEqual, offset, most)
+    }
+
+    /// Ends the current Cranelift block, at the start of a guest's, by going on in the slow version of that.
+    fn leave_for_slow_version(&mut self) {
+        self.store_pending_flags();
+        let rip = self.ip_at(self.plan.blocks[self.current].off as i64);
+        self.leave_to(rip);
+        self.tail_call(name::SLOW, self.current);
     }
 
     /// Behind a load: nothing that comes later is seen before it ([`super::ordering`]).
@@ -186,7 +263,6 @@ impl JitEmit<'_> {
 
     /// A load of a value of type `t`.
     pub(super) fn load_value(&mut self, linear: Value, bytes: u64, t: Type) -> Value {
-        self.before_access();
         let narrow = t.is_int() && t.bytes() < 8;
         let load = |e: &mut Self, host| {
             let b = e.b.ins();
@@ -214,7 +290,6 @@ impl JitEmit<'_> {
 
     /// The host address of bytes that are read and then written.
     pub(super) fn host_to_modify(&mut self, linear: Value, bytes: u64) -> Value {
-        self.before_access();
         let slow = |e: &mut Self| Some(e.slow(Helper::Modify, linear, bytes, None));
         let same = |_: &mut Self, host| [Some(host), None];
         let [found, _] = self.access(linear, bytes, offset_of!(TlbEntry, write), [Some(I64), None], same, slow);
@@ -228,6 +303,9 @@ impl JitEmit<'_> {
             true => (Helper::Modify, offset_of!(TlbEntry, write)),
             false => (Helper::Find, offset_of!(TlbEntry, read)),
         };
+        if let Some(found) = self.covered(linear, bytes, tag) {
+            return self.b.ins().iadd(found.addend, linear);
+        }
         let slow = |e: &mut Self| {
             let found = e.ask(helper, linear, bytes, None);
             let go_on = e.b.create_block();
@@ -239,13 +317,12 @@ impl JitEmit<'_> {
         let same = |_: &mut Self, host| [Some(host), None];
         // Control may come to what is behind by way of `elsewhere`, too.
         let later = std::mem::take(&mut self.pages.later);
-        let [found, _] = self.access(linear, bytes, tag, [Some(I64), None], same, slow);
+        let [found, _] = self.access_anywhere(linear, bytes, tag, [Some(I64), None], same, slow);
         self.pages.later = later;
         found.unwrap_or(linear)
     }
 
     pub(super) fn store_value(&mut self, linear: Value, bytes: u64, v: Value) {
-        self.before_access();
         self.storing();
         let store = |e: &mut Self, host| {
             e.b.ins().store(plain(), v, host, 0);
@@ -265,7 +342,6 @@ impl JitEmit<'_> {
 
     /// A load of 32 bytes.
     pub(super) fn load_values(&mut self, linear: Value) -> (Value, Value) {
-        self.before_access();
         let load = |e: &mut Self, host| [0, 16].map(|at| Some(e.b.ins().load(I8X16, plain(), host, at)));
         let slow = |e: &mut Self| Some(e.slow(Helper::Load, linear, 32, None));
         let values = self.access(linear, 32, offset_of!(TlbEntry, read), [Some(I8X16); 2], load, slow);
@@ -277,7 +353,6 @@ impl JitEmit<'_> {
 
     /// A store of 32 bytes.
     pub(super) fn store_values(&mut self, linear: Value, (low, high): (Value, Value)) {
-        self.before_access();
         self.storing();
         let store = |e: &mut Self, host| {
             e.b.ins().store(plain(), low, host, 0);

@@ -47,6 +47,8 @@ pub struct Link {
     pub to: Option<Key>,
     /// Where in the code it leads while there is no region; `None` for wherever RIP says.
     pub otherwise: Option<usize>,
+    /// Whether it is quick code's, which regions have for some of their blocks.
+    pub quick: bool,
 }
 
 /// A compiled region, to be placed.
@@ -73,6 +75,8 @@ pub struct Unit<K> {
     pub quick: bool,
     /// Its direct branches into other pages ([`crate::jit::bridge`]).
     pub bridges: Box<[Bridge]>,
+    /// From which on they are quick code's.
+    pub quick_bridges: usize,
     /// Of each bridge, if its code holds what they lead to itself, where in `code` the key stands, 8 bytes at a multiple
     /// of 8, and where the branch for it is.
     pub crossings: Vec<(usize, usize)>,
@@ -91,6 +95,7 @@ struct Region<K> {
     branches: Box<[(Key, u32)]>,
     quick: bool,
     bridges: Box<[Bridge]>,
+    quick_bridges: u32,
     /// As in [`Unit`], in the arena.
     crossings: Box<[(u32, u32)]>,
     /// Those of its bridges that lead somewhere, by index, and where.
@@ -301,9 +306,9 @@ impl<K> Cache<K> {
         }
         self.arena.write(&mut slot, &unit.code).ok()?;
         let mut branches = Vec::with_capacity(unit.branches.len());
-        for Link { site, to, otherwise } in unit.branches {
+        for Link { site, to, otherwise, quick } in unit.branches {
             let otherwise = otherwise.map_or(self.lookup, |at| start + at);
-            let site = Site { at: (start + site) as u32, otherwise: otherwise as u32, quick: unit.quick };
+            let site = Site { at: (start + site) as u32, otherwise: otherwise as u32, quick };
             if let Some(key) = to {
                 self.incoming.entry(key).or_insert_with(|| Vec::with_capacity(1)).push(site);
                 branches.push((key, site.at));
@@ -332,6 +337,7 @@ impl<K> Cache<K> {
             branches: branches.into(),
             quick,
             bridges: unit.bridges,
+            quick_bridges: unit.quick_bridges as u32,
             crossings: unit
                 .crossings
                 .iter()
@@ -420,7 +426,7 @@ impl<K> Cache<K> {
             Some(&(constant, site)) => {
                 let (constant, site) = (constant as usize, site as usize);
                 self.arena.patch_constant(constant, NO_KEY);
-                let target = if region.quick { to.inner } else { to.tail };
+                let target = if index >= region.quick_bridges as usize { to.inner } else { to.tail };
                 self.arena.patch_branch(site, target as usize);
                 self.arena.patch_constant(constant, branch);
             }

@@ -25,7 +25,7 @@ use crate::jit::frame::HELPERS;
 use crate::jit::host;
 use crate::jit::leave;
 use crate::jit::region::Plan;
-use crate::quick::{Routine, cross};
+use crate::quick::{Entered, Quick, Routine, cross};
 
 /// A direct branch out of a region.
 #[derive(Clone, Copy, Debug)]
@@ -36,6 +36,8 @@ pub struct Branch {
     pub to: Option<u64>,
     /// Where in the code it leads while nothing else runs at `to`; `None` for wherever RIP says.
     pub otherwise: Option<usize>,
+    /// Whether it is quick code's.
+    pub quick: bool,
 }
 
 /// What code has the address of.
@@ -62,6 +64,8 @@ pub struct Compiled {
     pub insns: Vec<Insn>,
     /// How many bridges it has ([`crate::jit::bridge`]).
     pub bridges: usize,
+    /// From which on they are quick code's.
+    pub quick_bridges: usize,
     /// Where the code holds an address, and of what: 8 bytes at this offset.
     pub addresses: Vec<(usize, Referent)>,
     /// Of each bridge, where the code has its key, 8 bytes, and the patchable site of the branch that it is for; none where
@@ -78,6 +82,33 @@ pub struct Compiler {
     isa: Arc<dyn TargetIsa>,
     context: Context,
     builder: FunctionBuilderContext,
+    /// Makes the slow versions of blocks.
+    quick: Option<Quick>,
+}
+
+impl Compiled {
+    /// Appends the quick code of a block; where regions enter it.
+    fn append(&mut self, block: Compiled) -> usize {
+        // Its patchable places are patchable still.
+        self.code.resize(self.code.len().next_multiple_of(8), 0);
+        let base = self.code.len();
+        self.code.extend(block.code);
+        let branch = |b: Branch| Branch { site: base + b.site, otherwise: b.otherwise.map(|at| base + at), ..b };
+        self.branches.extend(block.branches.into_iter().map(branch));
+        for (at, referent) in block.addresses {
+            let referent = match referent {
+                Referent::Insn(n) => Referent::Insn(self.insns.len() + n),
+                Referent::Bridge(n) => Referent::Bridge(self.bridges + n),
+            };
+            self.addresses.push((base + at, referent));
+        }
+        self.insns.extend(block.insns);
+        self.crossings.resize(self.bridges, (0, 0));
+        self.crossings.extend(block.crossings.into_iter().map(|(key, site)| (base + key, base + site)));
+        self.bridges += block.bridges;
+        self.calls.extend(block.calls.into_iter().map(|(at, routine)| (base + at, routine)));
+        base + block.tail
+    }
 }
 
 impl Compiler {
@@ -104,7 +135,8 @@ impl Compiler {
             builder.enable(f).map_err(|e| e.to_string())?;
         }
         let isa = builder.finish(settings::Flags::new(flags)).map_err(|e| e.to_string())?;
-        Ok(Compiler { isa, context: Context::new(), builder: FunctionBuilderContext::new() })
+        let quick = HostIsa::native().and_then(Quick::new);
+        Ok(Compiler { isa, context: Context::new(), builder: FunctionBuilderContext::new(), quick })
     }
 
     /// Code of compiled regions: the CPU in, nothing out.
@@ -146,6 +178,7 @@ impl Compiler {
             branches: Vec::new(),
             insns,
             bridges,
+            quick_bridges: bridges,
             addresses: Vec::new(),
             crossings: Vec::new(),
             calls: Vec::new(),
@@ -162,13 +195,15 @@ impl Compiler {
             sites.into_iter().zip(elided.sites).for_each(|(site, now)| *site = now);
         }
         let pieces = append(&mut compiled.code, &pieces);
+        let mut slow = Vec::new();
         for Relocation { offset, kind, namespace, index } in relocations {
             match (namespace, kind) {
                 (name::LINK, Reloc::X86CallPCRel4 | Reloc::Arm64Call) => {
-                    compiled.branches.push(Branch { site: offset, to: links.get(index).copied(), otherwise: None });
+                    let to = links.get(index).copied();
+                    compiled.branches.push(Branch { site: offset, to, otherwise: None, quick: false });
                 }
                 (name::LOOKUP, Reloc::X86CallPCRel4 | Reloc::Arm64Call) => {
-                    compiled.branches.push(Branch { site: offset, to: None, otherwise: None });
+                    compiled.branches.push(Branch { site: offset, to: None, otherwise: None, quick: false });
                 }
                 (name::CROSS, Reloc::X86CallPCRel4) => {
                     let start = compiled.code.len();
@@ -184,8 +219,15 @@ impl Compiler {
                 (name::PIECE, Reloc::X86CallPCRel4) if index < pieces.len() => {
                     lead_x86(&mut compiled.code, offset, 0, pieces[index]).ok_or("a call of a piece has no place")?;
                 }
+                (name::SLOW, Reloc::X86CallPCRel4) => slow.push((offset, index)),
                 other => return Err(format!("relocation {other:?} at {offset}")),
             }
+        }
+        for (site, k) in slow {
+            let (block, quick) = plan.blocks.get(k).zip(self.quick).ok_or("a block of no slow version")?;
+            let insns: Vec<Insn> = block.insns.iter().map(|i| Insn { off: i.off - block.off as u16, ..*i }).collect();
+            let start = compiled.append(quick.compile(&insns, plan.mode, block.off, plan.options, Entered::Seldom));
+            lead_x86(&mut compiled.code, site, 0, start).ok_or("a slow version has no place")?;
         }
         compiled.nanos = start.elapsed().as_nanos() as u64;
         Ok(compiled)

@@ -21,6 +21,7 @@ use crate::emit::{Cond, Emit, Flags};
 use crate::flags;
 use crate::insn::{Insn, Mode};
 use crate::jit::frame::{lazy, reason};
+use crate::jit::groups::{self, Group};
 use crate::jit::leave::jump_by_cache;
 use crate::jit::liveness::{dirty_on_entry, flags_live_on_entry, flags_read_on_entry, live_on_entry};
 use crate::jit::pages::{Inherited, Pages, bases};
@@ -67,8 +68,10 @@ pub mod name {
     pub const PIECE: u32 = 4;
     /// The region's way number `index` into another page that is code itself ([`crate::quick::cross`]).
     pub const CROSS: u32 = 5;
+    /// The slow version of block number `index` of the plan ([`super::super::groups`]).
+    pub const SLOW: u32 = 6;
     /// Those that tail calls refer to.
-    pub const TAIL_CALLS: [u32; 3] = [LINK, LOOKUP, CROSS];
+    pub const TAIL_CALLS: [u32; 4] = [LINK, LOOKUP, CROSS, SLOW];
 }
 
 /// What the code of a region refers to outside itself.
@@ -155,6 +158,8 @@ pub struct JitEmit<'a> {
     pub(super) bases: Vec<u16>,
     /// The next access of a loop's number ([`crate::mmu::tlb::Sites`]).
     pub(super) next_site: usize,
+    /// The groups of accesses of each block.
+    pub(super) groups: Vec<Vec<Group>>,
     /// Registers that the CPU state may lack on entry to each block.
     pub(super) dirty_in: Vec<Regs>,
     /// What is known of the flags on entry to blocks that have one way in, which was emitted before them, and whether
@@ -248,6 +253,7 @@ impl<'a> JitEmit<'a> {
             b.append_block_param(side_exit, I64);
         }
         let in_loops = plan.in_loops();
+        let groups = groups::of_all(plan);
         let mut e = JitEmit {
             b,
             plan,
@@ -279,7 +285,8 @@ impl<'a> JitEmit<'a> {
             dirty_in: dirty_on_entry(plan, &in_loops),
             in_loops,
             handed_down: vec![None; plan.blocks.len()],
-            flags_live_in: flags_live_on_entry(plan),
+            flags_live_in: flags_live_on_entry(plan, &groups),
+            groups,
             flags_read_in: flags_read_on_entry(plan),
             rmw_host: None,
             locked: None,
@@ -352,6 +359,7 @@ impl<'a> JitEmit<'a> {
             let below = self.bases_below(k);
             self.fp_ready = false;
             self.fp_unused = (self.dirty.x, self.dirty.y);
+            self.look_up_groups();
             let mut rest = &block.insns[..];
             while let Some((i, behind)) = rest.split_first() {
                 self.off = u64::from(i.off);
@@ -564,6 +572,13 @@ impl<'a> JitEmit<'a> {
     /// ones need not; in a loop the cold ones do.
     pub(super) fn before_access(&mut self) {
         if !self.in_loops[self.current] {
+            self.write_through();
+        }
+    }
+
+    /// At the end of a block, stores what its accesses would have, had they not been known to do well.
+    pub(super) fn settle_covered(&mut self) {
+        if self.pages.covers_any() && !self.in_loops[self.current] {
             self.write_through();
         }
     }
@@ -816,6 +831,7 @@ impl<'a> JitEmit<'a> {
 
     /// Goes on at a page offset unconditionally.
     pub(super) fn go(&mut self, off: i64) {
+        self.settle_covered();
         self.count_block();
         self.edge(off);
         self.ended = true;

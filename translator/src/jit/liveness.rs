@@ -1,5 +1,6 @@
 //! What a region's blocks need of registers and flags: dataflow over the usage of their instructions.
 
+use crate::jit::groups::Group;
 use crate::jit::region::{End, Plan, RegionBlock};
 use crate::jit::usage::{Regs, flag_part};
 
@@ -44,9 +45,9 @@ pub(super) fn live_on_entry(plan: &Plan, dirty: &[Regs]) -> Vec<Regs> {
 }
 
 /// The flags that matter behind block `k`, given which do on entry. A back edge polls for interrupts, which push the
-/// flags; an indirect branch may lead anywhere.
-fn flags_live_behind(plan: &Plan, live: &[u8], k: usize, block: &RegionBlock) -> u8 {
-    if block.end == End::Exit {
+/// flags; an indirect branch may lead anywhere, and so does what is behind the slow version of a block.
+fn flags_live_behind(plan: &Plan, live: &[u8], k: usize, block: &RegionBlock, has_slow: bool) -> u8 {
+    if block.end == End::Exit || has_slow {
         return flag_part::ALL;
     }
     let behind = |s| plan.find(s).filter(|&s| s > k).map_or(flag_part::ALL, |s| live[s]);
@@ -54,12 +55,12 @@ fn flags_live_behind(plan: &Plan, live: &[u8], k: usize, block: &RegionBlock) ->
 }
 
 /// The flags whose value on entry to each block matters ([`flag_part`]).
-pub(super) fn flags_live_on_entry(plan: &Plan) -> Vec<u8> {
+pub(super) fn flags_live_on_entry(plan: &Plan, groups: &[Vec<Group>]) -> Vec<u8> {
     let mut live = vec![0; plan.blocks.len()];
     loop {
         let mut changed = false;
         for (k, block) in plan.blocks.iter().enumerate().rev() {
-            let out = flags_live_behind(plan, &live, k, block);
+            let out = flags_live_behind(plan, &live, k, block, !groups[k].is_empty());
             let now = block.usage.flags_needed | out & !block.usage.flags_killed;
             changed |= now != live[k];
             live[k] = now;

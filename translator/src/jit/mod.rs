@@ -10,6 +10,7 @@ pub mod cache;
 pub mod compile;
 pub mod emit;
 pub mod frame;
+pub mod groups;
 mod guard;
 mod handover;
 pub mod helpers;
@@ -33,7 +34,7 @@ use crate::block::Block;
 use crate::code::{ArenaError, CodeArena, PUSH_LEN, PerfMap, Slot, add_link_cells, elide_frame};
 use crate::cpu::Cpu;
 use crate::insn::{Insn, Mode};
-use crate::quick::{Library, Quick};
+use crate::quick::{Entered, Library, Quick};
 use bridge::Bridge;
 use cache::{Cache, Change, Extent, Key, Link, Placed, RegionId, Runs, Unit};
 use compile::{Branch, Compiled, Compiler, Referent};
@@ -204,7 +205,7 @@ impl Jit {
         if insns.is_empty() {
             return;
         }
-        let made = quick.compile(&insns, block.mode, block.gpa & PAGE_MASK, self.options);
+        let made = quick.compile(&insns, block.mode, block.gpa & PAGE_MASK, self.options, Entered::Often);
         let extents = block.extent().collect();
         let key = (block.gpa, block.mode.0);
         let id = self.cache.number();
@@ -320,6 +321,7 @@ impl Jit {
     /// Completes code and puts it into the cache: where it is then, and how long.
     fn put(&mut self, id: RegionId, place: Place, compiled: Compiled) -> Option<(u64, usize)> {
         let Compiled { mut code, tail, inner, branches, insns, bridges, addresses, crossings, calls, .. } = compiled;
+        let quick_bridges = compiled.quick_bridges;
         let insns = insns.into_boxed_slice();
         let bridges = Bridge::row(id, bridges);
         for (at, referent) in addresses {
@@ -330,11 +332,9 @@ impl Jit {
             code.get_mut(at..at + 8)?.copy_from_slice(&address.to_le_bytes());
         }
         let isa = self.cache.arena().isa();
-        let mut sites: Vec<usize> = branches.iter().map(|b| b.site).collect();
         // Those of quick code are patchable already.
-        if !place.quick {
-            sites = add_link_cells(isa, &mut code, &sites)?;
-        }
+        let sites: Vec<usize> = branches.iter().filter(|b| !b.quick).map(|b| b.site).collect();
+        let mut cells = add_link_cells(isa, &mut code, &sites)?.into_iter();
         let Place { extents, entries, blocks, second_page, quick } = place;
         let &(first, mode) = entries.first()?;
         let mut enter = |key: Key| match self.quick {
@@ -343,12 +343,12 @@ impl Jit {
         };
         let entries = entries.into_iter().map(|key| (key, enter(key))).collect();
         let bytes = code.len();
-        let link = |(site, Branch { to, otherwise, .. }): (usize, Branch)| Link {
-            site,
-            to: to.map(|off| (first & !PAGE_MASK | off, mode)),
-            otherwise,
+        let link = |Branch { site, to, otherwise, quick }| {
+            let site = if quick { Some(site) } else { cells.next() };
+            let to = to.map(|off| (first & !PAGE_MASK | off, mode));
+            Some(Link { site: site?, to, otherwise, quick })
         };
-        let branches = sites.into_iter().zip(branches).map(link).collect();
+        let branches = branches.into_iter().map(link).collect::<Option<_>>()?;
         let calls = calls.into_iter().map(|(at, r)| (at, self.shared.start() + self.library.offset(r))).collect();
         let unit = Unit {
             code,
@@ -361,6 +361,7 @@ impl Jit {
             second_page,
             quick,
             bridges,
+            quick_bridges,
             crossings,
             kept: insns,
         };

@@ -2,7 +2,8 @@
 //! function keeps on its stack, and the fields of one object.
 //!
 //! An address is known as a sum of the value that a register has had and a constant. Of two whose registers had the same
-//! value the second takes the page of the first if it lies there, which it compares; its own lookup is left out.
+//! value the second takes the page of the first if it lies there, which it compares; its own lookup is left out. If it lies
+//! in memory that has been looked up for a group of accesses ([`super::groups`]), there is nothing to compare.
 //!
 //! **Invariant:** what has been found holds until the region is left, the current table of the soft TLB becomes another, or
 //! a helper evaluates an instruction. Another vCPU that takes a page away from this one waits until it has left the region
@@ -48,6 +49,9 @@ pub struct Pages {
     values: HashMap<Value, Address>,
     numbers: u32,
     found: Vec<Found>,
+    /// Memory that has been looked up for a group ([`super::groups`]): where it begins, in which page, and how many bytes
+    /// it is.
+    covered: Vec<(Found, i64)>,
     /// Registers that instructions behind the current one address memory by.
     pub later: u16,
 }
@@ -60,6 +64,7 @@ impl Pages {
     pub fn begin(&mut self, inherited: Inherited) {
         self.values.clear();
         self.found.clear();
+        self.covered.clear();
         for r in 0..16 {
             self.changed(r);
         }
@@ -76,12 +81,14 @@ impl Pages {
             let at = Address { plus: found.at.plus.wrapping_sub(self.registers[r].plus), ..found.at };
             Some((r as u8, Found { at, ..*found }))
         };
-        self.found.iter().filter_map(by_register).collect()
+        let covered = self.covered.iter().map(|(found, _)| found);
+        self.found.iter().chain(covered).filter_map(by_register).collect()
     }
 
     /// Nothing that was found holds any more.
     pub fn forget(&mut self) {
         self.found.clear();
+        self.covered.clear();
     }
 
     /// Guest register `r` has a new value that nothing is known of.
@@ -124,6 +131,25 @@ impl Pages {
     pub fn find(&self, at: Address, write: bool) -> Option<Found> {
         let near = |f: &&Found| f.at.of == at.of && f.at.plus.abs_diff(at.plus) < PAGE_SIZE && (f.write || !write);
         self.found.iter().find(near).copied()
+    }
+
+    /// Covers `bytes` bytes from `at` on, which lie in a page that is known now.
+    pub fn cover(&mut self, at: Address, bytes: i64, write: bool, page: Value, addend: Value) {
+        self.covered.push((Found { at, write, page, addend }, bytes));
+    }
+
+    /// Whether anything is.
+    pub fn covers_any(&self) -> bool {
+        !self.covered.is_empty()
+    }
+
+    /// The page of an access that lies in what is covered.
+    pub fn covers(&self, at: Address, bytes: u64, write: bool) -> Option<Found> {
+        let inside = |&&(f, most): &&(Found, i64)| {
+            let from = at.plus.wrapping_sub(f.at.plus);
+            f.at.of == at.of && (f.write || !write) && from >= 0 && from.saturating_add(bytes as i64) <= most
+        };
+        self.covered.iter().find(inside).map(|&(f, _)| f)
     }
 
     /// Whether an instruction behind the current one addresses memory by what `at` is a sum of.

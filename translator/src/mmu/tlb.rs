@@ -75,7 +75,7 @@ pub struct Sites {
     pub before: [Place; ALL_SITES],
 }
 
-/// A page for accesses of one width.
+/// A page for accesses of one width: an offset from `base` below `limit` is one into the page.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Place {
@@ -85,7 +85,7 @@ pub struct Place {
     pub limit: u64,
     /// Host address minus linear address.
     pub addend: u64,
-    /// For compiled code to find a place by a shift.
+    /// Nothing: compiled code finds a place by a shift.
     pub unused: u64,
 }
 

@@ -27,7 +27,7 @@ use crate::jit::region::Options;
 use crate::jit::usage::Usage;
 use crate::jump::{ENTRY_SHIFT, JumpEntry};
 use crate::quick::asm::{Alu, Asm, Cc, Gpr, Jump, Mem, Shift, Xmm};
-use crate::quick::{Quick, Routine, cross};
+use crate::quick::{Entered, Quick, Routine, cross};
 use crate::width::W64;
 
 /// Holds the CPU's [`ANCHOR`](crate::cpu::ANCHOR).
@@ -190,10 +190,12 @@ impl<'a> QuickEmit<'a> {
     }
 
     /// Emits the whole block.
-    pub(super) fn emit(mut self, insns: &[Insn]) -> Compiled {
+    pub(super) fn emit(mut self, insns: &[Insn], entered: Entered) -> Compiled {
         self.a.push(Gpr::RBP);
         debug_assert_eq!(self.a.code.len(), PUSH_LEN);
-        self.count_down(None);
+        if entered == Entered::Often {
+            self.count_down(None);
+        }
         self.a.load(8, PAGE, cpu(at!(s.rip)));
         self.a.alu_imm(8, Alu::And, PAGE, !(PAGE_MASK as i32));
         let inner = self.a.code.len();
@@ -210,8 +212,19 @@ impl<'a> QuickEmit<'a> {
         }
         let branches = self.cold_ways();
         let QuickEmit { a, insns, bridges, addresses, crossings, calls, .. } = self;
-        let tail = PUSH_LEN;
-        Compiled { code: a.code, tail, inner, branches, insns, bridges, addresses, crossings, calls, nanos: 0 }
+        Compiled {
+            code: a.code,
+            tail: PUSH_LEN,
+            inner,
+            branches,
+            insns,
+            bridges,
+            quick_bridges: 0,
+            addresses,
+            crossings,
+            calls,
+            nanos: 0,
+        }
     }
 
     /// What the block jumps to and seldom comes by; and its direct branches.
@@ -230,7 +243,7 @@ impl<'a> QuickEmit<'a> {
         }
         let mut branches = Vec::with_capacity(self.links.len());
         for (site, to) in std::mem::take(&mut self.links) {
-            branches.push(Branch { site, to: Some(to), otherwise: Some(self.a.code.len()) });
+            branches.push(Branch { site, to: Some(to), otherwise: Some(self.a.code.len()), quick: true });
             self.go_to(to, Routine::Onward);
         }
         for (jump, to) in std::mem::take(&mut self.leaves) {

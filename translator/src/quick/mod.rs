@@ -247,6 +247,15 @@ fn find(a: &mut Asm, bytes: i32, write: bool) {
     a.test(8, found, found);
 }
 
+/// How often a block's code is likely to be entered from elsewhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entered {
+    /// So often that it is counted, and might be worth a region.
+    Often,
+    /// A region has it for when its own code of the block does not do.
+    Seldom,
+}
+
 /// What makes quick code.
 #[derive(Clone, Copy, Debug)]
 pub struct Quick {
@@ -262,10 +271,10 @@ impl Quick {
         (isa == HostIsa::X86_64).then_some(Quick { counts_bits })
     }
 
-    /// The code of a block of instructions that lie in one page, from page offset `start`. Offsets of the instructions that helpers evaluate are from the start of the
-    /// block.
-    pub fn compile(&self, insns: &[Insn], mode: Mode, start: u64, options: Options) -> Compiled {
-        Emitter::new(self, mode, start, options).emit(insns)
+    /// The code of a block of instructions that lie in one page, from page offset `start`. Offsets of the instructions that
+    /// helpers evaluate are from the start of the block.
+    pub fn compile(&self, insns: &[Insn], mode: Mode, start: u64, options: Options, entered: Entered) -> Compiled {
+        Emitter::new(self, mode, start, options).emit(insns, entered)
     }
 
     /// Appends the way from quick code into a region, entered at `tail`, whose entry is at a page offset: which of its

@@ -2,7 +2,7 @@
 //! judge, too.
 
 use super::engine::{Engine, Kind};
-use super::{ABSENT, DATA, DATA_LEN, EDGE_LEN, Fault, INSN, Machine, TAKEN};
+use super::{ABSENT, DATA, DATA_LEN, EDGE_LEN, Fault, INSN, Machine, READ_ONLY, TAKEN};
 use crate::exception::vector;
 use crate::state::flag;
 
@@ -103,6 +103,40 @@ fn fields_beside_a_page() {
         for other in [quick, compiled] {
             assert_eq!((&interpreted.gpr, &interpreted.ymm), (&other.gpr, &other.ymm), "{at:#x}");
             assert!(interpreted.data == other.data, "{at:#x}");
+        }
+    }
+}
+
+/// What a function keeps on a stack of which a page's end lies in the middle, or part cannot be accessed; flags of before
+/// are read behind it.
+#[test]
+fn a_stack_beside_a_page() {
+    let code = [
+        &[0x48, 0x39, 0xd1][..],         // cmp rcx, rdx
+        &[0x50, 0x51, 0x53],             // push rax; push rcx; push rbx
+        &[0x48, 0x8d, 0x6c, 0x24, 0xf0], // lea rbp, [rsp - 10h]
+        &[0x48, 0x89, 0x55, 0x00],       // mov [rbp], rdx
+        &[0x8b, 0x7d, 0x1c],             // mov edi, [rbp + 1ch]
+        &[0x0f, 0x92, 0x45, 0x08],       // setc [rbp + 8]
+        &[0x48, 0x8d, 0x65, 0x10],       // lea rsp, [rbp + 10h]
+        &[0x41, 0x58, 0x41, 0x59, 0x58], // pop r8; pop r9; pop rax
+    ]
+    .concat();
+    let edge = (DATA | 0xfff) + 1;
+    let near = |at: u64| (0..48).step_by(4).map(move |n| at + n);
+    for top in near(edge).chain(near(ABSENT)).chain(near(READ_ONLY)).chain(near(READ_ONLY + 0xff0)) {
+        let mut before = Machine::new([0; 16], 0x202, (0..=255).cycle().take(DATA_LEN + EDGE_LEN).collect());
+        before.gpr[..4].copy_from_slice(&[3, 0x1122_3344_5566_7788, 0x9988_7766_5544_3322, 7]);
+        before.gpr[4] = top;
+        let [interpreted, quick, compiled] = Kind::ALL.map(|kind| {
+            let mut engine = Engine::new(kind, 64);
+            engine.load(&code, std::slice::from_ref(&before)).unwrap();
+            engine.run(&before).unwrap()
+        });
+        for other in [quick, compiled] {
+            assert_eq!((interpreted.fault, interpreted.rip), (other.fault, other.rip), "{top:#x}");
+            assert_eq!((&interpreted.gpr, interpreted.flags), (&other.gpr, other.flags), "{top:#x}");
+            assert!(interpreted.data == other.data, "{top:#x}");
         }
     }
 }

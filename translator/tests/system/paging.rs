@@ -1258,6 +1258,40 @@ fn loops_see_repairs_by_fault_handlers() {
     );
 }
 
+/// The same of one access: what a load had found there before is not used any more.
+#[test]
+fn what_has_faulted_is_looked_up_anew() {
+    const X: u64 = DATA;
+    const Y: u64 = DATA + 0x1000;
+    check(
+        || {
+            let mut m = Machine::long().code64(|a| {
+                a.mov(rbx, X)?;
+                a.mov(r9, Y | P)?;
+                a.mov(rsi, qword_ptr(rbx))?;
+                // Of three bytes.
+                a.mov(qword_ptr(rbx), rcx)?;
+                a.mov(rdi, qword_ptr(rbx))?;
+                a.hlt()
+            });
+            m.handler(PF, |a| {
+                a.mov(qword_ptr(PT + (X >> 12) * 8), r9)?;
+                a.add(rsp, 8)?;
+                a.add(qword_ptr(rsp), 3)?;
+                a.iretq()
+            });
+            m.pte(X, X | P);
+            m.w64(X, 1);
+            m.w64(Y, 2);
+            m
+        },
+        |o| {
+            o.halted();
+            assert_eq!((o.gpr(gpr::RSI), o.gpr(gpr::RDI)), (1, 2), "{}", o.engine);
+        },
+    );
+}
+
 /// Stores of a loop to a page in which code begins to run are seen by that code.
 #[test]
 fn loops_store_to_what_became_code() {
