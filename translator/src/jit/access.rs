@@ -134,13 +134,15 @@ impl JitEmit<'_> {
         self.pages.covers(at, bytes, tag == offset_of!(TlbEntry, write))
     }
 
-    /// Looks up the memory of the groups of the block that begins here ([`super::groups`]).
-    pub(super) fn look_up_groups(&mut self) {
+    /// Looks up the memory of the current block's groups by what registers have from instruction number `n` on, which
+    /// comes next ([`super::groups`]).
+    pub(super) fn look_up_groups(&mut self, n: usize) {
         let mut slow = None;
-        for Group { base, from, to, write, .. } in std::mem::take(&mut self.groups[self.current]) {
-            let Some(var) = self.gpr[usize::from(base)] else { continue };
+        let groups = self.groups[self.current].clone();
+        for Group { base, from, to, write, .. } in groups.into_iter().filter(|g| g.base.since == n) {
+            let Some(var) = self.gpr[usize::from(base.register)] else { continue };
             let value = self.b.use_var(var);
-            self.pages.is_read(base, value);
+            self.pages.is_read(base.register, value);
             let linear = self.b.ins().iadd_imm_s(value, from);
             let bytes = (to - from) as u64;
             let at = self.pages.address(linear, self.b.func);
@@ -160,7 +162,7 @@ impl JitEmit<'_> {
             if slow.replace(miss).is_none() {
                 self.b.set_cold_block(miss);
                 self.b.switch_to_block(miss);
-                self.leave_for_slow_version();
+                self.leave_for_slow_version(n);
             }
             self.b.switch_to_block(go_on);
             let (page, addend) = known.unwrap_or_else(|(page, entry)| {
@@ -180,12 +182,17 @@ impl JitEmit<'_> {
         self.b.ins().icmp_imm_u(IntCC::UnsignedLessThanOrEqual, offset, most)
     }
 
-    /// Ends the current Cranelift block, at the start of a guest's, by going on in the slow version of that.
-    fn leave_for_slow_version(&mut self) {
+    /// Ends the current Cranelift block by going on in the slow version of the guest's, at instruction number `n`.
+    fn leave_for_slow_version(&mut self, n: usize) {
+        let from = (self.current, n);
+        let off = self.plan.blocks[self.current].insns[n].off;
         self.store_pending_flags();
-        let rip = self.ip_at(self.plan.blocks[self.current].off as i64);
-        self.leave_to(rip);
-        self.tail_call(name::SLOW, self.current);
+        self.store_dirty();
+        let rip = self.ip_at(off.into());
+        self.b.ins().store(aligned(), rip, self.cpu, at!(s.rip));
+        self.add_count(n as i64);
+        self.emitted.slow.push(from);
+        self.tail_call(name::SLOW, self.emitted.slow.len() - 1);
     }
 
     /// Behind a load: nothing that comes later is seen before it ([`super::ordering`]).

@@ -166,7 +166,7 @@ impl Compiler {
             evaluate: b.import_signature(evaluate),
             tail: b.import_signature(signature),
         };
-        let (b, Emitted { links, insns, bridges, pieces }) = JitEmit::new(b, plan, signatures).emit();
+        let (b, Emitted { links, insns, bridges, slow, pieces }) = JitEmit::new(b, plan, signatures).emit();
         b.finalize(self.isa.frontend_config());
         let Finished { code, mut relocations, jumps } = self.finish()?;
         // Its working memory, megabytes behind a large region, goes back.
@@ -195,7 +195,7 @@ impl Compiler {
             sites.into_iter().zip(elided.sites).for_each(|(site, now)| *site = now);
         }
         let pieces = append(&mut compiled.code, &pieces);
-        let mut slow = Vec::new();
+        let mut to_slow = Vec::new();
         for Relocation { offset, kind, namespace, index } in relocations {
             match (namespace, kind) {
                 (name::LINK, Reloc::X86CallPCRel4 | Reloc::Arm64Call) => {
@@ -219,14 +219,17 @@ impl Compiler {
                 (name::PIECE, Reloc::X86CallPCRel4) if index < pieces.len() => {
                     lead_x86(&mut compiled.code, offset, 0, pieces[index]).ok_or("a call of a piece has no place")?;
                 }
-                (name::SLOW, Reloc::X86CallPCRel4) => slow.push((offset, index)),
+                (name::SLOW, Reloc::X86CallPCRel4) => to_slow.push((offset, index)),
                 other => return Err(format!("relocation {other:?} at {offset}")),
             }
         }
-        for (site, k) in slow {
-            let (block, quick) = plan.blocks.get(k).zip(self.quick).ok_or("a block of no slow version")?;
-            let insns: Vec<Insn> = block.insns.iter().map(|i| Insn { off: i.off - block.off as u16, ..*i }).collect();
-            let start = compiled.append(quick.compile(&insns, plan.mode, block.off, plan.options, Entered::Seldom));
+        for (site, index) in to_slow {
+            let (&(block, from), quick) = slow.get(index).zip(self.quick).ok_or("a slow version of no number")?;
+            let insns = &plan.blocks[block].insns[from..];
+            let start = insns[0].off;
+            let insns: Vec<Insn> = insns.iter().map(|i| Insn { off: i.off - start, ..*i }).collect();
+            let made = quick.compile(&insns, plan.mode, start.into(), plan.options, Entered::Seldom);
+            let start = compiled.append(made);
             lead_x86(&mut compiled.code, site, 0, start).ok_or("a slow version has no place")?;
         }
         compiled.nanos = start.elapsed().as_nanos() as u64;

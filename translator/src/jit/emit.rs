@@ -68,7 +68,7 @@ pub mod name {
     pub const PIECE: u32 = 4;
     /// The region's way number `index` into another page that is code itself ([`crate::quick::cross`]).
     pub const CROSS: u32 = 5;
-    /// The slow version of block number `index` of the plan ([`super::super::groups`]).
+    /// Slow version number `index` of [`super::Emitted::slow`].
     pub const SLOW: u32 = 6;
     /// Those that tail calls refer to.
     pub const TAIL_CALLS: [u32; 4] = [LINK, LOOKUP, CROSS, SLOW];
@@ -83,6 +83,8 @@ pub struct Emitted {
     pub insns: Vec<Insn>,
     /// How many bridges there are.
     pub bridges: usize,
+    /// Slow versions ([`super::groups`]), each from an instruction on: the block and the instruction's index in it.
+    pub slow: Vec<(usize, usize)>,
     /// Pieces of host code that Cranelift has no form of, called from the region's.
     pub pieces: Vec<Vec<u8>>,
 }
@@ -359,13 +361,13 @@ impl<'a> JitEmit<'a> {
             let below = self.bases_below(k);
             self.fp_ready = false;
             self.fp_unused = (self.dirty.x, self.dirty.y);
-            self.look_up_groups();
             let mut rest = &block.insns[..];
             while let Some((i, behind)) = rest.split_first() {
                 self.off = u64::from(i.off);
                 self.done = (block.insns.len() - rest.len()) as i64;
                 self.rmw_host = None;
                 self.locked = None;
+                self.look_up_groups(block.insns.len() - rest.len());
                 self.pages.ahead(behind, below);
                 (self.fp_result, self.fp_read) = (false, (0, 0));
                 rest = match self.x87_run(rest) {

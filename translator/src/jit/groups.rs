@@ -1,9 +1,10 @@
-//! Groups of accesses: those of a block whose addresses are what one register has at its start and a constant, as of what
-//! a function keeps on its stack and of an object's fields. One look at the soft TLB, before the block, serves all of
-//! them: none can fault then, none leaves the block, and registers are stored once behind them.
+//! Groups of accesses: those of a block whose addresses are what a register has had and a constant, as of what a function
+//! keeps on its stack and of an object's fields. One look at the soft TLB serves all of them, at the start of the block or
+//! where the register has got its value: none can fault then, none leaves the block, and registers are stored once
+//! behind them.
 //!
 //! Where memory is not as hoped for, in the middle of a page that may be accessed so, control goes to the *slow version* of
-//! the block, which is quick code ([`crate::quick`]) that the region has with it.
+//! the block from there on, which is quick code ([`crate::quick`]) that the region has with it.
 //!
 //! What is found here need not be so: it says what to look up. Whether an access lies in what has been looked up is
 //! decided where it is emitted, by its address ([`Pages::covers`](super::pages::Pages::covers)).
@@ -20,17 +21,21 @@ use crate::state::{gpr, seg};
 const MOST_BYTES: i64 = 256;
 /// Displacements are below this, so that none of their sums wraps round.
 const FAR: u64 = 1 << 31;
-/// Lookups that must be saved for a block to have a slow version.
+/// Accesses that make a group: of what a register has at the start of the block, and of what it gets there, for which there
+/// may be another slow version.
+const FEWEST: usize = 2;
+const FEWEST_LATER: usize = 3;
+/// Lookups that must be saved for a block to have groups at all.
 const WORTH: usize = 2;
 /// Bytes of the stack that 64-bit code pushes and pops.
 const SLOT: i64 = 8;
 
-/// Accesses by one register.
+/// Accesses by one value of a register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Group {
-    /// The register.
-    pub base: u8,
-    /// Where they begin, relative to what the register has at the start of the block.
+    /// The value.
+    pub base: Base,
+    /// Where they begin, relative to it.
     pub from: i64,
     /// Where they end.
     pub to: i64,
@@ -38,6 +43,15 @@ pub struct Group {
     pub write: bool,
     /// How many they are.
     pub count: usize,
+}
+
+/// What a register has from an instruction on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Base {
+    /// Which register.
+    pub register: u8,
+    /// Index of the instruction in its block.
+    pub since: usize,
 }
 
 impl Group {
@@ -58,23 +72,24 @@ pub fn of_all(plan: &Plan) -> Vec<Vec<Group>> {
 
 /// The groups of a block of 64-bit code, if it is worth a slow version.
 fn of(insns: &[Insn]) -> Vec<Group> {
-    let mut walk = Walk { has: std::array::from_fn(|r| Some((r as u8, 0))), groups: Vec::new() };
-    for i in insns {
+    let first = |register| (Base { register, since: 0 }, 0);
+    let mut walk = Walk { has: std::array::from_fn(|r| first(r as u8)), groups: Vec::new() };
+    for (n, i) in insns.iter().enumerate() {
         let mut usage = Usage::default();
         // What a helper evaluates may change which pages there are.
         if i.sem.usage.is_none_or(|f| f(&mut usage, i).is_err()) {
             break;
         }
-        walk.instruction(i, usage.written.gpr);
+        walk.instruction(n, i, usage.written.gpr);
     }
     let mut groups = walk.groups;
-    groups.retain(|g| g.count > 1);
+    groups.retain(|g| g.count >= if g.base.since == 0 { FEWEST } else { FEWEST_LATER });
     let saved: usize = groups.iter().map(|g| g.count - 1).sum();
     if saved < WORTH { Vec::new() } else { groups }
 }
 
-/// What a register has: what a register had at the start, and a constant.
-type Sum = Option<(u8, i64)>;
+/// What a register has: what a register has had, and a constant.
+type Sum = (Base, i64);
 
 /// What is known on the way through a block.
 struct Walk {
@@ -83,14 +98,14 @@ struct Walk {
 }
 
 impl Walk {
-    fn sum(&self, r: u8, plus: i64) -> Sum {
-        let (base, at) = self.has[usize::from(r & 15)]?;
+    fn sum(&self, r: u8, plus: i64) -> Option<Sum> {
+        let (base, at) = self.has[usize::from(r & 15)];
         let at = at.checked_add(plus).filter(|at| at.unsigned_abs() < FAR)?;
         Some((base, at))
     }
 
     /// Adds an access to its group.
-    fn access(&mut self, at: Sum, bytes: i64, write: bool) {
+    fn access(&mut self, at: Option<Sum>, bytes: i64, write: bool) {
         let Some((base, from)) = at else { return };
         let new = Group { base, from, to: from + bytes, write, count: 1 };
         match self.groups.iter_mut().find(|g| g.base == base) {
@@ -99,8 +114,8 @@ impl Walk {
         }
     }
 
-    /// Goes over an instruction that writes the registers in `written`.
-    fn instruction(&mut self, i: &Insn, written: u16) {
+    /// Goes over instruction number `n`, which writes the registers in `written`.
+    fn instruction(&mut self, n: usize, i: &Insn, written: u16) {
         use Mnemonic::{Add, Call, Lea, Leave, Mov, Pop, Push, Ret, Sub};
         let mnemonic = i.iced_code().mnemonic();
         let by_base = i.base < 16 && i.index == NO_REG && !i.rip_relative && i.addr_bytes == 8;
@@ -128,10 +143,10 @@ impl Walk {
             (Lea, [Opnd::Gpr(to), ..]) if whole && by_base => (to, self.sum(i.base, i.disp)),
             _ => (NO_REG, None),
         };
-        for (_, has) in self.has.iter_mut().enumerate().filter(|(r, _)| written >> r & 1 != 0) {
-            *has = None;
+        for (r, has) in self.has.iter_mut().enumerate().filter(|(r, _)| written >> r & 1 != 0) {
+            *has = (Base { register: r as u8, since: n + 1 }, 0);
         }
-        if let Some(has) = self.has.get_mut(usize::from(to)) {
+        if let Some((has, value)) = self.has.get_mut(usize::from(to)).zip(value) {
             *has = value;
         }
     }
@@ -168,7 +183,10 @@ mod tests {
             &[0x8b, 0x45, 0xf0],       // mov eax, [rbp - 10h]
             &[0x48, 0x89, 0x04, 0x24], // mov [rsp], rax
         ];
-        assert_eq!(groups(&code.concat()), [Group { base: gpr::RSP, from: -40, to: 0, write: true, count: 4 }]);
+        assert_eq!(
+            groups(&code.concat()),
+            [Group { base: Base { register: gpr::RSP, since: 0 }, from: -40, to: 0, write: true, count: 4 }]
+        );
     }
 
     #[test]
@@ -182,7 +200,23 @@ mod tests {
             &[0x48, 0x89, 0x46, 0x40],                         // mov [rsi + 40h], rax
             &[0x64, 0x48, 0x89, 0x47, 0x08, 0x48, 0x89, 0x07], // mov fs:[rdi + 8], rax; mov [rdi], rax
         ];
-        assert_eq!(groups(&code.concat()), [Group { base: gpr::RSI, from: 0, to: 32, write: false, count: 4 }]);
+        assert_eq!(
+            groups(&code.concat()),
+            [Group { base: Base { register: gpr::RSI, since: 0 }, from: 0, to: 32, write: false, count: 4 }]
+        );
+    }
+
+    #[test]
+    fn a_pointer_that_the_block_loads_has_a_group() {
+        let code = [
+            &[0x48, 0x8b, 0x77, 0x28][..], // mov rsi, [rdi + 28h]
+            &[0x8b, 0x46, 0x04],           // mov eax, [rsi + 4]
+            &[0xff, 0x46, 0x08],           // inc [rsi + 8]
+            &[0x48, 0x89, 0x06],           // mov [rsi], rax
+        ];
+        let base = Base { register: gpr::RSI, since: 1 };
+        assert_eq!(groups(&code.concat()), [Group { base, from: 0, to: 12, write: true, count: 3 }]);
+        assert_eq!(groups(&code[..3].concat()), []);
     }
 
     #[test]
