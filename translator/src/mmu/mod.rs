@@ -22,6 +22,8 @@ use walk::{Access, Paging, Walk, walk};
 /// Of so many stores to pages that held code once, one makes those to its page fast again: to make them slow all tables are
 /// searched.
 const RELUCTANCE: u32 = 16;
+/// Bytes that string instructions copy at once: nothing else is looked at meanwhile.
+const MOST_DIRECT: u64 = 1 << 16;
 /// Entries of the code TLB.
 const CODE_ENTRIES: usize = 1024;
 
@@ -323,16 +325,25 @@ impl Cpu {
     }
 
     /// The host address of `linear` and how many bytes from there on may be accessed directly, if the page is plain
-    /// RAM for this access: what string instructions copy by.
-    /// `len` bytes at least are accessed.
-    pub fn direct(&mut self, linear: u64, len: u64, write: bool) -> Result<Option<(*mut u8, u64)>, Trap> {
+    /// RAM for this access: what string instructions copy by. `len` bytes at least are accessed, and `wanted` at most: pages
+    /// behind the first one count as far as the host has them behind it, too.
+    pub fn direct(&mut self, linear: u64, len: u64, wanted: u64, write: bool) -> Result<Option<(*mut u8, u64)>, Trap> {
         if self.class == Class::UserAligned {
             return Ok(None);
         }
-        let e = self.tlb_entry(linear);
-        let room = PAGE_SIZE - (linear & PAGE_MASK);
-        if if write { e.write } else { e.read } == linear & !PAGE_MASK {
-            return Ok(Some((e.addend.wrapping_add(linear) as *mut u8, room)));
+        let mut room = PAGE_SIZE - (linear & PAGE_MASK);
+        let known = |e: TlbEntry, linear: u64| if write { e.write } else { e.read } == linear & !PAGE_MASK;
+        let first = self.tlb_entry(linear);
+        if known(first, linear) {
+            while room < wanted.min(MOST_DIRECT) {
+                let behind = linear.wrapping_add(room);
+                let e = self.tlb_entry(behind);
+                if !known(e, behind) || e.addend != first.addend {
+                    break;
+                }
+                room += PAGE_SIZE;
+            }
+            return Ok(Some((first.addend.wrapping_add(linear) as *mut u8, room)));
         }
         self.check_canonical(linear, len)?;
         let access = if write { Access::Write } else { Access::Read };

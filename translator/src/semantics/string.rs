@@ -152,12 +152,14 @@ fn bulk_move<W: Width>(
     (di, to): (u64, u64),
     most: u64,
 ) -> Result<u64, Trap> {
-    let Some((source, source_room)) = cpu.direct(from, W::BYTES, false)? else { return Ok(0) };
+    let Some((source, source_room)) = cpu.direct(from, W::BYTES, most.saturating_mul(W::BYTES), false)? else {
+        return Ok(0);
+    };
     if source_room < W::BYTES {
         // The source's second page is looked at before the target.
         return Ok(0);
     }
-    let Some((target, target_room)) = cpu.direct(to, W::BYTES, true)? else { return Ok(0) };
+    let Some((target, target_room)) = cpu.direct(to, W::BYTES, source_room, true)? else { return Ok(0) };
     let n = run_length::<W>(cpu, i, si, source_room.min(target_room), most);
     let n = run_length::<W>(cpu, i, di, n * W::BYTES, n);
     let bytes = (n * W::BYTES) as usize;
@@ -183,7 +185,7 @@ fn stos<W: Width>(cpu: &mut Cpu, i: &Insn) -> Result<(), Trap> {
         let mut n = 0;
         if most > 1
             && flat(cpu, i)
-            && let Some((target, room)) = cpu.direct(to, W::BYTES, true)?
+            && let Some((target, room)) = cpu.direct(to, W::BYTES, most.saturating_mul(W::BYTES), true)?
         {
             n = run_length::<W>(cpu, i, di, room, most);
             cpu.storing();

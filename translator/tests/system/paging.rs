@@ -988,6 +988,51 @@ fn string_fault_is_restartable() {
     }
 }
 
+/// A copy over pages that lie one behind the other in memory, too, and have been accessed before, up to one that lies
+/// elsewhere, and one that is not there.
+#[test]
+fn copies_over_several_pages() {
+    const FROM: u64 = DATA;
+    const TO: u64 = DATA + 0x10_0000;
+    const ELSEWHERE: u64 = DATA + 0x18_0000;
+    check(
+        || {
+            let mut m = Machine::long().code64(|a| {
+                let mut touch = a.create_label();
+                a.mov(rbx, TO)?;
+                a.mov(edx, 5)?;
+                a.set_label(&mut touch)?;
+                a.mov(byte_ptr(rbx), al)?;
+                a.mov(al, byte_ptr(rbx - (TO - FROM) as i32))?;
+                a.add(rbx, 0x1000)?;
+                a.dec(edx)?;
+                a.jne(touch)?;
+                a.mov(rsi, FROM + 8)?;
+                a.mov(rdi, TO + 16)?;
+                a.mov(ecx, 0x7000)?;
+                a.rep().movsb()?;
+                a.hlt()
+            });
+            for page in 0..5 {
+                m.w64(FROM + 0x1000 * page + 8, page + 1);
+                m.w64(FROM + 0x1000 * page + 0xff8, page + 11);
+            }
+            m.pte(TO + 0x3000, ELSEWHERE | P | W);
+            m.pte(TO + 0x5000, 0);
+            m
+        },
+        |o| {
+            assert_eq!((o.gpr(gpr::RDI), o.gpr(gpr::RSI)), (TO + 0x5000, FROM + 0x4ff8), "{}", o.engine);
+            assert_eq!((o.gpr(gpr::RCX), o.s.cr2), (0x7000 - 0x4ff0, TO + 0x5000));
+            for (page, at) in [TO, TO + 0x1000, TO + 0x2000, ELSEWHERE, TO + 0x4000].into_iter().enumerate() {
+                assert_eq!(o.r64(at + 16), page as u64 + 1, "{}", o.engine);
+                assert_eq!(o.r64(at), if page == 0 { 0 } else { page as u64 + 10 });
+            }
+            assert_eq!(o.r64(TO + 0x3000), 0, "nothing was stored behind the third page");
+        },
+    );
+}
+
 /// Code in the upper half that two address spaces map differently, with and without PCIDs.
 #[test]
 fn upper_half_in_two_address_spaces() {
