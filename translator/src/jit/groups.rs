@@ -76,8 +76,9 @@ fn of(insns: &[Insn]) -> Vec<Group> {
     let mut walk = Walk { has: std::array::from_fn(|r| first(r as u8)), groups: Vec::new() };
     for (n, i) in insns.iter().enumerate() {
         let mut usage = Usage::default();
-        // What a helper evaluates may change which pages there are.
-        if i.sem.usage.is_none_or(|f| f(&mut usage, i).is_err()) {
+        // What a helper evaluates may change which pages there are, and STAC which of them may be accessed.
+        let changes_class = matches!(i.iced_code().mnemonic(), Mnemonic::Stac | Mnemonic::Clac);
+        if changes_class || i.sem.usage.is_none_or(|f| f(&mut usage, i).is_err()) {
             break;
         }
         walk.instruction(n, i, usage.written.gpr);
@@ -217,6 +218,13 @@ mod tests {
         let base = Base { register: gpr::RSI, since: 1 };
         assert_eq!(groups(&code.concat()), [Group { base, from: 0, to: 12, write: true, count: 3 }]);
         assert_eq!(groups(&code[..3].concat()), []);
+    }
+
+    #[test]
+    fn stac_is_in_the_way() {
+        let stores = [0x48, 0x89, 0x07, 0x48, 0x89, 0x47, 0x08, 0x48, 0x89, 0x47, 0x10]; // mov [rdi], rax and so on
+        assert_eq!(groups(&[&[0x0f, 0x01, 0xcb][..], &stores].concat()), [], "stac");
+        assert_eq!(groups(&stores).len(), 1);
     }
 
     #[test]
