@@ -199,8 +199,9 @@ fn pages() -> Option<&'static Path> {
 
 /// How many times more host instructions than on x86-64 hosts compiled code may cost on others.
 const HOSTS_RATIO: f64 = 1.3;
-/// Loops that cost more, because floating point needs guards there, and x87 instructions are evaluated by helper.
-const COSTLIER: [&str; 4] = ["scalar", "packed", "avx2", "x87"];
+/// Loops that cost more, because floating point needs guards there, x87 instructions are evaluated by helper, and accesses
+/// are not looked up in groups where there is no quick code.
+const COSTLIER: [&str; 5] = ["scalar", "packed", "avx2", "x87", "stack"];
 
 /// Compares the kept pages of different hosts.
 fn compare_hosts() -> Result<(), String> {
