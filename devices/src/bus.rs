@@ -27,7 +27,7 @@ pub fn scale(value: u64, numerator: u64, denominator: u64) -> u64 {
     if let (Some(whole), Some(rest)) = ((value / by).checked_mul(numerator), (value % by).checked_mul(numerator)) {
         return whole.saturating_add(rest / by);
     }
-    (u128::from(value) * u128::from(numerator) / u128::from(denominator.max(1))).min(u128::from(u64::MAX)) as u64
+    (u128::from(value) * u128::from(numerator) / u128::from(by)).min(u128::from(u64::MAX)) as u64
 }
 
 /// As [`scale`], rounded up.

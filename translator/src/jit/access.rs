@@ -51,37 +51,22 @@ impl JitEmit<'_> {
         if plain { Ok(ea) } else { Err(Unsupported) }
     }
 
-    /// Accesses `bytes` bytes at `linear` by the TLB's `tag`: `at` is the access, given its host address, and may be
-    /// emitted several times; `slow` gives the address on a miss, unless it has done the access. What `at` gives, values
-    /// of the types `results`, is given back.
+    /// Accesses an operand: `at` is the access, given its host address, and may be emitted several times; `slow` gives the
+    /// address on a miss, unless it has done the access. What `at` gives, values of the types `results`, is given back.
     fn access(
         &mut self,
-        linear: Value,
-        bytes: u64,
-        tag: usize,
+        operand: Operand,
         results: [Option<Type>; 2],
         at: impl Fn(&mut Self, Value) -> [Option<Value>; 2],
         slow: impl FnOnce(&mut Self) -> Option<Value>,
     ) -> [Option<Value>; 2] {
-        if let Some(found) = self.covered(linear, bytes, tag) {
-            let host = self.b.ins().iadd(found.addend, linear);
+        if let Some(host) = self.covered_host(operand) {
             return at(self, host);
         }
-        self.before_access();
-        self.access_anywhere(linear, bytes, tag, results, at, slow)
-    }
-
-    /// The same of what is not covered, and without storing registers.
-    fn access_anywhere(
-        &mut self,
-        linear: Value,
-        bytes: u64,
-        tag: usize,
-        results: [Option<Type>; 2],
-        at: impl Fn(&mut Self, Value) -> [Option<Value>; 2],
-        slow: impl FnOnce(&mut Self) -> Option<Value>,
-    ) -> [Option<Value>; 2] {
-        let write = tag == offset_of!(TlbEntry, write);
+        if operand.may_leave {
+            self.before_access();
+        }
+        let Operand { linear, bytes, write, .. } = operand;
         let done = self.b.create_block();
         let results = results.map(|t| t.map(|t| self.b.append_block_param(done, t)));
         let address = self.pages.address(linear, self.b.func).filter(|_| !self.in_loops[self.current]);
@@ -105,9 +90,9 @@ impl JitEmit<'_> {
             self.b.switch_to_block(elsewhere);
         } else {
             let table = self.b.use_var(self.tlb);
-            let Lookup { entry, page, hit } = look_up(&mut self.b, table, linear, Width::Known(bytes), tag);
+            let Lookup { entry, page, hit } = look_up(&mut self.b, table, linear, Width::Known(bytes), write);
             let miss = self.go_on_if(hit);
-            let addend = self.b.ins().load(I64, aligned(), entry, ENTRIES_AT + offset_of!(TlbEntry, addend) as i32);
+            let addend = addend_of(&mut self.b, entry);
             let host = self.b.ins().iadd(addend, linear);
             finish(self, host, [page, addend]);
             self.b.switch_to_block(miss);
@@ -128,18 +113,19 @@ impl JitEmit<'_> {
         results
     }
 
-    /// The page of an access that needs no look any more.
-    fn covered(&self, linear: Value, bytes: u64, tag: usize) -> Option<Found> {
+    /// The host address of an operand that needs no look any more.
+    fn covered_host(&mut self, Operand { linear, bytes, write, .. }: Operand) -> Option<Value> {
         let at = self.pages.address(linear, self.b.func)?;
-        self.pages.covers(at, bytes, tag == offset_of!(TlbEntry, write))
+        let addend = self.pages.covers(at, bytes, write)?;
+        Some(self.b.ins().iadd(addend, linear))
     }
 
     /// Looks up the memory of the current block's groups by what registers have from instruction number `n` on, which
     /// comes next ([`super::groups`]).
     pub(super) fn look_up_groups(&mut self, n: usize) {
         let mut slow = None;
-        let groups = self.groups[self.current].clone();
-        for Group { base, from, to, write, .. } in groups.into_iter().filter(|g| g.base.since == n) {
+        let groups = std::mem::take(&mut self.groups[self.current]);
+        for &Group { base, from, to, write, .. } in groups.iter().filter(|g| g.base.since == n) {
             let Some(var) = self.gpr[usize::from(base.register)] else { continue };
             let value = self.b.use_var(var);
             self.pages.is_read(base.register, value);
@@ -150,9 +136,8 @@ impl JitEmit<'_> {
             let (hit, known) = match near {
                 Some(near) => (self.lies_in(linear, bytes, near), Ok((near.page, near.addend))),
                 None => {
-                    let tag = if write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) };
                     let table = self.b.use_var(self.tlb);
-                    let Lookup { entry, page, hit } = look_up(&mut self.b, table, linear, Width::Known(bytes), tag);
+                    let Lookup { entry, page, hit } = look_up(&mut self.b, table, linear, Width::Known(bytes), write);
                     (hit, Err((page, entry)))
                 }
             };
@@ -165,14 +150,12 @@ impl JitEmit<'_> {
                 self.leave_for_slow_version(n);
             }
             self.b.switch_to_block(go_on);
-            let (page, addend) = known.unwrap_or_else(|(page, entry)| {
-                let at = ENTRIES_AT + offset_of!(TlbEntry, addend) as i32;
-                (page, self.b.ins().load(I64, aligned(), entry, at))
-            });
+            let (page, addend) = known.unwrap_or_else(|(page, entry)| (page, addend_of(&mut self.b, entry)));
             if let Some(at) = at {
                 self.pages.cover(at, to - from, write, page, addend);
             }
         }
+        self.groups[self.current] = groups;
     }
 
     /// Whether an access lies in a page that an earlier one was found in.
@@ -187,10 +170,8 @@ impl JitEmit<'_> {
         let from = (self.current, n);
         let off = self.plan.blocks[self.current].insns[n].off;
         self.store_pending_flags();
-        self.store_dirty();
         let rip = self.ip_at(off.into());
-        self.b.ins().store(aligned(), rip, self.cpu, at!(s.rip));
-        self.add_count(n as i64);
+        self.leave_to(rip, n as i64);
         self.emitted.slow.push(from);
         self.tail_call(name::SLOW, self.emitted.slow.len() - 1);
     }
@@ -283,7 +264,8 @@ impl JitEmit<'_> {
         };
         let slow = |e: &mut Self| Some(e.slow(Helper::Load, linear, bytes, None));
         let result = if narrow { I64 } else { t };
-        let [value, _] = self.access(linear, bytes, offset_of!(TlbEntry, read), [Some(result), None], load, slow);
+        let operand = Operand { linear, bytes, write: false, may_leave: true };
+        let [value, _] = self.access(operand, [Some(result), None], load, slow);
         self.loaded();
         // An access with a result has one.
         let value = value.unwrap_or(linear);
@@ -299,20 +281,15 @@ impl JitEmit<'_> {
     pub(super) fn host_to_modify(&mut self, linear: Value, bytes: u64) -> Value {
         let slow = |e: &mut Self| Some(e.slow(Helper::Modify, linear, bytes, None));
         let same = |_: &mut Self, host| [Some(host), None];
-        let [found, _] = self.access(linear, bytes, offset_of!(TlbEntry, write), [Some(I64), None], same, slow);
+        let operand = Operand { linear, bytes, write: true, may_leave: true };
+        let [found, _] = self.access(operand, [Some(I64), None], same, slow);
         found.unwrap_or(linear)
     }
 
     /// The host address of an operand that lies in one page of plain RAM; control goes to `elsewhere` if it does not. No
     /// register is stored for that.
     pub(super) fn host_of(&mut self, linear: Value, bytes: u64, store: bool, elsewhere: Block) -> Value {
-        let (helper, tag) = match store {
-            true => (Helper::Modify, offset_of!(TlbEntry, write)),
-            false => (Helper::Find, offset_of!(TlbEntry, read)),
-        };
-        if let Some(found) = self.covered(linear, bytes, tag) {
-            return self.b.ins().iadd(found.addend, linear);
-        }
+        let helper = if store { Helper::Modify } else { Helper::Find };
         let slow = |e: &mut Self| {
             let found = e.ask(helper, linear, bytes, None);
             let go_on = e.b.create_block();
@@ -324,7 +301,8 @@ impl JitEmit<'_> {
         let same = |_: &mut Self, host| [Some(host), None];
         // Control may come to what is behind by way of `elsewhere`, too.
         let later = std::mem::take(&mut self.pages.later);
-        let [found, _] = self.access_anywhere(linear, bytes, tag, [Some(I64), None], same, slow);
+        let operand = Operand { linear, bytes, write: store, may_leave: false };
+        let [found, _] = self.access(operand, [Some(I64), None], same, slow);
         self.pages.later = later;
         found.unwrap_or(linear)
     }
@@ -335,7 +313,8 @@ impl JitEmit<'_> {
             e.b.ins().store(plain(), v, host, 0);
             [None; 2]
         };
-        self.access(linear, bytes, offset_of!(TlbEntry, write), [None; 2], store, |e| {
+        let operand = Operand { linear, bytes, write: true, may_leave: true };
+        self.access(operand, [None; 2], store, |e| {
             let wide = if bytes == 16 {
                 e.b.ins().store(plain(), v, e.cpu, at!(jit.bounce));
                 e.b.ins().iconst(I64, 0)
@@ -351,7 +330,8 @@ impl JitEmit<'_> {
     pub(super) fn load_values(&mut self, linear: Value) -> (Value, Value) {
         let load = |e: &mut Self, host| [0, 16].map(|at| Some(e.b.ins().load(I8X16, plain(), host, at)));
         let slow = |e: &mut Self| Some(e.slow(Helper::Load, linear, 32, None));
-        let values = self.access(linear, 32, offset_of!(TlbEntry, read), [Some(I8X16); 2], load, slow);
+        let operand = Operand { linear, bytes: 32, write: false, may_leave: true };
+        let values = self.access(operand, [Some(I8X16); 2], load, slow);
         self.loaded();
         // An access with results has them.
         let [low, high] = values.map(|v| v.unwrap_or(linear));
@@ -366,7 +346,8 @@ impl JitEmit<'_> {
             e.b.ins().store(plain(), high, host, 16);
             [None; 2]
         };
-        self.access(linear, 32, offset_of!(TlbEntry, write), [None; 2], store, |e| {
+        let operand = Operand { linear, bytes: 32, write: true, may_leave: true };
+        self.access(operand, [None; 2], store, |e| {
             e.b.ins().store(plain(), low, e.cpu, at!(jit.bounce));
             e.b.ins().store(plain(), high, e.cpu, at!(jit.bounce) + 16);
             let none = e.b.ins().iconst(I64, 0);
@@ -385,6 +366,17 @@ impl JitEmit<'_> {
     }
 }
 
+/// A memory operand that is accessed.
+#[derive(Clone, Copy)]
+struct Operand {
+    linear: Value,
+    bytes: u64,
+    /// Whether it is written.
+    write: bool,
+    /// Whether the access may leave the region: registers are stored for that.
+    may_leave: bool,
+}
+
 /// How wide an access is.
 enum Width {
     Known(u64),
@@ -400,7 +392,8 @@ struct Lookup {
     hit: Value,
 }
 
-fn look_up(b: &mut FunctionBuilder<'_>, table: Value, linear: Value, bytes: Width, tag: usize) -> Lookup {
+fn look_up(b: &mut FunctionBuilder<'_>, table: Value, linear: Value, bytes: Width, write: bool) -> Lookup {
+    let tag = if write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) };
     let shift = size_of::<TlbEntry>().trailing_zeros();
     let index = b.ins().ushr_imm_u(linear, i64::from(12 - shift));
     let mask = b.ins().load(I64, aligned(), table, offset_of!(Translations, mask) as i32);
@@ -410,6 +403,11 @@ fn look_up(b: &mut FunctionBuilder<'_>, table: Value, linear: Value, bytes: Widt
     let found = b.ins().load(I64, aligned(), entry, ENTRIES_AT + tag as i32);
     let hit = b.ins().icmp(IntCC::Equal, found, page);
     Lookup { entry, page, hit }
+}
+
+/// What the host's addresses are more than the linear ones of an entry that was hit.
+fn addend_of(b: &mut FunctionBuilder<'_>, entry: Value) -> Value {
+    b.ins().load(I64, aligned(), entry, ENTRIES_AT + offset_of!(TlbEntry, addend) as i32)
 }
 
 /// The page of an access's last byte.
@@ -437,14 +435,13 @@ pub fn site_thunk(b: &mut FunctionBuilder<'_>, params: &[Value], helper: Helper,
     let bytes = b.ins().band_imm_u(which, 0xff);
     let site = b.ins().ushr_imm_u(which, 8);
     let table = b.ins().load(I64, aligned(), cpu, at!(jit.tlb));
-    let load = matches!(helper, Helper::Load | Helper::Find);
-    let tag = if load { offset_of!(TlbEntry, read) } else { offset_of!(TlbEntry, write) };
-    let Lookup { entry, page, hit } = look_up(b, table, linear, Width::Given(bytes), tag);
+    let write = !matches!(helper, Helper::Load | Helper::Find);
+    let Lookup { entry, page, hit } = look_up(b, table, linear, Width::Given(bytes), write);
     let (known, miss) = (b.create_block(), b.create_block());
     b.ins().brif(hit, known, &[], miss, &[]);
 
     b.switch_to_block(known);
-    let addend = b.ins().load(I64, aligned(), entry, ENTRIES_AT + offset_of!(TlbEntry, addend) as i32);
+    let addend = addend_of(b, entry);
     let of_site = b.ins().ishl_imm_u(site, i64::from(size_of::<Place>().trailing_zeros()));
     let at = b.ins().iadd(table, of_site);
     let size = b.ins().iconst(I64, PAGE_SIZE as i64 + 1);

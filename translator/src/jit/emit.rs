@@ -578,13 +578,6 @@ impl<'a> JitEmit<'a> {
         }
     }
 
-    /// At the end of a block, stores what its accesses would have, had they not been known to do well.
-    pub(super) fn settle_covered(&mut self) {
-        if self.pages.covers_any() && !self.in_loops[self.current] {
-            self.write_through();
-        }
-    }
-
     /// Stores every dirty register on the hot path.
     pub(super) fn write_through(&mut self) {
         self.store_dirty();
@@ -760,8 +753,12 @@ impl<'a> JitEmit<'a> {
         self.b.switch_to_block(go_on);
     }
 
-    /// Counts the current block's instructions, once per way out of it.
-    pub(super) fn count_block(&mut self) {
+    /// Before the ways out of a block: stores what its accesses would have, had they not been known to do well, and counts
+    /// its instructions.
+    pub(super) fn end_block(&mut self) {
+        if self.pages.covers_any() && !self.in_loops[self.current] {
+            self.write_through();
+        }
         if let Some(var) = self.count {
             let count = self.b.use_var(var);
             let count = self.b.ins().iadd_imm_s(count, self.done);
@@ -777,7 +774,7 @@ impl<'a> JitEmit<'a> {
         }
         self.store_pending_flags();
         let rip = self.ip_at(off);
-        self.leave_to(rip);
+        self.leave_to(rip, 0);
         if (0..=PAGE_MASK as i64).contains(&off) {
             let links = &mut self.emitted.links;
             let index = links.iter().position(|&l| l == off as u64).unwrap_or_else(|| {
@@ -824,17 +821,17 @@ impl<'a> JitEmit<'a> {
         }
     }
 
-    /// Stores what leaving the region for `rip` needs in the CPU state.
-    pub(super) fn leave_to(&mut self, rip: Value) {
+    /// Stores what leaving the region for `rip` needs in the CPU state, when as many instructions of the current block are
+    /// completed and not counted yet.
+    pub(super) fn leave_to(&mut self, rip: Value, done: i64) {
         self.store_dirty();
         self.b.ins().store(aligned(), rip, self.cpu, at!(s.rip));
-        self.add_count(0);
+        self.add_count(done);
     }
 
     /// Goes on at a page offset unconditionally.
     pub(super) fn go(&mut self, off: i64) {
-        self.settle_covered();
-        self.count_block();
+        self.end_block();
         self.edge(off);
         self.ended = true;
     }
@@ -873,7 +870,7 @@ impl<'a> JitEmit<'a> {
             self.b.switch_to_block(elsewhere);
         }
         self.store_pending_flags();
-        self.leave_to(rip);
+        self.leave_to(rip, 0);
         jump_by_cache(&mut self.b, self.cpu, rip, self.tail_sig);
     }
 }

@@ -320,8 +320,9 @@ impl Jit {
 
     /// Completes code and puts it into the cache: where it is then, and how long.
     fn put(&mut self, id: RegionId, place: Place, compiled: Compiled) -> Option<(u64, usize)> {
-        let Compiled { mut code, tail, inner, branches, insns, bridges, addresses, crossings, calls, .. } = compiled;
-        let quick_bridges = compiled.quick_bridges;
+        let Compiled { tail, inner, branches, insns, bridges, quick_bridges, addresses, crossings, calls, .. } =
+            compiled;
+        let mut code = compiled.code;
         let insns = insns.into_boxed_slice();
         let bridges = Bridge::row(id, bridges);
         for (at, referent) in addresses {

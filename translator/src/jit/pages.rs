@@ -143,13 +143,13 @@ impl Pages {
         !self.covered.is_empty()
     }
 
-    /// The page of an access that lies in what is covered.
-    pub fn covers(&self, at: Address, bytes: u64, write: bool) -> Option<Found> {
+    /// What the host's address is more than the linear one of an access that lies in what is covered.
+    pub fn covers(&self, at: Address, bytes: u64, write: bool) -> Option<Value> {
         let inside = |&&(f, most): &&(Found, i64)| {
             let from = at.plus.wrapping_sub(f.at.plus);
             f.at.of == at.of && (f.write || !write) && from >= 0 && from.saturating_add(bytes as i64) <= most
         };
-        self.covered.iter().find(inside).map(|&(f, _)| f)
+        self.covered.iter().find(inside).map(|(f, _)| f.addend)
     }
 
     /// Whether an instruction behind the current one addresses memory by what `at` is a sum of.

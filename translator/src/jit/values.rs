@@ -676,8 +676,7 @@ impl Emit for JitEmit<'_> {
     }
 
     fn set_ip(&mut self, _: &Insn, target: Value) {
-        self.settle_covered();
-        self.count_block();
+        self.end_block();
         self.exit_to(target);
         self.ended = true;
     }
@@ -688,8 +687,7 @@ impl Emit for JitEmit<'_> {
     }
 
     fn branch_rel(&mut self, i: &Insn, c: Value) -> Result<(), Unsupported> {
-        self.settle_covered();
-        self.count_block();
+        self.end_block();
         let (taken, next) = (self.b.create_block(), self.b.create_block());
         match self.negated(c) {
             Some(c) => self.b.ins().brif(c, next, &[], taken, &[]),

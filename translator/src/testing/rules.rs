@@ -13,15 +13,19 @@ fn fault(vector: u8, error: u32, address: u64) -> Option<Fault> {
     Some(Fault { vector, error, address })
 }
 
+fn run(kind: Kind, bits: u32, code: &[u8], before: &Machine) -> Machine {
+    let mut engine = Engine::new(kind, bits);
+    engine.load(code, std::slice::from_ref(before)).unwrap();
+    engine.run(before).unwrap()
+}
+
 /// Runs `code` on every engine from a state that `set` makes of one of zeros, and looks at how it faults.
 fn check(bits: u32, code: &[u8], set: impl Fn(&mut Machine), expected: Option<Fault>) {
     let mut before = Machine::new([0; 16], 0x202, vec![0; DATA_LEN]);
     before.gpr[4] = DATA + 0x100;
     set(&mut before);
     for kind in Kind::ALL {
-        let mut engine = Engine::new(kind, bits);
-        engine.load(code, std::slice::from_ref(&before)).unwrap();
-        let after = engine.run(&before).unwrap();
+        let after = run(kind, bits, code, &before);
         assert_eq!(after.fault, expected, "{code:02x?}, {kind:?}");
         if expected.is_some() {
             assert_eq!((after.rip, &after.gpr, &after.ymm), (INSN, &before.gpr, &before.ymm), "{code:02x?}");
@@ -106,11 +110,7 @@ fn fields_beside_a_page() {
 
 /// Runs code on every engine; how all of them fault.
 fn on_every_engine(code: &[u8], before: &Machine) -> Option<Fault> {
-    let [interpreted, quick, compiled] = Kind::ALL.map(|kind| {
-        let mut engine = Engine::new(kind, 64);
-        engine.load(code, std::slice::from_ref(before)).unwrap();
-        engine.run(before).unwrap()
-    });
+    let [interpreted, quick, compiled] = Kind::ALL.map(|kind| run(kind, 64, code, before));
     for other in [quick, compiled] {
         assert_eq!((interpreted.fault, interpreted.rip), (other.fault, other.rip), "{before:x?}");
         assert_eq!((interpreted.gpr, interpreted.flags), (other.gpr, other.flags), "{before:x?}");
