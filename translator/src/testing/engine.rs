@@ -157,6 +157,9 @@ impl Engine {
             Kind::Quick => vcpu.set_quick(1, FOR_EVER),
             _ => vcpu.set_threshold(THRESHOLD),
         }
+        // Quick code, which regions carry with them, is to ask for none: that of where the code under test ends would run
+        // on through what is there.
+        vcpu.cpu.jit.until_look = i64::MAX;
         Engine { kind, bits, vcpu, memory, start: s, mode, page: CODE_PAGES.start, len: 0 }
     }
 

@@ -158,10 +158,10 @@ fn runs_of_x87_instructions_are_what_the_interpreter_does() {
         let program = x87_program(&mut r, &parts[n % 2]);
         let states = (0..STATES).map(|_| state(&mut r, &program)).collect();
         let failure = Failure { program, states };
-        if agree(&failure).is_err() {
+        if let Err(found) = agree(&failure) {
             let shrunk = shrink(failure, |f| agree(f).is_err());
-            let why = agree(&shrunk).err().unwrap_or_default();
-            panic!("program {n}:\n{}{why}", shrunk.program.assemble().listing());
+            let why = agree(&shrunk).err().unwrap_or_else(|| "  not the next time\n".into());
+            panic!("program {n}:\n{found}{}{why}", shrunk.program.assemble().listing());
         }
     }
 }
