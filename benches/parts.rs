@@ -93,8 +93,9 @@ fn compiling(c: &mut Criterion) {
     let head = Mode(vcpu.cpu.mode.0);
     // The loop is the block behind the two instructions that set it up.
     let seed = (CODE..CODE + 64).filter(|&gpa| vcpu.blocks.find(gpa, head).is_some()).nth(1).expect("the loop");
-    let plan = Plan::grow(&vcpu.blocks, &vcpu.cpu, seed, head, |b| b.heat, Options { counted: true, shared: false })
-        .expect("a region");
+    let plan =
+        Plan::grow(&vcpu.blocks, &vcpu.cpu, seed, head, |b| b.heat, Options { counted: true, ..Options::default() })
+            .expect("a region");
     let mut compiler = Compiler::new().expect("a host that Cranelift knows");
     let mut group = c.benchmark_group("compile");
     group.throughput(Throughput::Elements(plan.blocks.len() as u64));

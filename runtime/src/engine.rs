@@ -272,7 +272,7 @@ impl Vm for Translator {
             Some(options) => {
                 let bytes = (options.code_bytes / setup.count as usize).max(MIN_CODE_BYTES);
                 let mut jit = Jit::new(bytes, 1).map_err(|e| EngineError(e.to_string()))?;
-                jit.options = Options { counted: options.counted, shared: setup.count > 1 };
+                jit.options = Options { counted: options.counted, shared: setup.count > 1, ..Options::default() };
                 if options.perf_map {
                     let error = |e| EngineError(format!("cannot write the map for perf: {e}; run without --perf-map"));
                     jit.write_perf_map().map_err(error)?;
@@ -369,6 +369,7 @@ impl Vcpu for Translated {
                 ("regions_evicted", jit.counts.evicted),
                 ("regions_invalidated", jit.counts.invalidated),
                 ("regions_failed", jit.counts.failed),
+                ("accesses_straying", jit.counts.strays),
             ]);
         }
         all

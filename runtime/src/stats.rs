@@ -16,7 +16,7 @@ enum Row {
 use Row::{Count, Heading};
 
 /// Every counter, by the name that an engine or the machine gives it, and what the report says instead of the name.
-const ROWS: [Row; 56] = [
+const ROWS: [Row; 57] = [
     Heading("guest instructions"),
     Count("interpreted", "interpreted"),
     Count("stepped", "of these, one by one"),
@@ -39,6 +39,7 @@ const ROWS: [Row; 56] = [
     Count("regions_invalidated", "overwritten afterwards"),
     Count("regions_evicted", "evicted for size"),
     Count("regions_failed", "not compiled"),
+    Count("accesses_straying", "accesses that look elsewhere now"),
     Heading("exits of guest code"),
     Count("halts", "halts"),
     Count("port_reads", "port reads"),

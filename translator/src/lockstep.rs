@@ -145,7 +145,7 @@ impl Vcpu {
             gpa,
             self.cpu.mode,
             |b| b.heat,
-            Options { counted: true, shared: false },
+            Options { counted: true, ..Options::default() },
         ) {
             for block in &plan.blocks {
                 let _ = writeln!(text, "block at page offset {:#x}, ends {:x?}:", block.off, block.end);

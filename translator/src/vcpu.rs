@@ -9,6 +9,7 @@ use crate::insn::{Insn, Mode};
 use crate::jit::cache::{Change, Runs};
 use crate::jit::frame::reason;
 use crate::jit::region::Plan;
+use crate::jit::strays::STRAYS;
 use crate::jit::{Jit, THRESHOLD};
 use crate::jump::{JumpCache, JumpEntry};
 use crate::state::{CpuState, Due, DueKind, Segment, flag, seg};
@@ -331,10 +332,15 @@ impl Vcpu {
                 }
                 Err(Trap) => self.fault(),
             },
-            reason::INTERPRET => match self.find_block() {
-                Ok(id) => self.interpret(id),
-                Err(Trap) => self.fault(),
-            },
+            reason::INTERPRET => {
+                if self.cpu.jit.until_stray < 0 {
+                    self.stray();
+                }
+                match self.find_block() {
+                    Ok(id) => self.interpret(id),
+                    Err(Trap) => self.fault(),
+                }
+            }
             reason::FAULT => self.after(Err(Trap)),
             reason::STOP => self.after(Ok(())),
             _ => Ok(()),
@@ -414,6 +420,19 @@ impl Vcpu {
             if block.heat == self.threshold {
                 self.request_region(id);
             }
+        }
+    }
+
+    /// Notes that the access of the instruction at RIP is not where it was last, which stands for all since the one before.
+    #[cold]
+    fn stray(&mut self) {
+        self.cpu.jit.until_stray = STRAYS.into();
+        // If there is no more code at RIP, that is for whoever goes on to find.
+        let Ok(id) = self.find_block() else { return };
+        let block = self.blocks.get(id);
+        if let Some(jit) = &mut self.jit {
+            jit.stray((block.gpa, block.mode.0));
+            self.follow_regions();
         }
     }
 

@@ -78,9 +78,10 @@ impl JitEmit<'_> {
             let values: Vec<BlockArg> = at(e, host).into_iter().flatten().chain(found).map(BlockArg::Value).collect();
             e.b.ins().jump(done, &values);
         };
-        self.by_thunk = self.in_loops[self.current] || near.is_some();
-        if self.in_loops[self.current] {
-            self.by_site(linear, bytes, write, |e, host| finish(e, host, [host; 2]));
+        let look = self.look();
+        self.by_thunk = look != Look::Table || near.is_some();
+        if look != Look::Table {
+            self.by_site(linear, bytes, write, look, |e, host| finish(e, host, [host; 2]));
         } else if let Some(near) = near {
             self.next_site += 1;
             let hit = self.lies_in(linear, bytes, near);
@@ -197,30 +198,59 @@ impl JitEmit<'_> {
         elsewhere
     }
 
+    /// How the current instruction looks for what it accesses.
+    fn look(&self) -> Look {
+        match (self.in_loops[self.current], self.is_scattered, self.plan.strayed(self.off)) {
+            (true, false, 0) => Look::LastOrBefore,
+            (true, true, 0) => Look::Last,
+            (true, true, 1) => Look::Either,
+            _ => Look::Table,
+        }
+    }
+
     /// Begins an access by where it was last, which `finish` does and ends; the current block is where it is somewhere
     /// else.
-    fn by_site(&mut self, linear: Value, bytes: u64, store: bool, finish: impl Fn(&mut Self, Value)) {
+    fn by_site(&mut self, linear: Value, bytes: u64, store: bool, look: Look, finish: impl Fn(&mut Self, Value)) {
         self.next_site += 1;
         let site = site(self.next_site, store, bytes);
-        let table = self.b.use_var(self.tlb);
-        for places in [LAST, BEFORE] {
-            let at = |field| site_at(places, field, site);
-            // Of use once, and in place: such a load is part of the subtraction.
-            let base = self.b.ins().load(I64, aligned(), table, at(offset_of!(Place, base)));
-            let offset = self.b.ins().isub(linear, base);
-            let limit = self.b.ins().load(I64, aligned(), table, at(offset_of!(Place, limit)));
-            let hit = self.b.ins().icmp(IntCC::UnsignedLessThan, offset, limit);
-            let elsewhere = self.go_on_if(hit);
-            if places == BEFORE
-                && let Some(here) = self.b.current_block()
-            {
-                self.b.set_cold_block(here);
-            }
-            let addend = self.b.ins().load(I64, aligned(), table, at(offset_of!(Place, addend)));
+        let is_last = self.is_in(LAST, site, linear);
+        let is_before = (look == Look::Either).then(|| self.is_in(BEFORE, site, linear));
+        let hit = is_before.map_or(is_last, |is_before| self.b.ins().bor(is_last, is_before));
+        let elsewhere = self.go_on_if(hit);
+        let mut addend = self.addend_at(LAST, site);
+        if is_before.is_some() {
+            // No branch: the host could not tell which way.
+            let before = self.addend_at(BEFORE, site);
+            addend = self.b.ins().select(is_last, addend, before);
+        }
+        let host = self.b.ins().iadd(addend, linear);
+        finish(self, host);
+        self.b.switch_to_block(elsewhere);
+        if look == Look::LastOrBefore {
+            let is_before = self.is_in(BEFORE, site, linear);
+            let elsewhere = self.go_on_if(is_before);
+            self.b.current_block().into_iter().for_each(|here| self.b.set_cold_block(here));
+            let addend = self.addend_at(BEFORE, site);
             let host = self.b.ins().iadd(addend, linear);
             finish(self, host);
             self.b.switch_to_block(elsewhere);
         }
+    }
+
+    /// Whether an access is in the page of a site's place.
+    fn is_in(&mut self, places: usize, site: usize, linear: Value) -> Value {
+        let table = self.b.use_var(self.tlb);
+        let at = |field| site_at(places, field, site);
+        // Of use once, and in place: such a load is part of the subtraction.
+        let base = self.b.ins().load(I64, aligned(), table, at(offset_of!(Place, base)));
+        let offset = self.b.ins().isub(linear, base);
+        let limit = self.b.ins().load(I64, aligned(), table, at(offset_of!(Place, limit)));
+        self.b.ins().icmp(IntCC::UnsignedLessThan, offset, limit)
+    }
+
+    fn addend_at(&mut self, places: usize, site: usize) -> Value {
+        let table = self.b.use_var(self.tlb);
+        self.b.ins().load(I64, aligned(), table, site_at(places, offset_of!(Place, addend), site))
     }
 
     /// Calls a slow path and leaves to the interpreter if it says so; gives the address it found.
@@ -366,6 +396,19 @@ impl JitEmit<'_> {
     }
 }
 
+/// Where an access looks for its page first; otherwise a thunk finds it, or a helper.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Look {
+    /// In the soft TLB: outside loops, and what [strays](super::strays) far.
+    Table,
+    /// Where it was last, and then where it was before that: data may lie across the end of a page.
+    LastOrBefore,
+    /// Where it was last: [scattered](super::scattered) accesses, as of a table.
+    Last,
+    /// In either of the two, without a branch whose way the host could not tell: those of them that stray.
+    Either,
+}
+
 /// A memory operand that is accessed.
 #[derive(Clone, Copy)]
 struct Operand {
@@ -432,6 +475,19 @@ fn page_of_last(b: &mut FunctionBuilder<'_>, linear: Value, bytes: Width) -> Val
 /// number above the number of bytes. (On x86-64 hosts [`crate::quick::site`] has a shorter one of some.)
 pub fn site_thunk(b: &mut FunctionBuilder<'_>, params: &[Value], helper: Helper, signature: SigRef) {
     let [cpu, linear, which, value] = *params else { return };
+    let left = b.ins().load(I64, aligned(), cpu, at!(jit.until_stray));
+    let left = b.ins().iadd_imm_s(left, -1);
+    b.ins().store(aligned(), left, cpu, at!(jit.until_stray));
+    let stray = b.ins().icmp_imm_s(IntCC::SignedLessThan, left, 0);
+    let (look_at, go_on) = (b.create_block(), b.create_block());
+    b.set_cold_block(look_at);
+    b.ins().brif(stray, look_at, &[], go_on, &[]);
+    b.switch_to_block(look_at);
+    let interpret = b.ins().iconst(I64, 0);
+    b.ins().store(aligned(), interpret, cpu, at!(jit.slow_result));
+    b.ins().return_(&[]);
+
+    b.switch_to_block(go_on);
     let bytes = b.ins().band_imm_u(which, 0xff);
     let site = b.ins().ushr_imm_u(which, 8);
     let table = b.ins().load(I64, aligned(), cpu, at!(jit.tlb));

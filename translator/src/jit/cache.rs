@@ -514,9 +514,7 @@ impl<K> Cache<K> {
             e.cancelled = true;
             rewrites += 1;
         }
-        let here = self.by_page.get(&page).into_iter().flatten();
-        let gone: Vec<RegionId> =
-            here.copied().filter(|id| self.regions.get(id).is_some_and(|r| touched(&r.extents))).collect();
+        let gone = self.of_page(page, |r| touched(&r.extents));
         for &id in &gone {
             // Quick code costs little to make again.
             rewrites += u32::from(self.regions.get(&id).is_some_and(|r| !r.quick));
@@ -526,6 +524,19 @@ impl<K> Cache<K> {
             *self.rewrites.entry(page).or_default() += rewrites;
         }
         gone.len() as u64
+    }
+
+    /// Drops the regions that touch `granules` of a page, but no quick code: they are to be compiled in another way. No
+    /// vCPU may be in compiled code.
+    pub fn renew(&mut self, page: u64, granules: u64) {
+        let touched = |&(p, g): &Extent| p == page && g & granules != 0;
+        self.of_page(page, |r| !r.quick && r.extents.iter().any(touched)).into_iter().for_each(|id| self.remove(id));
+    }
+
+    /// Those of the regions of a page of which something is true.
+    fn of_page(&self, page: u64, is: impl Fn(&Region<K>) -> bool) -> Vec<RegionId> {
+        let here = self.by_page.get(&page).into_iter().flatten();
+        here.copied().filter(|id| self.regions.get(id).is_some_and(|r| is(r))).collect()
     }
 
     /// The granules of a page that regions lie in.

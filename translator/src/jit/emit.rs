@@ -26,6 +26,7 @@ use crate::jit::leave::jump_by_cache;
 use crate::jit::liveness::{dirty_on_entry, flags_live_on_entry, flags_read_on_entry, live_on_entry};
 use crate::jit::pages::{Inherited, Pages, bases};
 use crate::jit::region::Plan;
+use crate::jit::scattered;
 use crate::jit::usage::{Regs, Usage};
 use crate::mmu::tlb::SITES;
 use crate::simd::fp::FpFmt;
@@ -160,6 +161,9 @@ pub struct JitEmit<'a> {
     pub(super) bases: Vec<u16>,
     /// The next access of a loop's number ([`crate::mmu::tlb::Sites`]).
     pub(super) next_site: usize,
+    /// Which instructions of each block make [scattered](super::scattered) accesses, and whether the current one does.
+    scattered: Vec<Vec<bool>>,
+    pub(super) is_scattered: bool,
     /// The groups of accesses of each block.
     pub(super) groups: Vec<Vec<Group>>,
     /// Registers that the CPU state may lack on entry to each block.
@@ -284,6 +288,8 @@ impl<'a> JitEmit<'a> {
             inherited: vec![Inherited::new(); plan.blocks.len()],
             bases: plan.blocks.iter().map(|b| b.insns.iter().fold(0, |set, i| set | bases(i))).collect(),
             next_site: first_site(plan),
+            scattered: scattered::of_all(plan, &in_loops),
+            is_scattered: false,
             dirty_in: dirty_on_entry(plan, &in_loops),
             in_loops,
             handed_down: vec![None; plan.blocks.len()],
@@ -367,7 +373,9 @@ impl<'a> JitEmit<'a> {
                 self.done = (block.insns.len() - rest.len()) as i64;
                 self.rmw_host = None;
                 self.locked = None;
-                self.look_up_groups(block.insns.len() - rest.len());
+                let n = block.insns.len() - rest.len();
+                self.is_scattered = self.scattered[k].get(n) == Some(&true);
+                self.look_up_groups(n);
                 self.pages.ahead(behind, below);
                 (self.fp_result, self.fp_read) = (false, (0, 0));
                 rest = match self.x87_run(rest) {

@@ -139,6 +139,9 @@ pub struct JitFrame {
     pub thunks: [u64; THUNKS],
     /// Slow paths taken, for statistics.
     pub slow_paths: u64,
+    /// How many accesses of loops may yet not be where they were last before the dispatch loop looks at one
+    /// ([`crate::jit::strays`]): below 0 when it is to.
+    pub until_stray: i64,
     /// Instructions evaluated by helper, for statistics.
     pub helper_calls: u64,
     /// One of [`reason`].

@@ -20,6 +20,8 @@ mod liveness;
 pub mod ordering;
 pub mod pages;
 pub mod region;
+mod scattered;
+pub mod strays;
 pub mod usage;
 pub(crate) mod values;
 pub mod vector;
@@ -34,6 +36,7 @@ use crate::block::Block;
 use crate::code::{ArenaError, CodeArena, PUSH_LEN, PerfMap, Slot, add_link_cells, elide_frame};
 use crate::cpu::Cpu;
 use crate::insn::{Insn, Mode};
+use crate::mem::granule_mask;
 use crate::quick::{Entered, Library, Quick};
 use bridge::Bridge;
 use cache::{Cache, Change, Extent, Key, Link, Placed, RegionId, Runs, Unit};
@@ -41,6 +44,7 @@ use compile::{Branch, Compiled, Compiler, Referent};
 use frame::THUNKS;
 use handover::Handover;
 use region::{Options, Plan};
+use strays::Strays;
 
 /// The compiler has no form of an instruction; the interpreter's evaluation is called instead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +72,7 @@ pub struct JitCounts {
     pub dropped: u64,
     pub evicted: u64,
     pub invalidated: u64,
+    pub strays: u64,
     pub failed: u64,
     pub quick_blocks: u64,
     pub quick_bytes: u64,
@@ -130,6 +135,8 @@ pub struct Jit {
     /// What that shares, and where in the arena.
     library: Library,
     shared: Stub,
+    /// Accesses that are not where they were last.
+    pub strays: Strays,
     /// Names regions for Linux perf.
     perf: Option<PerfMap>,
     /// Statistics.
@@ -173,6 +180,7 @@ impl Jit {
             quick,
             library,
             shared,
+            strays: Strays::default(),
             perf: None,
             counts: JitCounts::default(),
         })
@@ -231,7 +239,8 @@ impl Jit {
     }
 
     /// Queues a region; false if the queue is full.
-    pub fn request(&mut self, plan: Plan) -> bool {
+    pub fn request(&mut self, mut plan: Plan) -> bool {
+        plan.strays = self.strays.of(&plan);
         let id = self.cache.expect(plan.extents.clone());
         let queued = self.workers.way.request((id, plan));
         if !queued {
@@ -275,6 +284,15 @@ impl Jit {
         }
     }
 
+    /// Notes that the access of the instruction at a key has strayed. If that comes time and again, the regions that have it
+    /// go, to be compiled with another look for it; [`Self::changes`] says so. No vCPU may be in compiled code.
+    pub fn stray(&mut self, key: Key) {
+        for off in self.strays.note(key, Instant::now()) {
+            self.counts.strays += 1;
+            self.cache.renew(key.0 & !PAGE_MASK, granule_mask(off.into(), 1));
+        }
+    }
+
     /// What the vCPU has not been told yet.
     pub fn changes(&mut self) -> std::vec::Drain<'_, Change> {
         self.cache.changes.drain(..)
@@ -293,6 +311,7 @@ impl Jit {
         self.drain();
         self.install();
         self.cache.clear();
+        self.strays.clear();
         self.counts = JitCounts::default();
     }
 

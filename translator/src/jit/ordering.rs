@@ -91,7 +91,7 @@ mod tests {
             ("fences of loads, and of stores", 0, |a| a.lfence().and_then(|()| a.sfence())),
         ];
         for (name, barriers, emit) in cases {
-            let words = words(Options { counted: false, shared: true }, emit);
+            let words = words(Options { shared: true, ..Options::default() }, emit);
             assert_eq!(words.iter().filter(|&&word| word == DMB_ISH).count(), barriers, "{name}: {words:08x?}");
         }
     }

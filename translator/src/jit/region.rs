@@ -82,6 +82,8 @@ pub struct Plan {
     pub extents: Vec<(u64, u64)>,
     /// What its code shall do besides.
     pub options: Options,
+    /// Page offsets of instructions that have been found to stray, and how often ([`super::strays`]).
+    pub strays: Vec<(u16, u8)>,
 }
 
 /// What code does besides what the guest's does.
@@ -91,6 +93,8 @@ pub struct Options {
     pub counted: bool,
     /// Be right beside other vCPUs, that have the same memory: locked instructions are atomic, and fences are some.
     pub shared: bool,
+    /// Take every access to have strayed so often: for tests.
+    pub strayed: u8,
 }
 
 impl Options {
@@ -114,6 +118,12 @@ impl Plan {
     /// Bytes of guest code.
     pub fn guest_bytes(&self) -> u64 {
         self.blocks.iter().map(|b| b.end_off() - b.off).sum()
+    }
+
+    /// How often the instruction at a page offset has strayed.
+    pub fn strayed(&self, off: u64) -> u8 {
+        let known = self.strays.iter().find(|&&(at, _)| u64::from(at) == off);
+        known.map_or(0, |&(_, times)| times).max(self.options.strayed)
     }
 
     /// Page offsets that calls of functions in the region return to, if the region has them.
@@ -187,7 +197,7 @@ impl Plan {
         let page = gpa & !PAGE_MASK;
         let seed = cache.get(cache.find(gpa, mode)?);
         let warm = heat(seed) / 16;
-        let mut plan = Plan { gpa, rip: 0, mode, blocks: Vec::new(), extents: Vec::new(), options };
+        let mut plan = Plan { gpa, rip: 0, mode, blocks: Vec::new(), extents: Vec::new(), options, strays: Vec::new() };
         if seed.next_page.is_some() {
             plan.extents = seed.extent().collect();
             plan.blocks.push(RegionBlock { entry: true, ..region_block(seed, cpu) });

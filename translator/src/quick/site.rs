@@ -4,7 +4,7 @@
 use std::mem::offset_of;
 
 use super::Lookup;
-use super::asm::{Alu, Asm, Gpr, Mem, Shift, Unary};
+use super::asm::{Alu, Asm, Cc, Gpr, Mem, Shift, Unary};
 use super::emit::{cpu, thunk};
 use crate::addr::PAGE_SIZE;
 use crate::jit::access::{BEFORE, LAST, USED_AT, site_at};
@@ -19,6 +19,8 @@ pub fn thunk_for(helper: Helper) -> Vec<u8> {
     let place = |places: usize, field: usize| Mem::at(table, site_at(places, field, 0));
     let fields @ [base, limit, addend] = [offset_of!(Place, base), offset_of!(Place, limit), offset_of!(Place, addend)];
     let mut a = Asm::default();
+    a.alu_imm(8, Alu::Sub, cpu(at!(jit.until_stray)), 1);
+    let stray = a.jcc(Cc::S);
     saved.iter().for_each(|&r| a.push(r));
     a.movzx(1, word, which);
     let lookup = Lookup { table, linear, found, page };
@@ -51,6 +53,10 @@ pub fn thunk_for(helper: Helper) -> Vec<u8> {
     a.movzx(1, which, which);
     a.call(thunk(helper));
     a.pop(which);
+    a.ret();
+
+    a.here(stray);
+    a.store_imm(8, cpu(at!(jit.slow_result)), 0);
     a.ret();
     a.code
 }

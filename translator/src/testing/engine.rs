@@ -175,6 +175,9 @@ impl Engine {
             *self = Engine::new(self.kind, self.bits);
         }
         self.page += PAGE_SIZE;
+        if let Some(jit) = &mut self.vcpu.jit {
+            jit.options.strayed = (self.page / PAGE_SIZE % 3) as u8;
+        }
         self.len = code.len() as u64;
         let next = INSN + self.len;
         let mut all = code.to_vec();

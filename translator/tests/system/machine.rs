@@ -150,6 +150,8 @@ pub struct Machine {
     pub compiles: bool,
     /// Runs of a block before it is compiled; regions that shall have loops need several.
     pub patience: u32,
+    /// How often every access is taken to have strayed.
+    strayed: u8,
     /// Whether branches into other pages are hot: the compiler's engine must have led them there then.
     pub bridges: bool,
     /// Bytes of code memory; less than usual is meant to be too little.
@@ -202,6 +204,7 @@ impl Machine {
             memory: Arc::new(memory),
             compiles: false,
             patience: 1,
+            strayed: 0,
             bridges: false,
             code_memory: CODE_MEMORY,
             next_code: 0x6_0000,
@@ -469,7 +472,8 @@ impl Machine {
         let board = Arc::new(Mutex::new(BoardState::default()));
         let mut cpu = Cpu::new(ram.clone(), Box::new(Board(board.clone())), CpuModel::new(Level::Max, 1, 0));
         cpu.set_state(self.s.clone());
-        let jit = compiler.then(|| Jit::new(self.code_memory, 1).unwrap());
+        let mut jit = compiler.then(|| Jit::new(self.code_memory, 1).unwrap());
+        jit.iter_mut().for_each(|jit| jit.options.strayed = self.strayed);
         if kind == Kind::Quick && jit.as_ref().is_some_and(|jit| !jit.has_quick()) {
             println!("skipped: quick code, which this host has not");
             return;
@@ -546,7 +550,12 @@ pub fn check(build: impl Fn() -> Machine, expect: impl Fn(&Outcome)) {
     build().run(Kind::Interpreter, &expect);
     if !cfg!(miri) {
         build().run(Kind::Quick, &expect);
-        build().run(Kind::Regions, &expect);
+        // Loops look for what they access in another way once they have strayed.
+        for strayed in 0..if build().patience > 1 { 3 } else { 1 } {
+            let mut machine = build();
+            machine.strayed = strayed;
+            machine.run(Kind::Regions, &expect);
+        }
     }
 }
 

@@ -1226,13 +1226,18 @@ fn loops_see_changed_translations() {
                 let mut m = Machine::long().code64(|a| {
                     let (mut again, mut access) = (a.create_label(), a.create_label());
                     a.mov(rbx, X)?;
+                    a.mov(rbp, DATA + 0x2000)?;
+                    a.mov(qword_ptr(rbp), rbx)?;
                     a.mov(r8, X | P | W)?;
                     a.mov(r9, Y | P | W)?;
                     a.mov(ecx, 1000)?;
                     a.set_label(&mut again)?;
                     a.mov(edx, 3)?;
                     a.set_label(&mut access)?;
-                    a.add(rsi, qword_ptr(rbx))?;
+                    // By what may be anything, as far as the loop knows.
+                    a.add(rbp, 0)?;
+                    a.mov(rdi, qword_ptr(rbp))?;
+                    a.add(rsi, qword_ptr(rdi))?;
                     a.mov(qword_ptr(rbx + 8), rcx)?;
                     a.add(qword_ptr(rbx + 16), 1)?;
                     a.dec(edx)?;
