@@ -54,6 +54,8 @@ pub struct Unsupported;
 pub const THRESHOLD: u32 = 400;
 /// Name of the compile threads, whose panics are survived.
 pub const WORKER: &str = "compile";
+/// How nice the compile threads are: each has about a third of what a vCPU's thread has of a processor they share.
+const NICE: i32 = 5;
 /// Regions and blocks with quick code beyond which quick code takes the place of the oldest: what is known of each takes
 /// about 400 bytes besides its code.
 const UNITS: usize = 192 * 1024;
@@ -471,6 +473,9 @@ impl Drop for Workers {
 
 /// A compile thread.
 fn work(way: &Handover<Job, Done>) {
+    // Guest code, which goes on without, comes first where there are more threads than processors.
+    // SAFETY: it only changes how this thread is scheduled.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) };
     let Ok(mut compiler) = Compiler::new() else { return };
     way.serve(|(id, plan)| {
         // Should Cranelift meet something it does not expect, the region stays interpreted and the thread goes on.
