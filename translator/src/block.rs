@@ -45,6 +45,8 @@ pub struct Block {
     pub runs: Runs,
     /// How often the block has become hot without being compiled, because its page keeps being rewritten.
     pub postponed: u32,
+    /// How often code that started here had to go for other code to have room.
+    pub evicted: u8,
     /// Whether it ends in an indirect jump or call, or a return.
     pub indirect: bool,
     /// Page offsets in this page that the indirect branch has led to; [`NO_TARGET`] where there is none yet.
@@ -85,6 +87,7 @@ impl Block {
             heat: 0,
             runs: Runs::default(),
             postponed: 0,
+            evicted: 0,
             indirect: last.is_some_and(|flow| matches!(flow, IndirectBranch | IndirectCall | Return)),
             targets: None,
             cached: Cached::Nowhere,

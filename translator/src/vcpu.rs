@@ -29,6 +29,9 @@ pub enum Exit {
 const QUICK: u32 = 12;
 /// So many times more of a block whose end has led to several places of its page, as far as is known.
 const WATCHED: u32 = 8;
+/// Evictions of a block's code, after each of which the block is to run twice as often before it gets quick code again: up
+/// to about where to interpret it costs what making the code does.
+const EVICTIONS: u8 = 4;
 /// How often quick code goes on at a block, back or from elsewhere, before that gets a region.
 const PATIENCE: u32 = 20_000;
 /// Of so many times that quick code goes on back or elsewhere it is looked where it is. A prime, for loops to have no part
@@ -395,6 +398,12 @@ impl Vcpu {
                         self.blocks.get_mut(id).heat = 0;
                     }
                 }
+                Change::Evicted((gpa, mode)) => {
+                    if let Some(id) = self.blocks.find(gpa, Mode(mode)) {
+                        let block = self.blocks.get_mut(id);
+                        block.evicted = (block.evicted + 1).min(EVICTIONS);
+                    }
+                }
                 Change::Mark(page, granules) => {
                     if self.cpu.ram.mark_code(page, granules) {
                         self.cpu.protect_code(page);
@@ -538,7 +547,7 @@ impl Vcpu {
             Some(runs) => {
                 // Where the indirect branch at the end leads is seen only while the block is interpreted.
                 let watched = block.leads_about();
-                if block.heat == if watched { runs * WATCHED } else { runs } {
+                if block.heat == (if watched { runs * WATCHED } else { runs }) << block.evicted {
                     self.quicken(id);
                 }
             }

@@ -175,6 +175,8 @@ pub enum Change {
     Code(Key, Runs),
     /// The block at the key may become hot again.
     Cool(Key),
+    /// Its code has gone for other code to have room.
+    Evicted(Key),
     /// These granules of the page hold translated code.
     Mark(u64, u64),
 }
@@ -392,9 +394,12 @@ impl<K> Cache<K> {
     /// Removes the region that was placed first; what is still hot is compiled again. False if there is none. No vCPU
     /// may be in compiled code.
     pub fn evict(&mut self) -> bool {
-        let oldest = self.oldest();
-        oldest.into_iter().for_each(|id| self.remove(id));
-        oldest.is_some()
+        let Some(oldest) = self.oldest() else { return false };
+        if let Some(region) = self.regions.get(&oldest) {
+            self.changes.extend(region.entries.iter().copied().map(Change::Evicted));
+        }
+        self.remove(oldest);
+        true
     }
 
     /// The region that was placed first.
