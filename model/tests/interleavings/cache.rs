@@ -165,7 +165,7 @@ impl Vcpu {
                     self.blocks.insert(key, code);
                     self.jump.entry(key).and_modify(|old| *old = code);
                 }
-                Change::Cool(_) | Change::Mark(..) => {}
+                Change::Cool(_) | Change::Evicted(_) | Change::Mark(..) => {}
             }
         }
     }

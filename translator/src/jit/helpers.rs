@@ -5,6 +5,7 @@ use crate::addr::{PAGE_MASK, PAGE_SIZE};
 use crate::cpu::Cpu;
 use crate::insn::{Insn, Rep};
 use crate::jit::frame::{THUNKS, reason};
+use crate::jit::strays::STRAYS;
 use crate::jump::JumpCache;
 use crate::mmu::write_some;
 use crate::simd::fp::FpEnv;
@@ -142,8 +143,10 @@ extern "C" fn load_x87(cpu: &mut Cpu, _: u64, _: u64, _: u64) {
 
 /// Evaluates `count` instructions of the running region, up to one behind which the region may not go on.
 extern "C" fn evaluate_run(cpu: &mut Cpu, first: *const Insn, page_ip: u64, count: u64) {
-    // The operands of a run are looked for as always; if that was why it came here, the next may stray again.
-    cpu.jit.until_stray = cpu.jit.until_stray.max(0);
+    if cpu.jit.until_stray < 0 {
+        // That was why it came here; but the operands of runs are looked for as always.
+        cpu.jit.until_stray = STRAYS.into();
+    }
     for n in 0..count as usize {
         // SAFETY: compiled code gives the address of the first of so many instructions that its region keeps, one
         // behind the other.
