@@ -24,6 +24,9 @@ pub enum StateError {
 pub fn scale(value: u64, numerator: u64, denominator: u64) -> u64 {
     // The same without a division of 128 bits, where that does: guests read the clock with each system call.
     let by = denominator.max(1);
+    if numerator == by {
+        return value;
+    }
     if let (Some(whole), Some(rest)) = ((value / by).checked_mul(numerator), (value % by).checked_mul(numerator)) {
         return whole.saturating_add(rest / by);
     }
