@@ -19,11 +19,10 @@ const WHILE: Duration = Duration::from_millis(100);
 const MANY: Duration = Duration::from_nanos(60);
 /// How many other ways to look there are.
 const WAYS: u8 = 2;
-/// Accesses that are remembered.
-const MOST: usize = 4096;
-
 /// What is less than this part of a page's is few.
 const SHARE: u32 = 8;
+/// Accesses that are remembered.
+const MOST: usize = 4096;
 
 /// Those that there have been.
 #[derive(Default)]
