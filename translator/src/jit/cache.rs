@@ -181,6 +181,11 @@ pub enum Change {
     Mark(u64, u64),
 }
 
+/// Whether bytes that lie in `extents` are among `granules` of a page.
+fn touch(extents: &[Extent], page: u64, granules: u64) -> bool {
+    extents.iter().any(|&(p, g)| p == page && g & granules != 0)
+}
+
 /// How the block at a key runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Runs {
@@ -513,13 +518,12 @@ impl<K> Cache<K> {
     /// Drops the regions that touch `granules` of a page, those that are expected when they come; returns how many of
     /// the others there were. No vCPU may be in compiled code.
     pub fn invalidate(&mut self, page: u64, granules: u64) -> u64 {
-        let touched = |extents: &[Extent]| extents.iter().any(|&(p, g)| p == page && g & granules != 0);
         let mut rewrites = 0;
-        for e in self.expected.values_mut().filter(|e| !e.cancelled && touched(&e.extents)) {
+        for e in self.expected.values_mut().filter(|e| !e.cancelled && touch(&e.extents, page, granules)) {
             e.cancelled = true;
             rewrites += 1;
         }
-        let gone = self.of_page(page, |r| touched(&r.extents));
+        let gone = self.touching(page, granules);
         for &id in &gone {
             // Quick code costs little to make again.
             rewrites += u32::from(self.regions.get(&id).is_some_and(|r| !r.quick));
@@ -534,14 +538,15 @@ impl<K> Cache<K> {
     /// Drops the regions that touch `granules` of a page, but no quick code: they are to be compiled in another way. No
     /// vCPU may be in compiled code.
     pub fn renew(&mut self, page: u64, granules: u64) {
-        let touched = |&(p, g): &Extent| p == page && g & granules != 0;
-        self.of_page(page, |r| !r.quick && r.extents.iter().any(touched)).into_iter().for_each(|id| self.remove(id));
+        let mut gone = self.touching(page, granules);
+        gone.retain(|id| self.regions.get(id).is_some_and(|r| !r.quick));
+        gone.into_iter().for_each(|id| self.remove(id));
     }
 
-    /// Those of the regions of a page of which something is true.
-    fn of_page(&self, page: u64, is: impl Fn(&Region<K>) -> bool) -> Vec<RegionId> {
-        let here = self.by_page.get(&page).into_iter().flatten();
-        here.copied().filter(|id| self.regions.get(id).is_some_and(|r| is(r))).collect()
+    /// The regions that touch `granules` of a page.
+    fn touching(&self, page: u64, granules: u64) -> Vec<RegionId> {
+        let here = self.by_page.get(&page).into_iter().flatten().copied();
+        here.filter(|id| self.regions.get(id).is_some_and(|r| touch(&r.extents, page, granules))).collect()
     }
 
     /// The granules of a page that regions lie in.

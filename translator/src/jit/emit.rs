@@ -370,10 +370,10 @@ impl<'a> JitEmit<'a> {
             let mut rest = &block.insns[..];
             while let Some((i, behind)) = rest.split_first() {
                 self.off = u64::from(i.off);
-                self.done = (block.insns.len() - rest.len()) as i64;
+                let n = block.insns.len() - rest.len();
+                self.done = n as i64;
                 self.rmw_host = None;
                 self.locked = None;
-                let n = block.insns.len() - rest.len();
                 self.is_scattered = self.scattered[k].get(n) == Some(&true);
                 self.look_up_groups(n);
                 self.pages.ahead(behind, below);

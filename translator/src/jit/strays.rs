@@ -56,10 +56,11 @@ impl Page {
         }
         self.since = now;
         let all: u32 = self.accesses.iter().map(|access| access.samples).sum();
+        let many = watched < MANY * STRAYS * all;
         let mut stray = Vec::new();
         for access in &mut self.accesses {
             let samples = std::mem::take(&mut access.samples);
-            if watched < MANY * STRAYS * all && samples > all / SHARE && access.times < WAYS {
+            if many && samples > all / SHARE && access.times < WAYS {
                 access.times += 1;
                 stray.push(access.off);
             }
