@@ -576,7 +576,7 @@ impl Cpu {
             addend: host_page.map_or(0, |h| (h as u64).wrapping_sub(page)),
             phys: w.gpa & !PAGE_MASK | if w.global { GLOBAL } else { 0 } | u64::from(w.key) << KEY_SHIFT,
         };
-        self.mmu.tlb.table(class).insert(linear, entry, w.page_bits);
+        self.mmu.tlb.insert(class, linear, entry, w.page_bits);
         Translated { gpa: w.gpa, host: host_page.map(|h| h.wrapping_add((linear & PAGE_MASK) as usize)) }
     }
 
@@ -662,8 +662,8 @@ impl Cpu {
     /// Removes every cached translation, global ones included.
     pub fn flush_tlb_all(&mut self) {
         self.mmu.counts.flushes += 1;
-        let _: JumpFlush = self.mmu.tlb.flush_all();
-        self.flush_code_translations();
+        let flush = self.mmu.tlb.flush_all();
+        self.after_tag_change(flush);
     }
 
     /// INVLPG: removes the translations of one page.
@@ -732,8 +732,9 @@ impl Cpu {
     }
 }
 
+/// What lies at one address in several address spaces has several places.
 fn code_index(key: u64) -> usize {
-    (key >> 12) as usize & (CODE_ENTRIES - 1)
+    (key >> 12 ^ key >> 55) as usize & (CODE_ENTRIES - 1)
 }
 
 /// Whether a protected-mode data access through `d` is permitted by its type.

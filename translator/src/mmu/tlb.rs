@@ -2,6 +2,9 @@
 //!
 //! A slot holds the translations of one PCID. It has a table per privilege class, so that a change of CPL or of
 //! RFLAGS.AC is a change of pointer. Compiled code reads the current table in place ([`TlbEntry`] is `#[repr(C)]`).
+//!
+//! Under SMAP supervisors' own pages have a table of their own, and kernels have them global: so it is one for all address
+//! spaces, and a new one need not find them anew. What is in it that is not global goes when the address space does.
 
 use crate::addr::PAGE_MASK;
 
@@ -25,6 +28,9 @@ pub enum Class {
     /// CPL 3 with alignment checking (CR0.AM and RFLAGS.AC set): no access takes the fast path.
     UserAligned = 3,
 }
+
+/// Whose table address spaces share.
+const SHARED: Class = Class::SupervisorSmap;
 
 impl Class {
     /// Whether the accesses are user-mode accesses.
@@ -144,6 +150,11 @@ const EMPTY_ENTRY: TlbEntry = TlbEntry { read: EMPTY, write: EMPTY, addend: 0, p
 /// The extent of nothing.
 const NO_EXTENT: (u64, u64) = (u64::MAX, 0);
 
+/// Which half of the linear addresses one is in.
+fn half(linear: u64) -> usize {
+    (linear >> 63) as usize
+}
+
 fn key(e: &TlbEntry) -> u32 {
     (e.phys >> KEY_SHIFT & 15) as u32
 }
@@ -151,7 +162,8 @@ fn key(e: &TlbEntry) -> u32 {
 /// One table.
 pub struct Table {
     known: Box<Translations>,
-    used: bool,
+    /// Whether there have been entries, in either half of the linear addresses.
+    used: [bool; 2],
     /// The extent of the large pages that entries are parts of, first and last address, in either half of the linear
     /// addresses.
     large: [(u64, u64); 2],
@@ -165,7 +177,14 @@ pub struct Table {
 
 impl Table {
     fn new() -> Table {
-        Table { known: Translations::new(), used: false, large: [NO_EXTENT; 2], inserted: 0, displaced: 0, keys: 0 }
+        Table {
+            known: Translations::new(),
+            used: [false; 2],
+            large: [NO_EXTENT; 2],
+            inserted: 0,
+            displaced: 0,
+            keys: 0,
+        }
     }
 
     /// The entry in which a linear address would be.
@@ -182,11 +201,11 @@ impl Table {
 
     /// Inserts a translation that comes from a page of 2^`page_bits` bytes.
     pub fn insert(&mut self, linear: u64, entry: TlbEntry, page_bits: u32) {
-        self.used = true;
+        self.used[half(linear)] = true;
         self.keys |= 1 << key(&entry);
         if page_bits > 12 {
             let offsets = (1 << page_bits) - 1;
-            let (first, last) = &mut self.large[(linear >> 63) as usize];
+            let (first, last) = &mut self.large[half(linear)];
             (*first, *last) = ((*first).min(linear & !offsets), (*last).max(linear | offsets));
         }
         self.inserted += 1;
@@ -216,6 +235,9 @@ impl Table {
     fn clear_sites(&mut self) {
         let sites = &mut self.known.sites;
         // Seldom are there any, and there may be many faults.
+        if sites.used.as_flattened().iter().fold(0, |any, used| any | used) == 0 {
+            return;
+        }
         let eights = sites.used.iter_mut().enumerate().filter(|(_, used)| **used != [0; 8]);
         for (eight, used) in eights {
             for (group, _) in std::mem::take(used).into_iter().enumerate().filter(|&(_, used)| used != 0) {
@@ -227,10 +249,14 @@ impl Table {
     }
 
     fn flush(&mut self) {
-        if self.used {
+        if self.is_used() {
             self.resize(self.wanted());
-            (self.used, self.large, self.keys) = (false, [NO_EXTENT; 2], 0);
+            (self.used, self.large, self.keys) = ([false; 2], [NO_EXTENT; 2], 0);
         }
+    }
+
+    fn is_used(&self) -> bool {
+        self.used != [false; 2]
     }
 
     /// How many entries there should be from the next flush on: emptying many for few is dear.
@@ -240,7 +266,7 @@ impl Table {
     }
 
     fn flush_non_global(&mut self) {
-        if self.used {
+        if self.is_used() {
             let wanted = self.wanted();
             if wanted < self.known.len() {
                 return self.resize(wanted);
@@ -264,11 +290,8 @@ impl Table {
     }
 
     fn flush_page(&mut self, linear: u64) {
-        if !self.used {
-            return;
-        }
         // One INVLPG removes a whole large page (SDM vol. 3 §4.10.4.1); its 4 KiB parts are not linked to each other.
-        let (first, last) = self.large[(linear >> 63) as usize];
+        let (first, last) = self.large[half(linear)];
         if (first..=last).contains(&linear) {
             return self.flush();
         }
@@ -277,6 +300,9 @@ impl Table {
 
     /// Empties the entry of a page of 4 KiB.
     fn forget(&mut self, linear: u64) {
+        if !self.used[half(linear)] {
+            return;
+        }
         self.clear_sites();
         let e = self.entry(linear);
         let page = linear & !PAGE_MASK;
@@ -287,7 +313,7 @@ impl Table {
 
     /// Makes stores to the physical page take the slow path from now on.
     fn protect(&mut self, gpa_page: u64) {
-        if self.used {
+        if self.is_used() {
             for e in self.known.used() {
                 if e.phys & !PAGE_MASK == gpa_page && e.write != EMPTY {
                     e.write |= SLOW;
@@ -308,9 +334,47 @@ pub struct Slot {
     last_use: u64,
 }
 
+/// After so many changes of the address space with translations in the shared table that are not global, and four times as
+/// many without forgiving one, slots have tables of their own: a kernel that has its pages so is better off with them.
+const TOLERATED: u32 = 64;
+/// Changes of the address space without such translations that make up for one with them.
+const FORGIVING: u32 = 4;
+
+/// The table that address spaces share.
+struct Shared {
+    table: Table,
+    /// Whether they do.
+    on: bool,
+    /// Whether there may be translations in it that are not global: those of the current address space.
+    private: bool,
+    /// [`FORGIVING`] for each change of the address space that found such, less one for each that did not.
+    grudge: u32,
+}
+
+impl Shared {
+    fn new() -> Shared {
+        Shared { table: Table::new(), on: true, private: false, grudge: 0 }
+    }
+
+    /// The address space changes.
+    fn part(&mut self) {
+        if !self.on {
+            return;
+        }
+        if !std::mem::take(&mut self.private) {
+            self.grudge = self.grudge.saturating_sub(1);
+            return;
+        }
+        self.table.flush_non_global();
+        self.grudge += FORGIVING;
+        self.on = self.grudge < FORGIVING * TOLERATED;
+    }
+}
+
 /// All soft-TLB tables of a vCPU.
 pub struct Tlb {
     slots: Vec<Slot>,
+    shared: Shared,
     current: usize,
     clock: u64,
     next_tag: u8,
@@ -332,18 +396,36 @@ impl Tlb {
         let slots = (0..SLOTS)
             .map(|i| Slot { tables: [(); 4].map(|()| Table::new()), pcid: i as u16, tag: i as u8, last_use: 0 })
             .collect();
-        Tlb { slots, current: 0, clock: 0, next_tag: SLOTS as u8 }
+        Tlb { slots, shared: Shared::new(), current: 0, clock: 0, next_tag: SLOTS as u8 }
     }
 
     /// The table of `class` in the current address space.
     #[inline(always)]
     pub fn table(&mut self, class: Class) -> &mut Table {
+        if class == SHARED && self.shared.on {
+            return &mut self.shared.table;
+        }
         &mut self.slots[self.current].tables[class as usize]
+    }
+
+    /// Inserts a translation that comes from a page of 2^`page_bits` bytes, for accesses of `class`.
+    pub fn insert(&mut self, class: Class, linear: u64, entry: TlbEntry, page_bits: u32) {
+        self.shared.private |= class == SHARED && entry.phys & GLOBAL == 0;
+        self.table(class).insert(linear, entry, page_bits);
     }
 
     /// Where compiled code finds the tables of the current address space, by [`Class`].
     pub fn addresses(&self) -> [u64; 4] {
-        self.slots[self.current].tables.each_ref().map(Table::address)
+        let mut tables = self.slots[self.current].tables.each_ref().map(Table::address);
+        if self.shared.on {
+            tables[SHARED as usize] = self.shared.table.address();
+        }
+        tables
+    }
+
+    /// Every table.
+    fn tables(&mut self) -> impl Iterator<Item = &mut Table> {
+        self.slots.iter_mut().flat_map(|s| &mut s.tables).chain([&mut self.shared.table])
     }
 
     /// The jump-cache tag of the current address space.
@@ -367,6 +449,7 @@ impl Tlb {
     /// Switches to the address space of `pcid` (MOV to CR3); `keep` is bit 63 of the written value with PCIDs on.
     pub fn switch(&mut self, pcid: u16, keep: bool) -> JumpFlush {
         self.clock += 1;
+        self.shared.part();
         if let Some(slot) = self.slots.iter().position(|s| s.pcid == pcid) {
             self.current = slot;
             self.slots[slot].last_use = self.clock;
@@ -387,25 +470,26 @@ impl Tlb {
         self.retag(self.current)
     }
 
-    /// Removes every translation, global ones too.
+    /// Removes every translation, global ones too. Where the tables are ([`Self::addresses`]) may change, as by every change of
+    /// the address space.
     pub fn flush_all(&mut self) -> JumpFlush {
-        for s in &mut self.slots {
-            s.tables.iter_mut().for_each(Table::flush);
-        }
+        self.tables().for_each(Table::flush);
+        (self.shared.on, self.shared.private, self.shared.grudge) = (true, false, 0);
         JumpFlush::All
     }
 
     /// Removes the non-global translations of every PCID (INVPCID type 3).
     pub fn flush_all_non_global(&mut self) -> JumpFlush {
-        for s in &mut self.slots {
-            s.tables.iter_mut().for_each(Table::flush_non_global);
-        }
+        self.tables().for_each(Table::flush_non_global);
         JumpFlush::All
     }
 
     /// Removes the non-global translations of one PCID (INVPCID type 1).
     pub fn flush_pcid(&mut self, pcid: u16) -> JumpFlush {
         let Some(slot) = self.slots.iter().position(|s| s.pcid == pcid) else { return JumpFlush::Keep };
+        if slot == self.current {
+            self.shared.part();
+        }
         self.slots[slot].tables.iter_mut().for_each(Table::flush_non_global);
         self.retag(slot)
     }
@@ -413,34 +497,76 @@ impl Tlb {
     /// Removes the translations of one page (INVLPG, INVPCID type 0). Global translations are removed whatever the
     /// PCID, and a page's being global is not known here, so every slot is searched.
     pub fn flush_page(&mut self, linear: u64) {
-        for s in &mut self.slots {
-            s.tables.iter_mut().for_each(|t| t.flush_page(linear));
-        }
+        self.tables().for_each(|t| t.flush_page(linear));
     }
 
     /// A page fault in the current address space: nothing is known of the page any more, since the guest may repair its
     /// tables and invalidate nothing (SDM vol. 3 §4.10.4.1).
     pub fn page_fault(&mut self, linear: u64) {
         self.slots[self.current].tables.iter_mut().for_each(|t| t.forget(linear));
+        self.shared.table.forget(linear);
     }
 
     /// Removes the translations of pages with one of the protection keys in a mask.
     pub fn flush_keys(&mut self, keys: u16) {
-        for s in &mut self.slots {
-            s.tables.iter_mut().for_each(|t| t.flush_keys(keys));
-        }
+        self.tables().for_each(|t| t.flush_keys(keys));
     }
 
     /// Makes stores to a physical page that now holds translated code take the slow path, in every table.
     pub fn protect(&mut self, gpa_page: u64) {
-        for s in &mut self.slots {
-            s.tables.iter_mut().for_each(|t| t.protect(gpa_page));
-        }
+        self.tables().for_each(|t| t.protect(gpa_page));
     }
 }
 
 impl Default for Tlb {
     fn default() -> Self {
         Tlb::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GLOBAL_PAGE: u64 = 0xffff_8000_0000_1000;
+    const OWN_PAGE: u64 = 0xffff_8000_0000_2000;
+
+    fn insert(tlb: &mut Tlb, page: u64, phys: u64) {
+        tlb.insert(SHARED, page, TlbEntry { read: page, write: page, addend: 0, phys }, 12);
+    }
+
+    fn finds(tlb: &mut Tlb, page: u64) -> bool {
+        tlb.table(SHARED).entry(page).read == page
+    }
+
+    #[test]
+    fn global_supervisor_pages_are_known_in_every_address_space() {
+        let mut tlb = Tlb::new();
+        for pcid in 0..2 * SLOTS as u16 {
+            let _ = tlb.switch(pcid, true);
+            assert_eq!(finds(&mut tlb, GLOBAL_PAGE), pcid > 0);
+            assert!(!finds(&mut tlb, OWN_PAGE));
+            insert(&mut tlb, GLOBAL_PAGE, GLOBAL);
+            insert(&mut tlb, OWN_PAGE, 0);
+            let table = tlb.table(SHARED).address();
+            assert_eq!(tlb.addresses()[SHARED as usize], table);
+        }
+        tlb.flush_page(GLOBAL_PAGE);
+        assert!(!finds(&mut tlb, GLOBAL_PAGE));
+    }
+
+    #[test]
+    fn a_kernel_whose_pages_are_not_global_has_tables_for_each_address_space() {
+        let mut tlb = Tlb::new();
+        for turn in 0..4 * TOLERATED {
+            let _ = tlb.switch(1 + (turn % 2) as u16, true);
+            if turn >= 2 * TOLERATED {
+                assert!(finds(&mut tlb, OWN_PAGE), "turn {turn}");
+            }
+            insert(&mut tlb, OWN_PAGE, 0);
+        }
+        let _ = tlb.flush_all();
+        assert!(!finds(&mut tlb, OWN_PAGE));
+        assert_eq!(tlb.addresses()[SHARED as usize], tlb.shared.table.address(), "it is shared again");
     }
 }

@@ -10,8 +10,6 @@ use crate::machine::*;
 const F: u64 = DATA + 0x2_0100;
 /// Calls in a row: more than a branch needs to be led anew after a change.
 const CALLS: u32 = 40;
-/// The roots of two address spaces; the second is a copy of the first, made of the four pages from there on.
-const OTHER: u64 = 0x4_0000;
 
 /// A function `MOV EAX, imm; RET` at `at`.
 fn function(m: &mut Machine, at: u64, v: u32) {
@@ -54,21 +52,6 @@ fn expect(o: &Outcome, values: [u64; 3]) {
     o.halted();
     let sum = values.iter().fold(0, |sum, v| sum << 16 | v * u64::from(CALLS));
     assert_eq!(o.gpr(gpr::RSI), sum, "{}: {:#x} instead of {sum:#x}", o.engine, o.gpr(gpr::RSI));
-}
-
-/// Copies the page tables to [`OTHER`], where the page of [`F`] is another.
-fn other_address_space(m: &mut Machine, entry: u64) {
-    for (k, from) in [PML4, PDPT, PD, PT].into_iter().enumerate() {
-        for n in 0..512 {
-            let entry = m.r64(from + 8 * n);
-            m.w64(OTHER + 0x1000 * k as u64 + 8 * n, entry);
-        }
-        if k > 0 {
-            let table = OTHER + 0x1000 * k as u64;
-            m.w64(table - 0x1000, table | P | W | U);
-        }
-    }
-    m.w64(OTHER + 0x3000 + (F >> 12) * 8, entry);
 }
 
 #[test]
@@ -142,7 +125,7 @@ fn in_two_address_spaces() {
                 function(&mut m, DATA + 0x1100, 2);
                 m.pte(CODE, CODE | P | W | global);
                 m.pte(F, DATA | P | W);
-                other_address_space(&mut m, page | P | W);
+                m.other_address_space(F, page | P | W);
                 m
             };
             check(build, |o| expect(o, if page == DATA { [1, 1, 1] } else { [1, 2, 1] }));

@@ -33,6 +33,8 @@ pub const PML4: u64 = 0x2_0000;
 pub const PDPT: u64 = 0x2_1000;
 pub const PD: u64 = 0x2_2000;
 pub const PT: u64 = 0x2_3000;
+/// The root of another address space, whose tables are the four pages from there on.
+pub const OTHER: u64 = 0x4_0000;
 /// Where code starts at CPL 0, and its data.
 pub const CODE: u64 = 0x10_0000;
 pub const DATA: u64 = 0x18_0000;
@@ -445,6 +447,21 @@ impl Machine {
     pub fn flags(mut self, bits: u64) -> Machine {
         self.s.rflags |= bits;
         self
+    }
+
+    /// Copies the page tables to [`OTHER`], where the page of `linear` has this entry.
+    pub fn other_address_space(&mut self, linear: u64, entry: u64) {
+        for (k, from) in [PML4, PDPT, PD, PT].into_iter().enumerate() {
+            for n in 0..512 {
+                let entry = self.r64(from + 8 * n);
+                self.w64(OTHER + 0x1000 * k as u64 + 8 * n, entry);
+            }
+            if k > 0 {
+                let table = OTHER + 0x1000 * k as u64;
+                self.w64(table - 0x1000, table | P | W | U);
+            }
+        }
+        self.w64(OTHER + 0x3000 + (linear >> 12) * 8, entry);
     }
 
     /// Where the leaf entry of a linear address stands (8-byte entries).

@@ -695,7 +695,7 @@ fn invalidation() {
         }),
     ];
     for (n, (globals_too, flush)) in flushes.into_iter().enumerate() {
-        for global in [false, true] {
+        for (global, smap) in [(false, false), (true, false), (false, true), (true, true)] {
             check(
                 || {
                     let mut m = Machine::long().code64(|a| {
@@ -709,7 +709,7 @@ fn invalidation() {
                         a.mov(ecx, dword_ptr(X + 0x800))?;
                         a.hlt()
                     });
-                    m.s.cr4 |= cr::CR4_PGE;
+                    m.s.cr4 |= cr::CR4_PGE | if smap { cr::CR4_SMAP } else { 0 };
                     m.pte(X, X | P | W | if global { G } else { 0 });
                     for (at, v) in [(X, 1), (Y, 2)] {
                         m.asm(64, at, |a| {
@@ -730,6 +730,49 @@ fn invalidation() {
                 },
             );
         }
+    }
+}
+
+/// A supervisor page that is not global is each address space's own, however often they take turns.
+#[test]
+fn supervisor_pages_of_two_address_spaces() {
+    const TURNS: u64 = 200;
+    const X: u64 = DATA;
+    for (pcide, smap) in [(false, false), (false, true), (true, false), (true, true)] {
+        let build = || {
+            let mut m = Machine::long().code64(|a| {
+                let mut again = a.create_label();
+                a.mov(ebp, 2 * TURNS as i32)?;
+                a.mov(rdx, u64::from(pcide) << 63)?;
+                a.set_label(&mut again)?;
+                a.add(rsi, qword_ptr(X))?;
+                a.inc(qword_ptr(X + 0x800))?;
+                a.add(rdi, qword_ptr(X + 0x1000))?;
+                a.mov(rax, cr3)?;
+                a.xor(rax, (PML4 ^ OTHER) as i32 | i32::from(pcide))?;
+                a.or(rax, rdx)?;
+                a.mov(cr3, rax)?;
+                a.dec(ebp)?;
+                a.jne(again)?;
+                a.mov(rax, qword_ptr(DATA + 0x2800))?;
+                a.mov(rbx, qword_ptr(DATA + 0x3800))?;
+                a.hlt()
+            });
+            m.s.cr4 |= cr::CR4_PGE;
+            m.s.cr4 |= if pcide { cr::CR4_PCIDE } else { 0 } | if smap { cr::CR4_SMAP } else { 0 };
+            m.pte(X + 0x1000, (X + 0x1000) | P | W | G);
+            m.pte(X, (DATA + 0x2000) | P | W);
+            m.other_address_space(X, (DATA + 0x3000) | P | W);
+            for (at, v) in [(DATA + 0x1000, 5), (DATA + 0x2000, 1), (DATA + 0x3000, 100)] {
+                m.w64(at, v);
+            }
+            m
+        };
+        check(build, |o| {
+            o.halted();
+            let found = [gpr::RSI, gpr::RDI, gpr::RAX, gpr::RBX].map(|r| o.gpr(r));
+            assert_eq!(found, [101 * TURNS, 10 * TURNS, TURNS, TURNS], "{}: {pcide} {smap}", o.engine);
+        });
     }
 }
 
