@@ -343,6 +343,7 @@ impl Vcpu for Translated {
             ("helper_calls", v.cpu.jit.helper_calls),
             ("slow_paths", v.cpu.jit.slow_paths),
             ("jump_misses", run.jump_misses),
+            ("ways", cpu.ways),
             ("bridged", run.bridged),
             ("tlb_misses", mmu.tlb_misses),
             ("code_tlb_misses", mmu.code_tlb_misses),

@@ -16,7 +16,7 @@ enum Row {
 use Row::{Count, Heading};
 
 /// Every counter, by the name that an engine or the machine gives it, and what the report says instead of the name.
-const ROWS: [Row; 57] = [
+const ROWS: [Row; 58] = [
     Heading("guest instructions"),
     Count("interpreted", "interpreted"),
     Count("stepped", "of these, one by one"),
@@ -67,6 +67,7 @@ const ROWS: [Row; 57] = [
     Count("helper_calls", "instructions by helper"),
     Count("slow_paths", "memory slow paths"),
     Heading("caches"),
+    Count("ways", "ways found behind the jump cache"),
     Count("jump_misses", "jump-cache misses"),
     Count("bridged", "branches led to another page"),
     Count("tlb_misses", "data TLB misses"),

@@ -51,26 +51,12 @@ pub struct Block {
     pub indirect: bool,
     /// Page offsets in this page that the indirect branch has led to; [`NO_TARGET`] where there is none yet.
     targets: Option<Box<[u16; MAX_TARGETS]>>,
-    /// Where the jump cache has it, if it does.
-    pub cached: Cached,
 }
 
 /// Targets of an indirect branch that are noted: an interpreter's dispatch has about so many that matter.
 const MAX_TARGETS: usize = 14;
 /// An entry of [`Block::targets`] that is free.
 const NO_TARGET: u16 = u16::MAX;
-
-/// Where the jump cache has a block.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Cached {
-    /// Nowhere.
-    #[default]
-    Nowhere,
-    /// At most at this index.
-    At(u32),
-    /// Perhaps at several: the page is mapped at several addresses.
-    Anywhere,
-}
 
 impl Block {
     /// A block that has not run yet; `in_ram` says whether its bytes lie in one page of RAM.
@@ -90,7 +76,6 @@ impl Block {
             evicted: 0,
             indirect: last.is_some_and(|flow| matches!(flow, IndirectBranch | IndirectCall | Return)),
             targets: None,
-            cached: Cached::Nowhere,
         }
     }
 

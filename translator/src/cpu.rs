@@ -8,6 +8,7 @@ use crate::code::HostIsa;
 use crate::cpuid::CpuModel;
 use crate::exception::{Exception, Trap, vector};
 use crate::insn::{Insn, Mode};
+use crate::jump::{JumpCache, Place};
 pub use crate::kick::Kick;
 use crate::mem::GuestRam;
 use crate::mmu::Mmu;
@@ -51,16 +52,21 @@ pub struct CpuCounts {
     pub undefined: u64,
     pub unknown_msr: u64,
     pub port_io: u64,
+    /// Code that the jump cache did not know, but that was known by the physical address.
+    pub ways: u64,
 }
 
 /// Offset of what compiled code has the address of: the general-purpose registers. What it uses most is at most 128 bytes
 /// before or behind, where x86-64 code says a field's offset in one byte.
 pub const ANCHOR: i32 = std::mem::offset_of!(Cpu, s.gpr) as i32;
 
-const _: () = assert!(ANCHOR - std::mem::offset_of!(Cpu, jit.missed) as i32 <= 128);
+const _: () = assert!(ANCHOR - std::mem::offset_of!(Cpu, jit.jump) as i32 <= 128);
+
+/// Vector registers lie in one line of the host's cache each.
+const _: () = assert!(std::mem::offset_of!(Cpu, s.ymm) % 32 == 0);
 
 /// A vCPU as instruction semantics see it.
-#[repr(C)]
+#[repr(C, align(64))]
 pub struct Cpu {
     /// What compiled code keeps beside the architectural state.
     pub jit: crate::jit::frame::JitFrame,
@@ -91,6 +97,8 @@ pub struct Cpu {
     pub raised: Exception,
     /// Linear memory.
     pub mmu: Mmu,
+    /// Where code is.
+    pub jump: JumpCache,
     /// Guest RAM.
     pub ram: Arc<GuestRam>,
     /// The machine around the CPU.
@@ -144,6 +152,7 @@ impl Cpu {
             generation: 0,
             raised: Exception::plain(vector::UD),
             mmu: Mmu::default(),
+            jump: JumpCache::new(0),
             ram,
             platform,
             model,
@@ -263,6 +272,12 @@ impl Cpu {
     #[inline(always)]
     pub fn code_key(&self, linear: u64) -> u64 {
         linear ^ self.jit.salts[(linear >> 63) as usize]
+    }
+
+    /// The place of a linear address in the jump cache, and its key.
+    #[inline(always)]
+    pub fn code_place(&self, linear: u64) -> Place {
+        Place { linear, key: self.code_key(linear) }
     }
 
     /// Records an exception; the returned token makes the instruction fail with it.

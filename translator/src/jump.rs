@@ -1,15 +1,22 @@
-//! The jump cache: where execution goes for a linear address, in the mode and address space that its key tells.
+//! The jump cache: where execution goes for a linear address, in the mode and address space that its key tells; and behind
+//! it what code there is by physical address, for when another address space comes there, or two places are at odds.
 
-use crate::addr::is_canonical;
-use crate::block::{Block, BlockId, Cached};
+use crate::block::BlockId;
+use crate::insn::Mode;
 use crate::jit::bridge::NO_KEY;
 
-/// Entries of the jump cache at first.
-const FEWEST: usize = 1 << 14;
-/// Entries of one that has been found too small.
-const MOST: usize = 1 << 17;
+/// Entries of the jump cache.
+const ENTRIES: usize = 1 << 15;
 /// log2 of an entry's size.
 pub const ENTRY_SHIFT: u32 = size_of::<JumpEntry>().trailing_zeros();
+/// Pairs of places of code that are known at first, and at most.
+const FEWEST_KNOWN: usize = 1 << 11;
+const MOST_KNOWN: usize = 1 << 17;
+/// There are to be more when one in so many has had to make room for another.
+const CROWDED: usize = 4;
+
+/// The bits of an offset into it that the linear address decides.
+pub const OFFSETS: u64 = ((ENTRIES - 1) << ENTRY_SHIFT) as u64;
 
 /// What compiled code reads of an entry.
 #[repr(C, align(16))]
@@ -23,24 +30,75 @@ pub struct JumpEntry {
 
 const NO_ENTRY: JumpEntry = JumpEntry { key: NO_KEY, code: 0 };
 
+/// Where the jump cache is asked for.
+#[derive(Clone, Copy)]
+pub struct Place {
+    /// Linear address.
+    pub linear: u64,
+    /// What its key is ([`crate::cpu::Cpu::code_key`]).
+    pub key: u64,
+}
+
+/// The block that an entry is of, and its other entries.
+#[derive(Clone, Copy)]
+struct Link {
+    block: BlockId,
+    /// The entry before it in the list of the block's, and the one behind.
+    before: u32,
+    after: u32,
+}
+
+/// No block, and no entry.
+const NONE: u32 = u32::MAX;
+
+const NO_LINK: Link = Link { block: NONE, before: NONE, after: NONE };
+
+/// Code that begins at a physical address.
+#[derive(Clone, Copy, Default)]
+struct Known {
+    /// [`physical`] of it; 0 for none.
+    physical: u64,
+    /// Bytes from the stub.
+    code: i32,
+    block: BlockId,
+}
+
+/// Physical address, of 52 bits at most, and mode; never 0.
+fn physical(gpa: u64, mode: Mode) -> u64 {
+    gpa | u64::from(mode.0) << 52 | 1 << 63
+}
+
 /// The jump cache.
 pub struct JumpCache {
     entries: Box<[JumpEntry]>,
-    /// The block of each entry that has one.
-    blocks: Box<[BlockId]>,
-    /// Entries that took the place of another that was still of use, since it has been this large.
-    displaced: usize,
-}
-
-impl Default for JumpCache {
-    fn default() -> JumpCache {
-        JumpCache::with(FEWEST)
-    }
+    /// What each entry is of.
+    links: Box<[Link]>,
+    /// The first entry of each block.
+    first: Vec<u32>,
+    /// Blocks with code that lie in one page, the latest first of two that have the same hash of where.
+    known: Box<[[Known; 2]]>,
+    /// How many others were forgotten for them since there have been so many.
+    crowded: usize,
+    /// Code that returns to the dispatch loop.
+    stub: u64,
 }
 
 impl JumpCache {
-    fn with(entries: usize) -> JumpCache {
-        JumpCache { entries: vec![NO_ENTRY; entries].into(), blocks: vec![0; entries].into(), displaced: 0 }
+    /// An empty one; `stub` is code that returns to the dispatch loop.
+    pub fn new(stub: u64) -> JumpCache {
+        JumpCache {
+            entries: vec![NO_ENTRY; ENTRIES].into(),
+            links: vec![NO_LINK; ENTRIES].into(),
+            first: Vec::new(),
+            known: vec![Default::default(); FEWEST_KNOWN].into(),
+            crowded: 0,
+            stub,
+        }
+    }
+
+    /// Code that returns to the dispatch loop.
+    pub fn stub(&self) -> u64 {
+        self.stub
     }
 
     /// Where compiled code finds it.
@@ -48,143 +106,175 @@ impl JumpCache {
         self.entries.as_ptr() as u64
     }
 
-    /// The bits of an offset into it that the linear address decides.
-    pub fn mask(&self) -> u64 {
-        ((self.entries.len() - 1) << ENTRY_SHIFT) as u64
-    }
-
     /// Where the entry of a linear address is. Addresses that differ in nothing but their offset in a page have different
     /// places, as [`crate::cpu::Cpu::next_generation`] asks.
     #[inline(always)]
-    fn index(&self, linear: u64) -> usize {
-        (linear ^ linear >> 12) as usize & (self.entries.len() - 1)
+    fn index(linear: u64) -> usize {
+        (linear ^ linear >> 12) as usize & (ENTRIES - 1)
     }
 
-    /// A place that is known by its index.
-    fn place(&self, at: u32) -> usize {
-        at as usize & (self.entries.len() - 1)
-    }
-
-    /// Makes it larger, and empty, if it has been found too small; whether it is elsewhere now.
-    pub fn grow(&mut self) -> bool {
-        let wanted = self.displaced > self.entries.len() && self.entries.len() < MOST;
-        if wanted {
-            *self = JumpCache::with(2 * self.entries.len());
-        }
-        wanted
-    }
-
-    /// The block at a linear address with this key.
+    /// The block at a place.
     #[inline(always)]
-    pub fn find(&self, linear: u64, key: u64) -> Option<BlockId> {
-        let at = self.index(linear);
-        (self.entries[at].key == key).then(|| self.blocks[at])
+    pub fn find(&self, place: Place) -> Option<BlockId> {
+        let at = Self::index(place.linear);
+        (self.entries[at].key == place.key).then(|| self.links[at].block)
     }
 
-    /// Enters a block, whose notes on where it is entered are kept.
-    pub fn insert(&mut self, linear: u64, entry: JumpEntry, id: BlockId, block: &mut Block) {
-        let at = self.index(linear);
-        block.cached = match block.cached {
-            Cached::At(other) if other != at as u32 && self.blocks[self.place(other)] == id => Cached::Anywhere,
-            Cached::Anywhere => Cached::Anywhere,
-            _ => Cached::At(at as u32),
-        };
-        // By this salt, what was there has a canonical address that belongs there only if its key is of the same address
-        // space and generation.
-        let salt = entry.key ^ linear;
-        let old = self.entries[at].key ^ salt;
-        self.displaced += usize::from(old != linear && is_canonical(old) && self.index(old) == at);
-        self.entries[at] = entry;
-        self.blocks[at] = id;
+    /// Enters a block that has `code`, or 0.
+    pub fn insert(&mut self, place: Place, id: BlockId, code: u64) {
+        let at = Self::index(place.linear);
+        if self.links[at].block != id {
+            self.unlink(at);
+            self.link(at, id);
+        }
+        self.entries[at] = JumpEntry { key: place.key, code: self.or_stub(code) };
     }
 
-    /// Has every entry of a block, which is entered there, lead to `code`.
-    pub fn set_code(&mut self, id: BlockId, cached: Cached, code: u64) {
-        let places = match cached {
-            Cached::Nowhere => 0..0,
-            Cached::At(at) => self.place(at)..self.place(at) + 1,
-            Cached::Anywhere => 0..self.entries.len(),
-        };
-        let entries = self.entries[places.clone()].iter_mut().zip(&self.blocks[places]);
-        for (e, _) in entries.filter(|(e, block)| **block == id && e.key != NO_KEY) {
-            e.code = code;
+    /// Takes an entry out of its block's list, if it is in one.
+    fn unlink(&mut self, at: usize) {
+        let Link { block, before, after } = std::mem::replace(&mut self.links[at], NO_LINK);
+        if block == NONE {
+            return;
+        }
+        match before {
+            NONE => self.first[block as usize] = after,
+            _ => self.links[before as usize].after = after,
+        }
+        if after != NONE {
+            self.links[after as usize].before = before;
         }
     }
 
-    /// Removes the entry of a block that is entered at most at this index.
-    pub fn remove_at(&mut self, at: u32, id: BlockId) {
-        let at = self.place(at);
-        if self.blocks[at] == id {
-            self.entries[at] = NO_ENTRY;
+    /// Puts an entry into a block's list.
+    fn link(&mut self, at: usize, id: BlockId) {
+        if self.first.len() <= id as usize {
+            self.first.resize(id as usize + 1, NONE);
+        }
+        let after = std::mem::replace(&mut self.first[id as usize], at as u32);
+        self.links[at] = Link { block: id, before: NONE, after };
+        if after != NONE {
+            self.links[after as usize].before = at as u32;
         }
     }
 
-    /// Has the entry of a linear address with this key lead to `code`.
-    pub fn lead(&mut self, linear: u64, key: u64, code: u64) {
-        let at = self.index(linear);
-        if self.entries[at].key == key {
-            self.entries[at].code = code;
+    /// The first entry of a block, or [`NONE`].
+    fn first(&self, id: BlockId) -> u32 {
+        self.first.get(id as usize).copied().unwrap_or(NONE)
+    }
+
+    fn or_stub(&self, code: u64) -> u64 {
+        if code != 0 { code } else { self.stub }
+    }
+
+    /// Has every entry of a block lead to its `code`, or 0.
+    pub fn set_code(&mut self, id: BlockId, code: u64) {
+        let code = self.or_stub(code);
+        let mut at = self.first(id);
+        while at != NONE {
+            self.entries[at as usize].code = code;
+            at = self.links[at as usize].after;
         }
     }
 
-    /// Removes the entries of blocks.
-    pub fn remove_all(&mut self, gone: &[BlockId]) {
-        let mut is_gone = vec![false; gone.iter().max().map_or(0, |&most| most as usize + 1)];
-        gone.iter().for_each(|&id| is_gone[id as usize] = true);
-        for (e, &id) in self.entries.iter_mut().zip(self.blocks.iter()) {
-            if is_gone.get(id as usize).is_some_and(|&gone| gone) {
-                *e = NO_ENTRY;
-            }
+    /// Removes the entries of a block.
+    pub fn remove(&mut self, id: BlockId) {
+        while let at = self.first(id)
+            && at != NONE
+        {
+            self.entries[at as usize] = NO_ENTRY;
+            self.unlink(at as usize);
         }
     }
 
     /// Removes every entry.
     pub fn clear(&mut self) {
         self.entries.fill(NO_ENTRY);
+        self.links.fill(NO_LINK);
+        self.first.clear();
+    }
+
+    /// Removes every entry, and what is known of blocks: their numbers are given anew.
+    pub fn forget_blocks(&mut self) {
+        self.clear();
+        self.known.fill(Default::default());
+    }
+
+    fn known_at(&self, physical: u64) -> usize {
+        let bits = self.known.len().trailing_zeros();
+        (physical.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - bits)) as usize
+    }
+
+    /// Notes that a block which lies in one page has `code` now, or 0.
+    pub fn know(&mut self, gpa: u64, mode: Mode, id: BlockId, code: u64) {
+        let physical = physical(gpa, mode);
+        let at = self.known_at(physical);
+        let pair = &mut self.known[at];
+        let known = Known { physical, code: code.wrapping_sub(self.stub) as i32, block: id };
+        match pair.iter_mut().find(|known| known.physical == physical) {
+            Some(old) if code == 0 => *old = Known::default(),
+            Some(old) => *old = known,
+            None if code == 0 => {}
+            None => {
+                self.crowded += usize::from(pair[1].physical != 0);
+                *pair = [known, pair[0]];
+                if self.crowded > self.known.len() / CROWDED && self.known.len() < MOST_KNOWN {
+                    self.known = vec![Default::default(); 2 * self.known.len()].into();
+                    self.crowded = 0;
+                }
+            }
+        }
+    }
+
+    /// The block that begins at a physical address and its code, if that is known.
+    pub fn known(&self, gpa: u64, mode: Mode) -> Option<(BlockId, u64)> {
+        let physical = physical(gpa, mode);
+        let known = self.known[self.known_at(physical)].iter().find(|known| known.physical == physical)?;
+        Some((known.block, self.stub.wrapping_add_signed(known.code.into())))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::insn::Mode;
 
-    /// Enters blocks at distinct addresses, all of use at the same time.
-    fn fill(jump: &mut JumpCache, blocks: u64) {
-        for n in 0..blocks {
-            let mut block = Block::new(n, Mode(0), 1, None, &[], false);
-            let linear = 0x40_0000 + 16 * n;
-            jump.insert(linear, JumpEntry { key: linear ^ 5, code: n }, n as BlockId, &mut block);
-        }
+    fn at(linear: u64, salt: u64) -> Place {
+        Place { linear, key: linear ^ salt }
     }
 
     #[test]
-    fn it_grows_when_what_is_of_use_is_displaced() {
-        let mut jump = JumpCache::default();
-        fill(&mut jump, FEWEST as u64 / 16);
-        assert!(!jump.grow(), "there was room");
-        fill(&mut jump, 4 * FEWEST as u64);
-        let mask = jump.mask();
-        assert!(jump.grow());
-        assert_eq!(jump.mask(), mask << 1 | 1 << ENTRY_SHIFT);
-        assert_eq!(jump.find(0x40_0000, 0x40_0000 ^ 5), None, "it begins anew");
-        while jump.grow() {}
-        for _ in 0..8 {
-            fill(&mut jump, 4 * MOST as u64);
-            jump.grow();
+    fn code_is_known_by_physical_address() {
+        let mut jump = JumpCache::new(1);
+        let mode = Mode(3);
+        jump.know(0x1000, mode, 7, 0x99);
+        assert_eq!(jump.known(0x1000, mode), Some((7, 0x99)));
+        assert_eq!(jump.known(0x1000, Mode(2)), None);
+        jump.know(0x1000, mode, 7, 0);
+        assert_eq!(jump.known(0x1000, mode), None);
+        for n in 0..4 * MOST_KNOWN as u64 {
+            jump.know(n, mode, n as BlockId, n + 1);
         }
-        assert_eq!(jump.entries.len(), MOST);
+        assert_eq!(jump.known.len(), MOST_KNOWN);
+        assert!(
+            (0..4 * MOST_KNOWN as u64).all(|n| jump.known(n, mode).is_none_or(|found| found == (n as BlockId, n + 1)))
+        );
+        jump.forget_blocks();
+        assert!((0..4 * MOST_KNOWN as u64).all(|n| jump.known(n, mode).is_none()));
     }
 
     #[test]
-    fn what_another_address_space_left_is_not_missed() {
-        let mut jump = JumpCache::default();
-        for space in 0..8 {
-            for n in 0..FEWEST as u64 {
-                let mut block = Block::new(n, Mode(0), 1, None, &[], false);
-                jump.insert(n, JumpEntry { key: n ^ space << 48, code: n }, n as BlockId, &mut block);
-            }
-        }
-        assert!(!jump.grow());
+    fn code_that_goes_is_led_to_no_more() {
+        let mut jump = JumpCache::new(1);
+        jump.insert(at(0x1000, 0), 3, 0x99);
+        jump.insert(at(0x2004, 0), 3, 0x99);
+        jump.insert(at(0x1008, 0), 4, 0x77);
+        jump.insert(at(0x300c, 0), 3, 0x99);
+        jump.insert(at(0x2004, 0), 4, 0x77);
+        jump.set_code(3, 0);
+        let mut codes: Vec<u64> = jump.entries.iter().filter(|e| e.key != NO_KEY).map(|e| e.code).collect();
+        codes.sort();
+        assert_eq!(codes, [1, 1, 0x77, 0x77], "two lead to the stub");
+        jump.remove(3);
+        assert_eq!(jump.find(at(0x1000, 0)).or(jump.find(at(0x300c, 0))), None);
+        assert_eq!([0x1008, 0x2004].map(|linear| jump.find(at(linear, 0))), [Some(4); 2]);
     }
 }

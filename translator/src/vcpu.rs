@@ -1,7 +1,7 @@
 //! The dispatch loop of one vCPU: find the block, run it, take what came of it.
 
 use crate::addr::{PAGE_MASK, PAGE_SIZE};
-use crate::block::{Block, BlockCache, BlockId, Cached};
+use crate::block::{Block, BlockCache, BlockId};
 use crate::cpu::{Again, Cpu, Kick, mode_cut};
 use crate::decode::{self, MAX_LEN};
 use crate::exception::{Exception, Trap, vector};
@@ -11,7 +11,6 @@ use crate::jit::frame::reason;
 use crate::jit::region::Plan;
 use crate::jit::strays::STRAYS;
 use crate::jit::{Jit, THRESHOLD};
-use crate::jump::{JumpCache, JumpEntry};
 use crate::state::{CpuState, Due, DueKind, Segment, flag, seg};
 
 /// Why [`Vcpu::run`] returned.
@@ -63,7 +62,6 @@ pub struct Vcpu {
     pub cpu: Cpu,
     /// Predecoded blocks.
     pub blocks: BlockCache,
-    jump: JumpCache,
     /// The compiler, unless the vCPU only interprets.
     pub jit: Option<Jit>,
     /// What a lock-step run found, or why a traced one cannot go on.
@@ -81,14 +79,13 @@ pub struct Vcpu {
 impl Vcpu {
     /// A vCPU around `cpu`.
     pub fn new(mut cpu: Cpu, jit: Option<Jit>) -> Vcpu {
-        let jump = JumpCache::default();
-        let thunks = jit.as_ref().map(Jit::thunks).unwrap_or_default();
-        cpu.connect_jit(&jump, thunks);
+        if let Some(jit) = &jit {
+            cpu.connect_jit(jit);
+        }
         let quick = jit.as_ref().is_some_and(Jit::has_quick);
         Vcpu {
             cpu,
             blocks: BlockCache::default(),
-            jump,
             jit,
             difference: None,
             quick: quick.then_some(QUICK),
@@ -295,10 +292,6 @@ impl Vcpu {
             }
             let code = self.blocks.get(id).runs.code;
             if code != 0 {
-                if self.cpu.journal.is_none() {
-                    let linear = self.linear_rip();
-                    self.jump.lead(linear, self.cpu.code_key(linear), code);
-                }
                 return self.run_compiled(code);
             }
         }
@@ -350,16 +343,16 @@ impl Vcpu {
         }
     }
 
-    /// Tells the bridge that asks the way to RIP, as far as the jump cache knows it; what it does not know the dispatch
-    /// loop is about to find out, for when the bridge asks again.
+    /// Tells the bridge that asks the way to RIP, if it is known; else the dispatch loop is about to find out, for when the
+    /// bridge asks again.
     fn lead_bridge(&mut self) {
         let bridge = std::mem::take(&mut self.cpu.jit.asking);
         let Some(jit) = self.jit.as_mut().filter(|_| self.cpu.journal.is_none()) else { return };
-        let linear = self.cpu.s.rip;
-        let key = self.cpu.code_key(linear);
-        let known = self.jump.find(linear, key).filter(|_| !self.cpu.flush_jump_cache);
+        let place = self.cpu.code_place(self.cpu.s.rip);
+        let known = self.cpu.jump.find(place).filter(|_| !self.cpu.flush_jump_cache);
+        let known = known.or_else(|| self.cpu.find_way().map(|(id, _)| id));
         let to = known.map(|id| self.blocks.get(id)).map(|block| ((block.gpa, block.mode.0), block.next_page));
-        self.counts.bridged += u64::from(jit.lead(bridge, key, to));
+        self.counts.bridged += u64::from(jit.lead(bridge, place.key, to));
     }
 
     /// Takes compiled regions into use.
@@ -374,23 +367,21 @@ impl Vcpu {
     /// Brings blocks, jump cache and code marks up to date with the regions that came and went.
     fn follow_regions(&mut self) {
         let Some(jit) = &mut self.jit else { return };
-        let stub = jit.stub();
         let mut doubtful = Vec::new();
         for change in jit.changes() {
             match change {
                 Change::Code((gpa, mode), runs) => {
                     let Some(id) = self.blocks.find(gpa, Mode(mode)) else { continue };
                     let block = self.blocks.get_mut(id);
-                    let before = std::mem::replace(&mut block.runs, runs);
-                    let cached = block.cached;
+                    block.runs = runs;
+                    let in_page = block.next_page.is_none();
                     if runs.code != 0 {
                         self.blocks.drop_insns(id);
                     }
-                    // The code that was there before is not to be led to any more. Where there was none, the dispatch
-                    // loop leads what comes by it to the new code.
-                    if before.code != 0 || cached != Cached::Anywhere {
-                        let code = if runs.code != 0 && self.cpu.journal.is_none() { runs.code } else { stub };
-                        self.jump.set_code(id, cached, code);
+                    let code = if self.cpu.journal.is_none() { runs.code } else { 0 };
+                    self.cpu.jump.set_code(id, code);
+                    if in_page {
+                        self.cpu.jump.know(gpa, Mode(mode), id, code);
                     }
                 }
                 Change::Cool((gpa, mode)) => {
@@ -732,8 +723,7 @@ impl Vcpu {
     #[inline(always)]
     fn find_block(&mut self) -> Result<BlockId, Trap> {
         let linear = self.linear_rip();
-        let key = self.cpu.code_key(linear);
-        match self.jump.find(linear, key) {
+        match self.cpu.jump.find(self.cpu.code_place(linear)) {
             Some(id) => Ok(id),
             None => self.find_block_slow(linear),
         }
@@ -747,6 +737,10 @@ impl Vcpu {
             self.flush_jump_cache();
         }
         let gpa = self.cpu.translate_code(linear)?;
+        if let Some((id, code)) = self.cpu.jump.known(gpa, self.cpu.mode) {
+            self.cpu.jump.insert(self.cpu.code_place(linear), id, code);
+            return Ok(id);
+        }
         let mut id = match self.blocks.find(gpa, self.cpu.mode) {
             Some(id) => id,
             None => self.decode_block(gpa)?,
@@ -763,13 +757,12 @@ impl Vcpu {
                 id = self.decode_block(gpa)?;
             }
         }
-        if self.jump.grow() {
-            self.cpu.connect_jump(&self.jump);
+        let block = self.blocks.get(id);
+        let code = if self.cpu.journal.is_none() { block.runs.code } else { 0 };
+        if code != 0 && block.next_page.is_none() {
+            self.cpu.jump.know(gpa, block.mode, id, code);
         }
-        let stub = self.jit.as_ref().map_or(0, Jit::stub);
-        let block = self.blocks.get_mut(id);
-        let code = if block.runs.code != 0 && self.cpu.journal.is_none() { block.runs.code } else { stub };
-        self.jump.insert(linear, JumpEntry { key: self.cpu.code_key(linear), code }, id, block);
+        self.cpu.jump.insert(self.cpu.code_place(linear), id, code);
         Ok(id)
     }
 
@@ -806,6 +799,7 @@ impl Vcpu {
             if let Some(jit) = &mut self.jit {
                 jit.cancel_pending();
             }
+            self.cpu.jump.forget_blocks();
             self.flush_jump_cache();
         }
         let runs = self.jit.as_ref().map_or(Runs::default(), |j| j.find((gpa, self.cpu.mode.0), next_page));
@@ -862,16 +856,10 @@ impl Vcpu {
 
     /// Removes blocks that are gone from the jump cache.
     fn forget(&mut self, gone: &[BlockId]) {
-        let mut anywhere = false;
         for &id in gone {
-            match self.blocks.get(id).cached {
-                Cached::Nowhere => {}
-                Cached::At(index) => self.jump.remove_at(index, id),
-                Cached::Anywhere => anywhere = true,
-            }
-        }
-        if anywhere {
-            self.jump.remove_all(gone);
+            let block = self.blocks.get(id);
+            self.cpu.jump.know(block.gpa, block.mode, id, 0);
+            self.cpu.jump.remove(id);
         }
     }
 
@@ -879,7 +867,7 @@ impl Vcpu {
     pub(crate) fn flush_jump_cache(&mut self) {
         self.cpu.flush_jump_cache = false;
         if self.cpu.next_generation() {
-            self.jump.clear();
+            self.cpu.jump.clear();
             if let Some(jit) = &mut self.jit {
                 jit.part_bridges();
             }

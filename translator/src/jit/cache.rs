@@ -99,16 +99,16 @@ struct Region<K> {
     /// As in [`Unit`], in the arena.
     crossings: Box<[(u32, u32)]>,
     /// Those of its bridges that lead somewhere, by index, and where.
-    bridged: Vec<(usize, Key)>,
+    bridged: SmallVec<[(u32, Key); 1]>,
     _kept: K,
 }
 
 impl<K> Region<K> {
     /// Has a bridge lead nowhere.
-    fn part(&self, index: usize, arena: &CodeArena) {
-        match self.crossings.get(index) {
+    fn part(&self, index: u32, arena: &CodeArena) {
+        match self.crossings.get(index as usize) {
             Some(&(constant, _)) => _ = arena.patch_constant(constant as usize, NO_KEY),
-            None => self.bridges[index].part(),
+            None => self.bridges[index as usize].part(),
         }
     }
 }
@@ -221,9 +221,9 @@ pub struct Cache<K> {
     regions: AddressMap<RegionId, Box<Region<K>>>,
     by_page: AddressMap<u64, Vec<RegionId>>,
     /// Sites of direct branches to a key, whether it has code now or not.
-    incoming: AddressMap<Key, Vec<Site>>,
+    incoming: AddressMap<Key, SmallVec<[Site; 1]>>,
     /// Bridges that lead to the code at a key.
-    bridged: AddressMap<Key, Vec<(RegionId, usize)>>,
+    bridged: AddressMap<Key, SmallVec<[(RegionId, u32); 1]>>,
     /// Regions by age, for eviction, and some that are gone.
     order: VecDeque<RegionId>,
     expected: AddressMap<RegionId, Expected>,
@@ -317,7 +317,7 @@ impl<K> Cache<K> {
             let otherwise = otherwise.map_or(self.lookup, |at| start + at);
             let site = Site { at: (start + site) as u32, otherwise: otherwise as u32, quick };
             if let Some(key) = to {
-                self.incoming.entry(key).or_insert_with(|| Vec::with_capacity(1)).push(site);
+                self.incoming.entry(key).or_default().push(site);
                 branches.push((key, site.at));
             }
             let entry = to.and_then(|key| self.entries.get(&key));
@@ -350,7 +350,7 @@ impl<K> Cache<K> {
                 .iter()
                 .map(|&(key, site)| ((start + key) as u32, (start + site) as u32))
                 .collect(),
-            bridged: Vec::new(),
+            bridged: SmallVec::new(),
             _kept: unit.kept,
         };
         self.regions.insert(id, Box::new(region));
@@ -377,7 +377,7 @@ impl<K> Cache<K> {
         for (id, index) in self.bridged.remove(&key).into_iter().flatten() {
             if let Some(from) = self.regions.get_mut(&id) {
                 from.part(index, &self.arena);
-                from.bridged.retain(|&(i, _)| i != index);
+                from.bridged.retain(|(i, _)| *i != index);
             }
         }
         if let Some(old) = old.filter(|_| entry.is_some())
@@ -426,34 +426,37 @@ impl<K> Cache<K> {
             Some((key, *entry))
         });
         let Some(region) = self.regions.get_mut(&id) else { return false };
-        let Some(bridge) = region.bridges.get(index) else { return false };
-        let Some((key, to)) = to else {
-            bridge.ask_again();
-            return false;
-        };
-        match region.crossings.get(index) {
-            None => bridge.lead(branch, to.runs(&self.arena).code),
+        let Some((key, to)) = to else { return false };
+        let at = index as usize;
+        let led = region.bridged.iter_mut().find(|(i, _)| *i == index);
+        let elsewhere = led.as_ref().is_none_or(|(_, old)| *old != key);
+        match region.crossings.get(at) {
+            None => region.bridges[at].lead(branch, to.runs(&self.arena).code),
             Some(&(constant, site)) => {
                 let (constant, site) = (constant as usize, site as usize);
-                self.arena.patch_constant(constant, NO_KEY);
-                let target = if index >= region.quick_bridges as usize { to.inner } else { to.tail };
-                self.arena.patch_branch(site, target as usize);
+                if elsewhere {
+                    self.arena.patch_constant(constant, NO_KEY);
+                    let target = if index >= region.quick_bridges { to.inner } else { to.tail };
+                    self.arena.patch_branch(site, target as usize);
+                }
                 self.arena.patch_constant(constant, branch);
             }
         }
-        let led = region.bridged.iter().position(|&(i, _)| i == index).map(|at| region.bridged.swap_remove(at).1);
-        region.bridged.push((index, key));
-        if let Some(old) = led {
-            self.forget_bridge((id, index), old);
+        if elsewhere {
+            let old = led.map(|led| std::mem::replace(&mut led.1, key));
+            match old {
+                Some(old) => self.forget_bridge((id, index), old),
+                None => region.bridged.push((index, key)),
+            }
+            self.bridged.entry(key).or_default().push((id, index));
         }
-        self.bridged.entry(key).or_default().push((id, index));
         true
     }
 
     /// Notes that a bridge leads to a key no more.
-    fn forget_bridge(&mut self, bridge: (RegionId, usize), key: Key) {
+    fn forget_bridge(&mut self, bridge: (RegionId, u32), key: Key) {
         if let Some(list) = self.bridged.get_mut(&key) {
-            list.retain(|&b| b != bridge);
+            list.retain(|b| *b != bridge);
             if list.is_empty() {
                 self.bridged.remove(&key);
             }

@@ -47,6 +47,8 @@ pub enum Referent {
     Insn(usize),
     /// One of the region's bridges.
     Bridge(usize),
+    /// The name of one, not its address.
+    Name(usize),
 }
 
 /// A compiled region. Its code is position independent but for its branches and the addresses of instructions and
@@ -99,6 +101,7 @@ impl Compiled {
             let referent = match referent {
                 Referent::Insn(n) => Referent::Insn(self.insns.len() + n),
                 Referent::Bridge(n) => Referent::Bridge(self.bridges + n),
+                Referent::Name(n) => Referent::Name(self.bridges + n),
             };
             self.addresses.push((base + at, referent));
         }
@@ -209,8 +212,8 @@ impl Compiler {
                     let start = compiled.code.len();
                     let crossing = cross::append(&mut compiled.code);
                     lead_x86(&mut compiled.code, offset, 0, start).ok_or("a way out has no place")?;
-                    compiled.addresses.push((crossing.bridge, Referent::Bridge(index)));
-                    compiled.calls.push((crossing.lookup, Routine::Lookup));
+                    compiled.addresses.push((crossing.bridge, Referent::Name(index)));
+                    compiled.calls.push((crossing.missed, Routine::Missed));
                     compiled.crossings.resize(bridges, (0, 0));
                     *compiled.crossings.get_mut(index).ok_or("a way out of no number")? = (crossing.key, crossing.site);
                 }
@@ -283,6 +286,18 @@ impl Compiler {
         self.stub_function(signature.clone(), |b, params| {
             let tail = b.import_signature(signature);
             leave::lookup(b, params[0], tail);
+        })
+    }
+
+    /// A region that goes where RIP says though the jump cache does not know ([`leave::way`]).
+    pub fn way(&mut self) -> Result<Vec<u8>, String> {
+        let signature = self.region_signature();
+        let mut find = Signature::new(CallConv::SystemV);
+        find.params.push(AbiParam::new(I64));
+        find.returns.push(AbiParam::new(I64));
+        self.stub_function(signature.clone(), |b, params| {
+            let [find, tail] = [find, signature].map(|signature| b.import_signature(signature));
+            leave::way(b, params[0], find, tail);
         })
     }
 

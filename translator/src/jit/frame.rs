@@ -114,6 +114,10 @@ pub struct JitFrame {
     pub tables: [u64; 4],
     /// Name of the bridge that asks the dispatch loop, on return, for the way to RIP; 0 for none.
     pub asking: u64,
+    /// Address of the bridge ([`super::bridge`]), where these are data, whose branch is on its way to the jump cache, or 0.
+    pub missed: u64,
+    /// How many more branches that no bridge serves go by the jump cache before one asks.
+    pub until_ask: u64,
     /// Guest instructions completed by compiled code.
     pub count: u64,
     /// What a slow path hands back: a host address, or 0 for "interpret this instruction"; for stores 1 when done.
@@ -137,6 +141,10 @@ pub struct JitFrame {
     pub helpers: [u64; HELPERS],
     /// Addresses of code that calls the helpers and preserves every register, which is what compiled code calls.
     pub thunks: [u64; THUNKS],
+    /// Code that goes on at RIP when the jump cache does not know the way there.
+    pub way: u64,
+    /// Address of the function that it asks for the way.
+    pub find_way: u64,
     /// Slow paths taken, for statistics.
     pub slow_paths: u64,
     /// How many accesses of loops may yet not be where they were last before the dispatch loop looks at one
@@ -148,12 +156,8 @@ pub struct JitFrame {
     pub exit_reason: u64,
 
     // From here to the general-purpose registers: what compiled code uses most ([`crate::cpu::ANCHOR`]).
-    /// Address of the bridge ([`super::bridge`]) whose branch is on its way to the jump cache, or 0.
-    pub missed: u64,
     /// Address of the jump cache.
     pub jump: u64,
-    /// The bits of an offset into it that the linear address decides.
-    pub jump_mask: u64,
     /// Address of the kick word.
     pub kick: u64,
     /// Combined with linear addresses in jump-cache and code-TLB keys: mode, privilege and address space, in the bits

@@ -2,9 +2,11 @@
 //! that have no compiled form.
 
 use crate::addr::{PAGE_MASK, PAGE_SIZE};
+use crate::block::BlockId;
 use crate::cpu::Cpu;
 use crate::insn::{Insn, Rep};
-use crate::jit::frame::{THUNKS, reason};
+use crate::jit::Jit;
+use crate::jit::frame::reason;
 use crate::jit::strays::STRAYS;
 use crate::jump::JumpCache;
 use crate::mmu::write_some;
@@ -12,9 +14,12 @@ use crate::simd::fp::FpEnv;
 
 impl Cpu {
     /// Points compiled code to the helpers and to what does not move.
-    pub fn connect_jit(&mut self, jump: &JumpCache, thunks: [u64; THUNKS]) {
-        self.connect_jump(jump);
-        self.jit.thunks = thunks;
+    pub fn connect_jit(&mut self, jit: &Jit) {
+        self.jump = JumpCache::new(jit.stub());
+        self.jit.jump = self.jump.address();
+        self.jit.thunks = jit.thunks();
+        self.jit.way = jit.way();
+        self.jit.find_way = find_way as *const () as u64;
         self.jit.kick = self.kick.as_ptr() as u64;
         self.jit.helpers = [
             load as *const () as u64,
@@ -29,9 +34,23 @@ impl Cpu {
         ];
     }
 
-    /// Tells compiled code where the jump cache is.
-    pub fn connect_jump(&mut self, jump: &JumpCache) {
-        (self.jit.jump, self.jit.jump_mask) = (jump.address(), jump.mask());
+    /// The block at RIP and its code, which the jump cache did not know, if it is known by the physical address: it is
+    /// again.
+    pub(crate) fn find_way(&mut self) -> Option<(BlockId, u64)> {
+        if self.flush_jump_cache || self.journal.is_some() {
+            return None;
+        }
+        // Compiled code is there for modes only in which this is the linear address.
+        let linear = self.s.rip;
+        let saved = self.raised;
+        let Ok(gpa) = self.translate_code(linear) else {
+            self.raised = saved;
+            return None;
+        };
+        let (id, code) = self.jump.known(gpa, self.mode)?;
+        self.counts.ways += 1;
+        self.jump.insert(self.code_place(linear), id, code);
+        Some((id, code))
     }
 
     /// The bytes of the first page that an access touches, if it goes on into the next.
@@ -106,6 +125,10 @@ extern "C" fn load(cpu: &mut Cpu, linear: u64, bytes: u64, _: u64) {
 extern "C" fn store(cpu: &mut Cpu, linear: u64, bytes: u64, value: u64) {
     cpu.jit.slow_paths += 1;
     cpu.jit.slow_result = cpu.slow_store(linear, bytes, value);
+}
+
+extern "C" fn find_way(cpu: &mut Cpu) -> u64 {
+    cpu.find_way().map_or(cpu.jump.stub(), |(_, code)| code)
 }
 
 extern "C" fn fold(cpu: &mut Cpu, _: u64, _: u64, _: u64) {

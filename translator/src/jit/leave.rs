@@ -8,9 +8,10 @@ use cranelift_codegen::ir::{InstBuilder, SigRef, SourceLoc, Value};
 use cranelift_frontend::FunctionBuilder;
 
 use crate::code::HostIsa;
+use crate::cpu::ANCHOR;
 use crate::jit::bridge::{Bridge, PATIENCE};
 use crate::jit::emit::{JitEmit, aligned, at, name};
-use crate::jump::{ENTRY_SHIFT, JumpEntry};
+use crate::jump::{ENTRY_SHIFT, JumpEntry, OFFSETS};
 
 /// Marks computed tail jumps, for [`elide_frame`](crate::code::elide_frame) to find them.
 pub const TAIL_JUMP: u32 = 1;
@@ -40,41 +41,48 @@ impl JitEmit<'_> {
     }
 }
 
-/// Emits the way to where RIP says by the jump cache. A bridge that missed asks the dispatch loop for the way instead,
-/// once in a while.
+/// Emits the way to where RIP says by the jump cache. A bridge that missed, where these are data, asks the dispatch loop for
+/// the way instead, once in a while.
 pub fn lookup(b: &mut FunctionBuilder<'_>, cpu: Value, tail_sig: SigRef) {
-    let bridge = b.ins().load(I64, aligned(), cpu, at!(jit.missed));
+    if HostIsa::native() != Some(HostIsa::X86_64) {
+        ask(b, cpu);
+    }
+    let rip = b.ins().load(I64, aligned(), cpu, at!(s.rip));
+    jump_by_cache(b, cpu, rip, tail_sig);
+}
+
+/// Emits a return to the dispatch loop for a bridge to ask it, if there is one and it is time.
+fn ask(b: &mut FunctionBuilder<'_>, cpu: Value) {
     let [missed, ask, on] = [(); 3].map(|()| b.create_block());
+    let bridge = b.ins().load(I64, aligned(), cpu, at!(jit.missed));
     b.ins().brif(bridge, missed, &[], on, &[]);
 
     b.switch_to_block(missed);
     let none = b.ins().iconst(I64, 0);
     b.ins().store(aligned(), none, cpu, at!(jit.missed));
-    let misses = b.ins().load(I64, aligned(), bridge, offset_of!(Bridge, misses) as i32);
-    let more = b.ins().iadd_imm_s(misses, 1);
-    b.ins().store(aligned(), more, bridge, offset_of!(Bridge, misses) as i32);
-    let patient = b.ins().band_imm_u(misses, PATIENCE as i64 - 1);
-    b.ins().brif(patient, on, &[], ask, &[]);
+    let left = b.ins().load(I64, aligned(), cpu, at!(jit.until_ask));
+    let less = b.ins().iadd_imm_s(left, -1);
+    b.ins().store(aligned(), less, cpu, at!(jit.until_ask));
+    b.ins().brif(left, on, &[], ask, &[]);
 
     b.switch_to_block(ask);
+    let patience = b.ins().iconst(I64, PATIENCE as i64 - 1);
+    b.ins().store(aligned(), patience, cpu, at!(jit.until_ask));
     let name = b.ins().load(I64, aligned(), bridge, offset_of!(Bridge, name) as i32);
     b.ins().store(aligned(), name, cpu, at!(jit.asking));
     b.ins().return_(&[]);
 
     b.switch_to_block(on);
-    let rip = b.ins().load(I64, aligned(), cpu, at!(s.rip));
-    jump_by_cache(b, cpu, rip, tail_sig);
 }
 
-/// Emits the way from `rip`, which the CPU state has, to the code that the jump cache knows for it; back to the
-/// dispatch loop if it knows none.
+/// Emits the way from `rip`, which the CPU state has, to the code that the jump cache knows for it; to [`way`] if it knows
+/// none.
 pub fn jump_by_cache(b: &mut FunctionBuilder<'_>, cpu: Value, rip: Value, tail_sig: SigRef) {
     let key = key(b, cpu, rip);
     let page = b.ins().ushr_imm_u(rip, 12);
     let index = b.ins().bxor(rip, page);
     let index = b.ins().ishl_imm_u(index, i64::from(ENTRY_SHIFT));
-    let mask = b.ins().load(I64, aligned(), cpu, at!(jit.jump_mask));
-    let index = b.ins().band(index, mask);
+    let index = b.ins().band_imm_u(index, OFFSETS as i64);
     let jump = b.ins().load(I64, aligned(), cpu, at!(jit.jump));
     let entry = b.ins().iadd(jump, index);
     let found = b.ins().load(I64, aligned(), entry, offset_of!(JumpEntry, key) as i32);
@@ -84,11 +92,26 @@ pub fn jump_by_cache(b: &mut FunctionBuilder<'_>, cpu: Value, rip: Value, tail_s
     b.ins().brif(hit, go, &[], out, &[]);
     b.switch_to_block(go);
     let code = b.ins().load(I64, aligned(), entry, offset_of!(JumpEntry, code) as i32);
+    jump_to(b, cpu, code, tail_sig);
+    b.switch_to_block(out);
+    let way = b.ins().load(I64, aligned(), cpu, at!(jit.way));
+    jump_to(b, cpu, way, tail_sig);
+}
+
+fn jump_to(b: &mut FunctionBuilder<'_>, cpu: Value, code: Value, tail_sig: SigRef) {
     b.set_srcloc(SourceLoc::new(TAIL_JUMP));
     b.ins().return_call_indirect(tail_sig, code, &[cpu]);
     b.set_srcloc(SourceLoc::default());
-    b.switch_to_block(out);
-    b.ins().return_(&[]);
+}
+
+/// Emits the way to where RIP says, which the jump cache does not know, by what is known of physical addresses; to the
+/// dispatch loop if there is no code. `find` is the signature of the function that knows.
+pub fn way(b: &mut FunctionBuilder<'_>, cpu: Value, find: SigRef, tail_sig: SigRef) {
+    let f = b.ins().load(I64, aligned(), cpu, at!(jit.find_way));
+    let whole = b.ins().iadd_imm_s(cpu, -i64::from(ANCHOR));
+    let found = b.ins().call_indirect(find, f, &[whole]);
+    let code = b.inst_results(found)[0];
+    jump_to(b, cpu, code, tail_sig);
 }
 
 /// The key of `rip` ([`Cpu::code_key`](crate::cpu::Cpu::code_key)).

@@ -129,6 +129,7 @@ pub struct Jit {
     enter: Stub,
     stub: Stub,
     _lookup: Stub,
+    way: Stub,
     thunks: Vec<Stub>,
     /// What code does besides.
     pub options: Options,
@@ -164,6 +165,7 @@ impl Jit {
         // Where regions enter it.
         let entry = elide_frame(&mut code, &[], &[]).map_or(0, |e| e.entry);
         let lookup = install(Ok(code))?;
+        let way = install(compiler.way())?;
         let library = Library::new();
         let shared = install(Ok(library.code.clone()))?;
         for site in &library.lookups {
@@ -177,6 +179,7 @@ impl Jit {
             enter,
             stub,
             _lookup: lookup,
+            way,
             thunks,
             options: Options::default(),
             quick,
@@ -191,6 +194,11 @@ impl Jit {
     /// Code that returns to the dispatch loop at once: where jump-cache entries without a region lead.
     pub fn stub(&self) -> u64 {
         self.stub.code
+    }
+
+    /// Code that goes on at RIP when the jump cache does not know the way there.
+    pub fn way(&self) -> u64 {
+        self.way.code
     }
 
     /// Addresses of the code through which regions call helpers.
@@ -345,11 +353,13 @@ impl Jit {
             compiled;
         let mut code = compiled.code;
         let insns = insns.into_boxed_slice();
-        let bridges = Bridge::row(id, bridges);
+        // Where they are in the code, that has all there is of them.
+        let bridges = Bridge::row(id, if crossings.is_empty() { bridges } else { 0 });
         for (at, referent) in addresses {
             let address = match referent {
                 Referent::Insn(n) => std::ptr::from_ref(insns.get(n)?) as u64,
                 Referent::Bridge(n) => std::ptr::from_ref(bridges.get(n)?) as u64,
+                Referent::Name(n) => Bridge::name(id, n),
             };
             code.get_mut(at..at + 8)?.copy_from_slice(&address.to_le_bytes());
         }

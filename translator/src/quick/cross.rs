@@ -6,35 +6,37 @@ use super::emit::{CPU, cpu};
 use crate::jit::bridge::NO_KEY;
 use crate::jit::emit::at;
 
+/// Has the name of the bridge whose way is another.
+pub const BRIDGE: Gpr = Gpr::RCX;
+
 /// Where in the code its parts are.
 pub struct Crossing {
     /// The key, 8 bytes at a multiple of 8.
     pub key: usize,
     /// The site of the jump for it.
     pub site: usize,
-    /// The address of its bridge, 8 bytes.
+    /// The name of its bridge, 8 bytes.
     pub bridge: usize,
-    /// The displacement of a jump to [`Lookup`](super::Routine::Lookup).
-    pub lookup: usize,
+    /// The displacement of a jump to [`Missed`](super::Routine::Missed).
+    pub missed: usize,
 }
 
 /// Emits one. RIP is in RAX and in the CPU state; `turn` emits what has to be done once the way is known.
 pub fn emit(a: &mut Asm, turn: impl FnOnce(&mut Asm)) -> Crossing {
-    let (bridge, found) = (Gpr::RCX, Gpr::RDX);
+    let (known, found) = (Gpr::RCX, Gpr::RDX);
     emit_key(a, found, Gpr::RAX);
     while !(a.code.len() + 2).is_multiple_of(8) {
         a.nop();
     }
-    let key = a.mov_imm64(bridge, NO_KEY);
-    a.alu(8, Alu::Cmp, found, bridge);
+    let key = a.mov_imm64(known, NO_KEY);
+    a.alu(8, Alu::Cmp, found, known);
     let miss = a.jcc(Cc::NE);
     turn(a);
     let Jump(site) = a.link(None);
     a.here(miss);
-    let address = a.mov_imm64(bridge, 0);
-    a.store(8, cpu(at!(jit.missed)), bridge);
-    let Jump(lookup) = a.jmp();
-    Crossing { key, site, bridge: address, lookup }
+    let name = a.mov_imm64(BRIDGE, 0);
+    let Jump(missed) = a.jmp();
+    Crossing { key, site, bridge: name, missed }
 }
 
 /// Appends the way from a region, whose tail call leads here, to where RIP says.

@@ -25,7 +25,7 @@ use crate::jit::emit::{Helper, at};
 use crate::jit::frame::lazy;
 use crate::jit::region::Options;
 use crate::jit::usage::Usage;
-use crate::jump::{ENTRY_SHIFT, JumpEntry};
+use crate::jump::{ENTRY_SHIFT, JumpEntry, OFFSETS};
 use crate::quick::asm::{Alu, Asm, Cc, Gpr, Jump, Mem, Shift, Xmm};
 use crate::quick::{Entered, Quick, Routine, cross};
 use crate::width::W64;
@@ -811,8 +811,8 @@ impl<'a> QuickEmit<'a> {
         let bytes = self.ip_bytes();
         let crossing = cross::emit(&mut self.a, |a| a.lea(bytes, PAGE, Mem::at(PAGE, pages)));
         self.crossings.push((crossing.key, crossing.site));
-        self.addresses.push((crossing.bridge, Referent::Bridge(self.bridges)));
-        self.calls.push((crossing.lookup, Routine::Lookup));
+        self.addresses.push((crossing.bridge, Referent::Name(self.bridges)));
+        self.calls.push((crossing.missed, Routine::Missed));
         self.bridges += 1;
     }
 
@@ -853,11 +853,11 @@ impl<'a> QuickEmit<'a> {
         self.a.shift_imm(8, Shift::Shr, rax, 12);
         self.a.alu(4, Alu::Xor, rax, target);
         self.a.shift_imm(4, Shift::Shl, rax, ENTRY_SHIFT as u8);
-        self.a.alu(4, Alu::And, rax, cpu(at!(jit.jump_mask)));
+        self.a.alu_imm(4, Alu::And, rax, OFFSETS as i32);
         self.a.alu(8, Alu::Add, rax, cpu(at!(jit.jump)));
         self.a.alu(8, Alu::Cmp, rcx, Mem::at(rax, offset_of!(JumpEntry, key) as i32));
         let miss = self.a.jcc(Cc::NE);
-        self.leaves.push((miss, None));
+        self.calls.push((miss.0, Routine::Way));
         self.a.pop(Gpr::RBP);
         self.a.jmp_mem(Mem::at(rax, offset_of!(JumpEntry, code) as i32));
     }

@@ -22,6 +22,7 @@ use crate::code::HostIsa;
 use crate::cpu::ANCHOR;
 use crate::insn::{Insn, Mode};
 use crate::jit::access::ENTRIES_AT;
+use crate::jit::bridge::PATIENCE;
 use crate::jit::compile::Compiled;
 use crate::jit::emit::{Helper, at};
 use crate::jit::frame::{HELPERS, reason};
@@ -47,8 +48,11 @@ pub enum Routine {
     Look,
     /// Goes on at PAGE + RAX, where there was no code when the branch was linked.
     Onward,
-    /// Goes on where RIP says, by the jump cache.
-    Lookup,
+    /// Goes on where RIP says, by the jump cache: the bridge named in RCX leads another way, and once in a while asks for
+    /// this one.
+    Missed,
+    /// Goes on where RIP says, which the jump cache does not know.
+    Way,
     /// Has the interpreter's evaluation of the instruction at RSI called for a block at RDX; sets ZF if the block may go
     /// on. Changes everything but PAGE.
     Evaluate,
@@ -73,7 +77,7 @@ impl Routine {
     /// All of them.
     fn all() -> impl Iterator<Item = Routine> {
         use Routine::*;
-        let plain = [Interpret, Leave, LookAt, Look, Onward, Lookup, Evaluate, Behind, Fold];
+        let plain = [Interpret, Leave, LookAt, Look, Onward, Missed, Way, Evaluate, Behind, Fold];
         let find = |write| (0..WIDTHS as u8).map(move |log2| Find { log2, write });
         plain.into_iter().chain(find(false)).chain(find(true))
     }
@@ -148,7 +152,22 @@ impl Routine {
                 set_rip(a);
                 return lookup(a);
             }
-            Routine::Lookup => return lookup(a),
+            Routine::Missed => {
+                a.alu_imm(8, Alu::Sub, emit::cpu(at!(jit.until_ask)), 1);
+                let ask = a.jcc(Cc::S);
+                let site = lookup(a);
+                a.here(ask);
+                a.store_imm(8, emit::cpu(at!(jit.until_ask)), PATIENCE as i32 - 1);
+                a.store(8, emit::cpu(at!(jit.asking)), cross::BRIDGE);
+                a.pop(Gpr::RBP);
+                a.ret();
+                return site;
+            }
+            Routine::Way => {
+                a.pop(Gpr::RBP);
+                a.jmp_mem(emit::cpu(at!(jit.way)));
+                return None;
+            }
             Routine::Evaluate => {
                 a.push(emit::CPU);
                 a.alu_imm(8, Alu::Sub, emit::CPU, ANCHOR);
