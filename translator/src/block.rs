@@ -18,9 +18,11 @@ const MAX_CACHED_INSNS: usize = 512 * 1024;
 
 /// Blocks kept before everything is dropped (about 150 bytes each besides their instructions).
 const MAX_BLOCKS: usize = 512 * 1024;
-/// So many blocks later one that has run no more than once keeps no instructions: most of what boots runs once, and most
-/// of what runs again does so soon.
+/// So many blocks later one that has not run again keeps no instructions: most of what boots runs once, and most of what
+/// runs again does so soon.
 const SOON: usize = 4096;
+/// Blocks that are looked at, whether they have run again, for each that comes.
+const LOOKS: usize = 2;
 
 /// Index of a block in its cache; reused after invalidation.
 pub type BlockId = u32;
@@ -132,8 +134,9 @@ pub struct BlockCache {
     by_key: AddressMap<(u64, u8), BlockId>,
     by_page: AddressMap<u64, Vec<BlockId>>,
     insns: usize,
-    /// The [`SOON`] latest blocks, the oldest first.
-    latest: VecDeque<BlockId>,
+    /// The latest blocks, and those that had run again when they were looked at, the oldest first; and how often they had run
+    /// then.
+    latest: VecDeque<(BlockId, u32)>,
     /// Blocks decoded so far.
     pub decoded: u64,
     /// Blocks dropped because their bytes changed.
@@ -220,10 +223,8 @@ impl BlockCache {
     pub fn insert(&mut self, block: Block, ram: &GuestRam) -> (BlockId, [Option<u64>; 2]) {
         self.decoded += 1;
         self.insns += block.insns.len();
-        if self.latest.len() == SOON
-            && let Some(id) = self.latest.pop_front().filter(|&id| self.get(id).heat <= 1)
-        {
-            self.drop_insns(id);
+        for _ in 0..LOOKS.min(self.latest.len().saturating_sub(SOON - 1)) {
+            self.look_at_oldest();
         }
         let id = self.free.pop().unwrap_or(self.blocks.len() as BlockId);
         self.by_key.insert((block.gpa, block.mode.0), id);
@@ -239,8 +240,19 @@ impl BlockCache {
         } else {
             self.blocks.push(block);
         }
-        self.latest.push_back(id);
+        self.latest.push_back((id, 1));
         (id, fresh)
+    }
+
+    /// Drops the instructions of the block that has been looked at least lately, if it has not run again since.
+    fn look_at_oldest(&mut self) {
+        let Some((id, before)) = self.latest.pop_front() else { return };
+        let Block { heat, ref insns, .. } = self.blocks[id as usize];
+        if heat <= before {
+            self.drop_insns(id);
+        } else if !insns.is_empty() {
+            self.latest.push_back((id, heat));
+        }
     }
 
     /// Drops the blocks that touch any of `granules` in a page, recomputes which granules hold code, besides `others`, and
