@@ -409,13 +409,14 @@ impl Vcpu {
         }
     }
 
-    /// Notes that quick code was found at a block, which stands for all the times since it was looked for last.
+    /// Notes that quick code was found at a block, which stands for all the times since it was looked for last. One that has
+    /// no code yet, where quick code goes on, is counted as it is interpreted.
     #[cold]
     fn look(&mut self, id: BlockId) {
         let interval = LOOK.min(self.threshold);
         self.cpu.jit.until_look = interval.into();
         let block = self.blocks.get_mut(id);
-        if block.heat < self.threshold {
+        if block.runs.code != 0 && block.heat < self.threshold {
             block.heat = block.heat.saturating_add(interval).min(self.threshold);
             if block.heat == self.threshold {
                 self.request_region(id);
