@@ -485,6 +485,8 @@ impl<'a> QuickEmit<'a> {
         let f = match f {
             Flags::Add { a, b, r } => Flags::Add { a: settle(a), b: settle(b), r: settle(r) },
             Flags::Sub { a, b, r } => Flags::Sub { a: settle(a), b: settle(b), r: settle(r) },
+            // Nothing is borrowed.
+            Flags::Cmp { a, b: Val::Imm(0), .. } => Flags::Logic { r: settle(a) },
             // Its difference can be made again.
             Flags::Cmp { a, b, .. } => Flags::Cmp { a: settle(a), b: settle(b), r: Val::Imm(0) },
             Flags::Logic { r } => Flags::Logic { r: settle(r) },
