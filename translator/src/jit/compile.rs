@@ -25,6 +25,7 @@ use crate::jit::frame::HELPERS;
 use crate::jit::host;
 use crate::jit::leave;
 use crate::jit::region::Plan;
+use crate::jit::strays::DEAR;
 use crate::quick::{Entered, Quick, Routine, cross};
 
 /// A direct branch out of a region.
@@ -231,7 +232,12 @@ impl Compiler {
             let insns = &plan.blocks[block].insns[from..];
             let start = insns[0].off;
             let insns: Vec<Insn> = insns.iter().map(|i| Insn { off: i.off - start, ..*i }).collect();
-            let made = quick.compile(&insns, plan.mode, start.into(), plan.options, Entered::Seldom);
+            let compile =
+                |strays| quick.compile(&insns, plan.mode, start.into(), plan.options, Entered::Instead { strays });
+            let mut made = compile(0);
+            if !made.insns.is_empty() {
+                made = compile(DEAR * made.insns.len() as i32);
+            }
             let start = compiled.append(made);
             lead_x86(&mut compiled.code, site, 0, start).ok_or("a slow version has no place")?;
         }

@@ -66,7 +66,13 @@ impl Group {
 /// The groups of each block of a region: none where there is no slow version of it.
 pub fn of_all(plan: &Plan) -> Vec<Vec<Group>> {
     let some = HostIsa::native() == Some(HostIsa::X86_64) && plan.mode.has(Mode::CODE64);
-    let of = |insns: &[Insn]| if some { of(insns) } else { Vec::new() };
+    // Where what was hoped for has failed much the slow version begins at the instruction.
+    let failed = |i: &Insn| plan.strays.iter().any(|&(off, _)| off == i.off);
+    let of = |insns: &[Insn]| {
+        let mut groups = if some { of(insns) } else { Vec::new() };
+        groups.retain(|g| !insns.get(g.base.since).is_some_and(failed));
+        groups
+    };
     plan.blocks.iter().map(|block| of(&block.insns)).collect()
 }
 

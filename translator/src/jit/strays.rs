@@ -3,6 +3,10 @@
 //! The thunks that find such accesses count them. Every so often one of them leaves to the dispatch loop, as a sample. What
 //! has strayed much for a while looks elsewhere from then on ([`super::access`]): the regions that have it are compiled
 //! anew. A loop's way through memory changes with its data, so a while is not short.
+//!
+//! Slow versions of blocks ([`super::groups`]) count, too, if they have instructions evaluated by helper, as floating point
+//! in quick code is: what is looked up together may lie across the end of a page for as long as a guest runs. Blocks that
+//! have run so for much of the time have no such group any more.
 
 use std::time::{Duration, Instant};
 
@@ -13,6 +17,8 @@ use crate::jit::region::Plan;
 
 /// Accesses that stray for one that is looked at.
 pub const STRAYS: u32 = 4096;
+/// As how many accesses an instruction counts that a slow version has evaluated by helper.
+pub const DEAR: i32 = 16;
 /// How long an access is watched before it is judged.
 const WHILE: Duration = Duration::from_millis(100);
 /// Time for each that strays, up to which they are many: another way to look costs less then.
@@ -107,6 +113,7 @@ impl Strays {
 mod tests {
     use super::*;
     use crate::jit::Jit;
+    use crate::state::cr;
     use crate::testing::bare;
     use crate::vcpu::Vcpu;
 
@@ -147,6 +154,49 @@ mod tests {
         let now = Instant::now();
         strays.note((KEY.0 + 8, KEY.1), now);
         assert_eq!(note(&mut strays, now, MANY * STRAYS / 2), [OFF]);
+    }
+
+    /// What is looked up together lies across the end of a page, and floating point is evaluated by helper then.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn a_block_whose_slow_version_is_dear_has_no_group_any_more() {
+        const BLOCK: u64 = bare::CODE + 10;
+        let code = [
+            &[0xbe, 0xf0, 0x0f, 0x20, 0][..],      // mov esi, 200ff0h
+            &[0xb9, 0, 0, 1, 0],                   // mov ecx, 65536
+            &[0xf2, 0x0f, 0x10, 0x06],             // movsd xmm0, [rsi]
+            &[0xf2, 0x0f, 0x58, 0x46, 0x08],       // addsd xmm0, [rsi + 8]
+            &[0xf2, 0x0f, 0x11, 0x46, 0x10],       // movsd [rsi + 10h], xmm0
+            &[0xff, 0xc9, 0x75, 0xee, 0xe6, 0x80], // dec ecx; jnz the first movsd; out 80h, al
+        ];
+        let mut vcpu = Vcpu::new(bare::cpu(&code.concat()), Some(Jit::new(4 << 20, 1).unwrap()));
+        vcpu.set_threshold(50);
+        vcpu.cpu.s.cr4 |= cr::CR4_OSFXSR;
+        vcpu.cpu.mode_changed();
+        for (at, v) in [(0xff0, 1.5f64), (0xff8, 2.0)] {
+            let word = vcpu.cpu.ram.atomic(bare::DATA + at).unwrap();
+            word.store(v.to_bits(), std::sync::atomic::Ordering::Relaxed);
+        }
+        let run = |vcpu: &mut Vcpu| {
+            vcpu.cpu.s.rip = bare::CODE;
+            let before = vcpu.cpu.jit.helper_calls;
+            while vcpu.turn().is_none() {
+                vcpu.jit.as_ref().unwrap().drain();
+            }
+            let stored = vcpu.cpu.ram.atomic(bare::DATA + 0x1000).unwrap();
+            assert_eq!(f64::from_bits(stored.load(std::sync::atomic::Ordering::Relaxed)), 3.5);
+            vcpu.cpu.jit.helper_calls - before
+        };
+        assert!(run(&mut vcpu) > 60_000, "the slow version runs");
+        // As if that had been so for a while.
+        let (key, past) = ((BLOCK, vcpu.cpu.mode.0), Instant::now() - 2 * WHILE);
+        let strays = &mut vcpu.jit.as_mut().unwrap().strays;
+        strays.clear();
+        (0..1 << 20).for_each(|_| _ = strays.note(key, past));
+        run(&mut vcpu);
+        assert_eq!(run(&mut vcpu), 0);
+        let counts = &vcpu.jit.as_ref().unwrap().counts;
+        assert_eq!((counts.strays, counts.regions), (1, 2));
     }
 
     /// The loop goes on at the access that is looked at, and on in the region that takes the place of its own.

@@ -126,6 +126,7 @@ impl Cc {
     pub const BE: Cc = Cc(6);
     pub const A: Cc = Cc(7);
     pub const S: Cc = Cc(8);
+    pub const NS: Cc = Cc(9);
     pub const L: Cc = Cc(12);
     pub const GE: Cc = Cc(13);
     pub const LE: Cc = Cc(14);

@@ -199,6 +199,9 @@ impl<'a> QuickEmit<'a> {
         self.a.load(8, PAGE, cpu(at!(s.rip)));
         self.a.alu_imm(8, Alu::And, PAGE, !(PAGE_MASK as i32));
         let inner = self.a.code.len();
+        if let (Entered::Instead { strays: strays @ 1.. }, Some(first)) = (entered, insns.first()) {
+            self.stray(strays, first.off.into());
+        }
         for i in insns {
             self.off = i.off;
             self.instruction(i);
@@ -826,6 +829,14 @@ impl<'a> QuickEmit<'a> {
             Some(to) => self.looks.push((look, to)),
             None => self.calls.push((look.0, Routine::Look)),
         }
+    }
+
+    /// Counts accesses that stray; once in a while the dispatch loop is to note that at an offset from the block.
+    fn stray(&mut self, count: i32, off: i64) {
+        self.a.alu_imm(8, Alu::Sub, cpu(at!(jit.until_stray)), count);
+        let on = self.a.jcc(Cc::NS);
+        self.go_to(self.page_offset(off) as u64, Routine::Interpret);
+        self.a.here(on);
     }
 
     /// Returns to the dispatch loop if a kick is pending, for it to go on at a page offset or at RIP; the rest of the CPU

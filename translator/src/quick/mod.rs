@@ -271,8 +271,11 @@ fn find(a: &mut Asm, bytes: i32, write: bool) {
 pub enum Entered {
     /// So often that it is counted, and might be worth a region.
     Often,
-    /// A region has it for when its own code of the block does not do.
-    Seldom,
+    /// A region has it for when its own code of the block does not do, which counts as so many accesses that stray.
+    Instead {
+        /// See [`crate::jit::strays`]; 0 if nobody need know.
+        strays: i32,
+    },
 }
 
 /// What makes quick code.
