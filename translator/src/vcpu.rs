@@ -738,8 +738,7 @@ impl Vcpu {
             self.flush_jump_cache();
         }
         let gpa = self.cpu.translate_code(linear)?;
-        if let Some((id, code)) = self.cpu.jump.known(gpa, self.cpu.mode) {
-            self.cpu.jump.insert(self.cpu.code_place(linear), id, code);
+        if let Some((id, _)) = self.cpu.enter_known(linear, gpa) {
             return Ok(id);
         }
         let mut id = match self.blocks.find(gpa, self.cpu.mode) {

@@ -47,8 +47,14 @@ impl Cpu {
             self.raised = saved;
             return None;
         };
-        let (id, code) = self.jump.known(gpa, self.mode)?;
+        let found = self.enter_known(linear, gpa)?;
         self.counts.ways += 1;
+        Some(found)
+    }
+
+    /// The block at a physical address and its code, if that is known: the jump cache has it for the linear address then.
+    pub(crate) fn enter_known(&mut self, linear: u64, gpa: u64) -> Option<(BlockId, u64)> {
+        let (id, code) = self.jump.known(gpa, self.mode)?;
         self.jump.insert(self.code_place(linear), id, code);
         Some((id, code))
     }

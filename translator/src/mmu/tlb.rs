@@ -334,8 +334,8 @@ pub struct Slot {
     last_use: u64,
 }
 
-/// After so many changes of the address space with translations in the shared table that are not global, and four times as
-/// many without forgiving one, slots have tables of their own: a kernel that has its pages so is better off with them.
+/// After so many changes of the address space with translations in the shared table that are not global slots have tables
+/// of their own: a kernel that has its pages so is better off with them.
 const TOLERATED: u32 = 64;
 /// Changes of the address space without such translations that make up for one with them.
 const FORGIVING: u32 = 4;
