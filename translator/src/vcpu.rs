@@ -82,7 +82,7 @@ impl Vcpu {
         if let Some(jit) = &jit {
             cpu.connect_jit(jit);
         }
-        let quick = jit.as_ref().is_some_and(Jit::has_quick);
+        let quick = jit.is_some();
         Vcpu {
             cpu,
             blocks: BlockCache::default(),
@@ -102,10 +102,10 @@ impl Vcpu {
         self.threshold = threshold;
     }
 
-    /// Sets how often a block is interpreted before it gets quick code, if this host has any, and how often that runs
+    /// Sets how often a block is interpreted before it gets quick code, and how often that runs
     /// before its region is compiled.
     pub fn set_quick(&mut self, interpreted: u32, quick: u32) {
-        self.quick = self.jit.as_ref().is_some_and(Jit::has_quick).then_some(interpreted);
+        self.quick = self.jit.is_some().then_some(interpreted);
         self.threshold = quick;
     }
 

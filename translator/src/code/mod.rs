@@ -24,7 +24,7 @@ mod tests;
 pub use arena::{ArenaError, CodeArena, Slot};
 pub use frame::{Elided, PUSH_LEN, elide_frame};
 pub use free_list::GRANULE;
-pub use patch::{Jump, add_link_cells, encode_jump, is_patchable, lead_x86};
+pub use patch::{Jump, add_link_cells, encode_jump, is_patchable, lead};
 pub use perf::PerfMap;
 
 /// The instruction set of the machine that runs the emitted code.

@@ -15,6 +15,8 @@ use super::HostIsa;
 pub(super) const X86_JMP_REL32: u8 = 0xe9;
 const AARCH64_B: u32 = 0x1400_0000;
 const AARCH64_B_MASK: u32 = 0xfc00_0000;
+/// What makes a `B` a `BL`.
+const AARCH64_BL: u32 = 1 << 31;
 
 /// A direct jump, encoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,11 +69,15 @@ pub(super) fn branch_word(isa: HostIsa, site: usize, target: usize) -> Option<u3
     }
 }
 
-/// Has the x86-64 branch or call whose displacement is at `site` of `code`, not yet written, lead to `target`: an offset
-/// in what has `code` at `base`.
-pub fn lead_x86(code: &mut [u8], site: usize, base: usize, target: usize) -> Option<()> {
-    let word = branch_word(HostIsa::X86_64, base.checked_add(site)?, target)?;
-    code.get_mut(site..site.checked_add(4)?)?.copy_from_slice(&word.to_le_bytes());
+/// Has the branch or call at `site` of `code`, not yet written, lead to `target`: an offset in what has `code` at `base`. On
+/// x86-64 the site is its displacement, on AArch64 the `B` or `BL` itself.
+pub fn lead(isa: HostIsa, code: &mut [u8], site: usize, base: usize, target: usize) -> Option<()> {
+    let mut word = branch_word(isa, base.checked_add(site)?, target)?;
+    let at = code.get_mut(site..site.checked_add(4)?)?.first_chunk_mut::<4>()?;
+    if isa == HostIsa::Aarch64 {
+        word |= u32::from_le_bytes(*at) & AARCH64_BL;
+    }
+    *at = word.to_le_bytes();
     Some(())
 }
 
@@ -123,7 +129,7 @@ pub fn add_link_cells(isa: HostIsa, code: &mut Vec<u8>, sites: &[usize]) -> Opti
         code.resize(cell, isa.filler());
         let to_itself = encode_jump(isa, cell, cell)?;
         code.extend_from_slice(to_itself.as_bytes());
-        lead_x86(code, site, 0, cell)?;
+        lead(isa, code, site, 0, cell)?;
         Some(cell + to_itself.site())
     });
     links.collect()

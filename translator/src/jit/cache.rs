@@ -24,7 +24,7 @@ use smallvec::SmallVec;
 
 use crate::addr::PAGE_MASK;
 use crate::address_map::{AddressHasher, AddressMap};
-use crate::code::{CodeArena, Slot, lead_x86};
+use crate::code::{CodeArena, Slot, lead};
 use crate::jit::bridge::{Bridge, NO_KEY};
 
 /// Where guest code is: physical address and mode.
@@ -59,7 +59,7 @@ pub struct Unit<K> {
     pub tail: usize,
     /// Its direct branches.
     pub branches: Vec<Link>,
-    /// Sites of x86-64 branches and calls in `code`, and the offsets in the arena that they lead to.
+    /// Sites of branches and calls in `code`, and the offsets in the arena that they lead to.
     pub calls: Vec<(usize, usize)>,
     /// Pages that its bytes lie in, and which granules of each.
     pub extents: Vec<Extent>,
@@ -309,7 +309,7 @@ impl<K> Cache<K> {
         };
         let start = slot.offset();
         for (at, to) in unit.calls {
-            lead_x86(&mut unit.code, at, start, to)?;
+            lead(self.arena.isa(), &mut unit.code, at, start, to)?;
         }
         self.arena.write(&mut slot, &unit.code).ok()?;
         let mut branches = Vec::with_capacity(unit.branches.len());
@@ -430,13 +430,17 @@ impl<K> Cache<K> {
         let at = index as usize;
         let led = region.bridged.iter_mut().find(|(i, _)| *i == index);
         let elsewhere = led.as_ref().is_none_or(|(_, old)| *old != key);
+        let quick = index >= region.quick_bridges;
         match region.crossings.get(at) {
-            None => region.bridges[at].lead(branch, to.runs(&self.arena).code),
+            None => {
+                let target = if quick { to.inner } else { to.start };
+                region.bridges[at].lead(branch, self.arena.exec_ptr(target as usize) as u64);
+            }
             Some(&(constant, site)) => {
                 let (constant, site) = (constant as usize, site as usize);
                 if elsewhere {
                     self.arena.patch_constant(constant, NO_KEY);
-                    let target = if index >= region.quick_bridges { to.inner } else { to.tail };
+                    let target = if quick { to.inner } else { to.tail };
                     self.arena.patch_branch(site, target as usize);
                 }
                 self.arena.patch_constant(constant, branch);

@@ -16,7 +16,7 @@ use cranelift_codegen::settings::{self, Configurable};
 use cranelift_codegen::{FinalizedMachReloc, FinalizedRelocTarget};
 use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
 
-use crate::code::{HostIsa, elide_frame, lead_x86};
+use crate::code::{HostIsa, elide_frame, lead};
 use crate::cpu::ANCHOR;
 use crate::insn::Insn;
 use crate::jit::access::site_thunk;
@@ -107,7 +107,9 @@ impl Compiled {
             self.addresses.push((base + at, referent));
         }
         self.insns.extend(block.insns);
-        self.crossings.resize(self.bridges, (0, 0));
+        if !block.crossings.is_empty() {
+            self.crossings.resize(self.bridges, (0, 0));
+        }
         self.crossings.extend(block.crossings.into_iter().map(|(key, site)| (base + key, base + site)));
         self.bridges += block.bridges;
         self.calls.extend(block.calls.into_iter().map(|(at, routine)| (base + at, routine)));
@@ -139,7 +141,7 @@ impl Compiler {
             builder.enable(f).map_err(|e| e.to_string())?;
         }
         let isa = builder.finish(settings::Flags::new(flags)).map_err(|e| e.to_string())?;
-        let quick = HostIsa::native().and_then(Quick::new);
+        let quick = HostIsa::native().map(Quick::new);
         Ok(Compiler { isa, context: Context::new(), builder: FunctionBuilderContext::new(), quick })
     }
 
@@ -212,23 +214,27 @@ impl Compiler {
                 (name::CROSS, Reloc::X86CallPCRel4) => {
                     let start = compiled.code.len();
                     let crossing = cross::append(&mut compiled.code);
-                    lead_x86(&mut compiled.code, offset, 0, start).ok_or("a way out has no place")?;
+                    lead(HostIsa::X86_64, &mut compiled.code, offset, 0, start).ok_or("a way out has no place")?;
                     compiled.addresses.push((crossing.bridge, Referent::Name(index)));
                     compiled.calls.push((crossing.missed, Routine::Missed));
                     compiled.crossings.resize(bridges, (0, 0));
-                    *compiled.crossings.get_mut(index).ok_or("a way out of no number")? = (crossing.key, crossing.site);
+                    let way = compiled.crossings.get_mut(index).zip(crossing.way);
+                    let (at, way) = way.ok_or("a way out of no number")?;
+                    *at = way;
                 }
                 (name::INSN, Reloc::Abs8) => compiled.addresses.push((offset, Referent::Insn(index))),
                 (name::BRIDGE, Reloc::Abs8) => compiled.addresses.push((offset, Referent::Bridge(index))),
                 (name::PIECE, Reloc::X86CallPCRel4) if index < pieces.len() => {
-                    lead_x86(&mut compiled.code, offset, 0, pieces[index]).ok_or("a call of a piece has no place")?;
+                    let piece = pieces[index];
+                    lead(HostIsa::X86_64, &mut compiled.code, offset, 0, piece).ok_or("a call of a piece has no place")?;
                 }
-                (name::SLOW, Reloc::X86CallPCRel4) => to_slow.push((offset, index)),
+                (name::SLOW, Reloc::X86CallPCRel4 | Reloc::Arm64Call) => to_slow.push((offset, index)),
                 other => return Err(format!("relocation {other:?} at {offset}")),
             }
         }
         for (site, index) in to_slow {
-            let (&(block, from), quick) = slow.get(index).zip(self.quick).ok_or("a slow version of no number")?;
+            let host = HostIsa::native().zip(self.quick);
+            let (&(block, from), (native, quick)) = slow.get(index).zip(host).ok_or("a slow version of no number")?;
             let insns = &plan.blocks[block].insns[from..];
             let start = insns[0].off;
             let insns: Vec<Insn> = insns.iter().map(|i| Insn { off: i.off - start, ..*i }).collect();
@@ -239,7 +245,7 @@ impl Compiler {
                 made = compile(DEAR * made.insns.len() as i32);
             }
             let start = compiled.append(made);
-            lead_x86(&mut compiled.code, site, 0, start).ok_or("a slow version has no place")?;
+            lead(native, &mut compiled.code, site, 0, start).ok_or("a slow version has no place")?;
         }
         compiled.nanos = start.elapsed().as_nanos() as u64;
         Ok(compiled)
@@ -264,19 +270,6 @@ impl Compiler {
             Finished { code, relocations, .. } if relocations.is_empty() => Ok(code),
             Finished { relocations, .. } => Err(format!("{relocations:?}")),
         }
-    }
-
-    /// `extern "C" fn(cpu, code)`: calls compiled code.
-    pub fn trampoline(&mut self) -> Result<Vec<u8>, String> {
-        let mut signature = Signature::new(CallConv::SystemV);
-        signature.params.extend([AbiParam::new(I64); 2]);
-        let region = self.region_signature();
-        self.stub_function(signature, |b, params| {
-            let region = b.import_signature(region);
-            let anchor = b.ins().iadd_imm_s(params[0], i64::from(ANCHOR));
-            b.ins().call_indirect(region, params[1], &[anchor]);
-            b.ins().return_(&[]);
-        })
     }
 
     /// A region that returns at once.

@@ -11,7 +11,6 @@
 
 use iced_x86::Mnemonic;
 
-use crate::code::HostIsa;
 use crate::insn::{Insn, Mode, NO_REG, Opnd};
 use crate::jit::region::Plan;
 use crate::jit::usage::Usage;
@@ -65,7 +64,7 @@ impl Group {
 
 /// The groups of each block of a region: none where there is no slow version of it.
 pub fn of_all(plan: &Plan) -> Vec<Vec<Group>> {
-    let some = HostIsa::native() == Some(HostIsa::X86_64) && plan.mode.has(Mode::CODE64);
+    let some = plan.mode.has(Mode::CODE64);
     // Where what was hoped for has failed much the slow version begins at the instruction.
     let failed = |i: &Insn| plan.strays.iter().any(|&(off, _)| off == i.off);
     let of = |insns: &[Insn]| {

@@ -33,10 +33,11 @@ use std::time::Instant;
 
 use crate::addr::PAGE_MASK;
 use crate::block::Block;
-use crate::code::{ArenaError, CodeArena, PUSH_LEN, PerfMap, Slot, add_link_cells, elide_frame};
+use crate::code::{ArenaError, CodeArena, PerfMap, Slot, add_link_cells, elide_frame};
 use crate::cpu::Cpu;
 use crate::insn::{Insn, Mode};
 use crate::mem::granule_mask;
+use crate::quick::asm::ENTERED;
 use crate::quick::{Entered, Library, Quick};
 use bridge::Bridge;
 use cache::{Cache, Change, Extent, Key, Link, Placed, RegionId, Runs, Unit};
@@ -133,8 +134,8 @@ pub struct Jit {
     thunks: Vec<Stub>,
     /// What code does besides.
     pub options: Options,
-    /// Makes quick code, on hosts for which there is some.
-    quick: Option<Quick>,
+    /// Makes quick code.
+    quick: Quick,
     /// What that shares, and where in the arena.
     library: Library,
     shared: Stub,
@@ -159,7 +160,7 @@ impl Jit {
             Ok(Stub { code: arena.exec_ptr(slot.offset()) as u64, slot })
         };
         let quick = Quick::new(arena.isa());
-        let enter = install(quick.map_or_else(|| compiler.trampoline(), |quick| Ok(quick.trampoline())))?;
+        let enter = install(Ok(quick.trampoline()))?;
         let stub = install(compiler.stub())?;
         let mut code = compiler.lookup().map_err(JitError::Host)?;
         // Where regions enter it.
@@ -169,9 +170,9 @@ impl Jit {
         let library = Library::new();
         let shared = install(Ok(library.code.clone()))?;
         for site in &library.lookups {
-            arena.patch_branch(shared.start() + site, lookup.start() + PUSH_LEN);
+            arena.patch_branch(shared.start() + site, lookup.start() + ENTERED);
         }
-        let mut thunk = |n| quick.and_then(|quick| quick.thunk(n)).map_or_else(|| compiler.thunk(n), Ok);
+        let mut thunk = |n| quick.thunk(n).map_or_else(|| compiler.thunk(n), Ok);
         let thunks = (0..THUNKS).map(|n| install(thunk(n))).collect::<Result<_, _>>()?;
         Ok(Jit {
             cache: Cache::new(arena, lookup.start() + entry),
@@ -206,14 +207,11 @@ impl Jit {
         std::array::from_fn(|n| self.thunks[n].code)
     }
 
-    /// Whether this host has quick code.
-    pub fn has_quick(&self) -> bool {
-        self.quick.is_some()
-    }
-
     /// Gives a block quick code; [`Self::changes`] says what that changed. No vCPU may be in compiled code.
     pub fn quicken(&mut self, block: &Block, cpu: &Cpu) {
-        let Some(quick) = self.quick.filter(|_| block.next_page.is_none()) else { return };
+        if block.next_page.is_some() {
+            return;
+        }
         while self.cache.len() >= UNITS && self.cache.evict() {
             self.counts.evicted += 1;
         }
@@ -223,7 +221,7 @@ impl Jit {
         if insns.is_empty() {
             return;
         }
-        let made = quick.compile(&insns, block.mode, block.gpa & PAGE_MASK, self.options, Entered::Often);
+        let made = self.quick.compile(&insns, block.mode, block.gpa & PAGE_MASK, self.options, Entered::Often);
         let extents = block.extent().collect();
         let key = (block.gpa, block.mode.0);
         let id = self.cache.number();
@@ -369,9 +367,9 @@ impl Jit {
         let mut cells = add_link_cells(isa, &mut code, &sites)?.into_iter();
         let Place { extents, entries, blocks, second_page, quick } = place;
         let &(first, mode) = entries.first()?;
-        let mut enter = |key: Key| match self.quick {
-            Some(_) if !quick => Quick::append_way_into(&mut code, key.0 & PAGE_MASK, tail),
-            _ => inner,
+        let mut enter = |key: Key| match quick {
+            false => Quick::append_way_into(&mut code, key.0 & PAGE_MASK, tail),
+            true => inner,
         };
         let entries = entries.into_iter().map(|key| (key, enter(key))).collect();
         let bytes = code.len();

@@ -1,48 +1,56 @@
-//! The way into another page that x86-64 code keeps itself: the key for which it knows the way as a constant, and the way
-//! as a jump ([`crate::jit::bridge`] says what the key is for).
+//! The way into another page. On x86-64 hosts the code keeps it itself: the key for which it knows the way as a constant, and
+//! the way as a jump; elsewhere both are a [`Bridge`]'s ([`crate::jit::bridge`] says what the key is for).
 
-use super::asm::{Alu, Asm, Cc, Gpr, Jump, Mem, Shift};
-use super::emit::{CPU, cpu};
-use crate::jit::bridge::NO_KEY;
+use std::mem::offset_of;
+
+use super::asm::{Alu, Asm, CPU, Cc, Gpr, Jump, Mem, Shift, T0, T1, T2};
+use super::emit::cpu;
+use crate::jit::bridge::{Bridge, NO_KEY};
 use crate::jit::emit::at;
 
-/// Has the name of the bridge whose way is another.
-pub const BRIDGE: Gpr = Gpr::RCX;
+/// Has the name of the bridge whose way is another, or its address where bridges are data.
+pub const BRIDGE: Gpr = T1;
 
 /// Where in the code its parts are.
 pub struct Crossing {
-    /// The key, 8 bytes at a multiple of 8.
-    pub key: usize,
-    /// The site of the jump for it.
-    pub site: usize,
-    /// The name of its bridge, 8 bytes.
+    /// Where code knows the way, its key, 8 bytes at a multiple of 8, and the site of the jump for it.
+    pub way: Option<(usize, usize)>,
+    /// The name of its bridge, or its address, 8 bytes.
     pub bridge: usize,
     /// The displacement of a jump to [`Missed`](super::Routine::Missed).
     pub missed: usize,
 }
 
-/// Emits one. RIP is in RAX and in the CPU state; `turn` emits what has to be done once the way is known.
+/// Emits one. RIP is in T0 and in the CPU state; `turn` emits what has to be done once the way is known.
 pub fn emit(a: &mut Asm, turn: impl FnOnce(&mut Asm)) -> Crossing {
-    let (known, found) = (Gpr::RCX, Gpr::RDX);
-    emit_key(a, found, Gpr::RAX);
-    while !(a.code.len() + 2).is_multiple_of(8) {
-        a.nop();
+    let (known, found) = (T1, T2);
+    emit_key(a, found, T0);
+    if !Asm::KNOWS_WAYS {
+        let bridge = a.mov_imm64(BRIDGE, 0);
+        a.alu(8, Alu::Cmp, found, Mem::at(BRIDGE, offset_of!(Bridge, key) as i32));
+        let miss = a.jcc(Cc::NE);
+        turn(a);
+        a.jump_by(Mem::at(BRIDGE, offset_of!(Bridge, code) as i32));
+        a.here(miss);
+        let Jump(missed) = a.jmp();
+        return Crossing { way: None, bridge, missed };
     }
+    a.align_constant();
     let key = a.mov_imm64(known, NO_KEY);
     a.alu(8, Alu::Cmp, found, known);
     let miss = a.jcc(Cc::NE);
     turn(a);
     let Jump(site) = a.link(None);
     a.here(miss);
-    let name = a.mov_imm64(BRIDGE, 0);
+    let bridge = a.mov_imm64(BRIDGE, 0);
     let Jump(missed) = a.jmp();
-    Crossing { key, site, bridge: name, missed }
+    Crossing { way: Some((key, site)), bridge, missed }
 }
 
 /// Appends the way from a region, whose tail call leads here, to where RIP says.
 pub fn append(region: &mut Vec<u8>) -> Crossing {
-    let mut a = Asm { code: std::mem::take(region) };
-    a.load(8, Gpr::RAX, cpu(at!(s.rip)));
+    let mut a = Asm::from(std::mem::take(region));
+    a.load(8, T0, cpu(at!(s.rip)));
     let crossing = emit(&mut a, |_| ());
     *region = a.code;
     crossing

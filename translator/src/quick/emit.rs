@@ -8,14 +8,13 @@
 //! **Flags** are the operation that made them, as in regions, until something reads them, the block ends, or an access
 //! leaves for the interpreter.
 //!
-//! **RIP** is not kept: RBP has the linear address of the page that runs, and where in it is known. The CPU state's RIP
+//! **RIP** is not kept: a register, [`PAGE`], has the linear address of the page that runs, and where in it is known. The CPU state's RIP
 //! is right again where code is left, be it for a region. Only what comes from elsewhere, and so by the CPU state's RIP,
-//! loads RBP anew.
+//! loads that anew.
 
 use std::mem::offset_of;
 
 use crate::addr::PAGE_MASK;
-use crate::code::PUSH_LEN;
 use crate::emit::{Bin, Cond, Emit, Flags};
 use crate::flags;
 use crate::insn::{Insn, Mode};
@@ -26,16 +25,11 @@ use crate::jit::frame::lazy;
 use crate::jit::region::Options;
 use crate::jit::usage::Usage;
 use crate::jump::{ENTRY_SHIFT, JumpEntry, OFFSETS};
-use crate::quick::asm::{Alu, Asm, Cc, Gpr, Jump, Mem, Shift, Xmm};
+use crate::quick::asm::{
+    ARG, Alu, Asm, CPU, Cc, ENTERED, Gpr, Jump, Mem, PAGE, POOL, REGISTERS, Shift, T0, T1, T2, Xmm,
+};
 use crate::quick::{Entered, Quick, Routine, cross};
 use crate::width::W64;
-
-/// Holds the CPU's [`ANCHOR`](crate::cpu::ANCHOR).
-pub(super) const CPU: Gpr = Gpr::RDI;
-/// Holds the linear address of the page that runs.
-pub(super) const PAGE: Gpr = Gpr::RBP;
-/// Registers that hold values. RAX, RCX, RDX and RSI are every operation's to use.
-const POOL: u16 = 1 << Gpr::RBX.0 | 0xff00;
 
 /// The right side of a comparison.
 #[derive(Clone, Copy, Debug)]
@@ -84,13 +78,13 @@ struct SideExit {
 #[derive(Clone)]
 struct Registers {
     /// Guest registers whose value each has, a bit each.
-    guests: [u16; 16],
+    guests: [u16; REGISTERS],
     /// Where each guest register's value is.
     at: [Option<Gpr>; 16],
     /// The lowest bits, so many, that may be set.
-    bits: [u8; 16],
+    bits: [u8; REGISTERS],
     /// Those that hold values of the instruction being emitted.
-    busy: u16,
+    busy: u32,
     /// The next to be taken from guest registers.
     next: u8,
 }
@@ -167,7 +161,13 @@ impl<'a> QuickEmit<'a> {
             mode,
             start,
             options,
-            registers: Registers { guests: [0; 16], at: [None; 16], bits: [64; 16], busy: 0, next: 0 },
+            registers: Registers {
+                guests: [0; REGISTERS],
+                at: [None; 16],
+                bits: [64; REGISTERS],
+                busy: 0,
+                next: 0,
+            },
             vectors: 0,
             flags: FlagVal::Memory,
             dirty: false,
@@ -191,8 +191,7 @@ impl<'a> QuickEmit<'a> {
 
     /// Emits the whole block.
     pub(super) fn emit(mut self, insns: &[Insn], entered: Entered) -> Compiled {
-        self.a.push(Gpr::RBP);
-        debug_assert_eq!(self.a.code.len(), PUSH_LEN);
+        self.a.enter();
         if entered == Entered::Often {
             self.count_down(None);
         }
@@ -217,7 +216,7 @@ impl<'a> QuickEmit<'a> {
         let QuickEmit { a, insns, bridges, addresses, crossings, calls, .. } = self;
         Compiled {
             code: a.code,
-            tail: PUSH_LEN,
+            tail: ENTERED,
             inner,
             branches,
             insns,
@@ -253,10 +252,7 @@ impl<'a> QuickEmit<'a> {
             self.a.here(jump);
             match to {
                 Some(to) => self.go_to(to, Routine::Leave),
-                None => {
-                    self.a.pop(Gpr::RBP);
-                    self.a.ret();
-                }
+                None => self.a.go_back(),
             }
         }
         branches
@@ -264,7 +260,7 @@ impl<'a> QuickEmit<'a> {
 
     /// Goes to a routine with a page offset.
     fn go_to(&mut self, off: u64, routine: Routine) {
-        self.a.mov_imm(Gpr::RAX, off);
+        self.a.mov_imm(T0, off);
         self.jump_to(routine);
     }
 
@@ -342,7 +338,7 @@ impl<'a> QuickEmit<'a> {
     // ---- registers ----
 
     /// The registers that flags are in.
-    fn pinned(&self) -> u16 {
+    fn pinned(&self) -> u32 {
         let bit = |v: &Val| if let Val::Reg(r) = v { 1 << r.0 } else { 0 };
         match &self.flags {
             FlagVal::Memory => 0,
@@ -353,16 +349,16 @@ impl<'a> QuickEmit<'a> {
     /// A register to hold a value of the instruction, of `bits` bits.
     pub(super) fn take(&mut self, bits: u8) -> Gpr {
         let free = POOL & !self.registers.busy & !self.pinned();
-        let unused = (0..16).find(|&r| free >> r & 1 != 0 && self.registers.guests[usize::from(r)] == 0);
+        let unused = (0..REGISTERS as u8).find(|&r| free >> r & 1 != 0 && self.registers.guests[usize::from(r)] == 0);
         let r = unused.or_else(|| {
             let next = self.registers.next;
-            let r = (0..16).map(|n| (next + n) & 15).find(|&r| free >> r & 1 != 0)?;
+            let r = (0..REGISTERS as u8).map(|n| (next + n) % REGISTERS as u8).find(|&r| free >> r & 1 != 0)?;
             self.registers.next = r + 1;
             Some(r)
         });
         let Some(r) = r else {
             self.failed = true;
-            return Gpr::RBX;
+            return Gpr(POOL.trailing_zeros() as u8);
         };
         let guests = std::mem::take(&mut self.registers.guests[usize::from(r)]);
         for g in (0..16).filter(|g| guests >> g & 1 != 0) {
@@ -404,7 +400,7 @@ impl<'a> QuickEmit<'a> {
 
     /// Forgets what host registers hold: a helper has changed the CPU state.
     fn forget(&mut self) {
-        self.registers.guests = [0; 16];
+        self.registers.guests = [0; REGISTERS];
         self.registers.at = [None; 16];
     }
 
@@ -519,7 +515,7 @@ impl<'a> QuickEmit<'a> {
 
     /// A carry, and an overflow or the one that there was, in the words that stand in the CPU state.
     fn store_carry(&mut self, cf: Val, of: Option<Val>) {
-        let (carry, differ, old) = (Gpr::RAX, Gpr::RCX, Gpr::RDX);
+        let (carry, differ, old) = (T0, T1, T2);
         self.store_flags();
         self.fold();
         self.a.load(8, old, cpu(at!(s.cc_co)));
@@ -541,7 +537,7 @@ impl<'a> QuickEmit<'a> {
 
     /// Makes the word of a carry in RAX and an overflow in RCX, in RAX.
     fn join_carry(&mut self) {
-        let (carry, differ) = (Gpr::RAX, Gpr::RCX);
+        let (carry, differ) = (T0, T1);
         self.a.alu(4, Alu::Xor, differ, carry);
         self.a.shift_imm(8, Shift::Shl, carry, 63);
         self.a.shift_imm(8, Shift::Shl, differ, 62);
@@ -553,15 +549,13 @@ impl<'a> QuickEmit<'a> {
         self.store_flags();
         self.fold();
         let to = self.take(8 * bytes as u8);
-        self.a.mov(bytes, to, a);
-        self.reg_into(Gpr::RCX, count);
-        self.a.shift(bytes, op, to);
-        let carry = Gpr::RAX;
-        self.a.setcc(Cc::B, carry);
-        self.a.test(4, Gpr::RCX, Gpr::RCX);
+        self.reg_into(T1, count);
+        self.a.shift_out(bytes, op, to, a);
+        let carry = T0;
+        self.a.test(4, T1, T1);
         let none = self.a.jcc(Cc::E);
         // The rule for a count of 1, which processors follow for all.
-        let differ = Gpr::RCX;
+        let differ = T1;
         let sign = |e: &mut Self, of: Gpr| {
             e.a.mov(bytes, differ, of);
             e.a.shift_imm(bytes, Shift::Shr, differ, (8 * bytes - 1) as u8);
@@ -584,7 +578,7 @@ impl<'a> QuickEmit<'a> {
 
     /// The words of a result with a carry and an overflow, for which there would not be enough registers otherwise.
     fn store_result(&mut self, r: Val, bytes: u64, cf: Val, of: Val) {
-        let (carry, differ) = (Gpr::RAX, Gpr::RCX);
+        let (carry, differ) = (T0, T1);
         let r = self.reg(r);
         self.boolean_into(carry, cf);
         self.boolean_into(differ, of);
@@ -594,7 +588,7 @@ impl<'a> QuickEmit<'a> {
 
     /// Stores the words of a result, and of carry and overflow in RAX.
     fn store_result_words(&mut self, r: Gpr, bytes: u64) {
-        let carry = Gpr::RAX;
+        let carry = T0;
         self.a.store(8, cpu(at!(s.cc_co)), carry);
         let wide = match bytes {
             8 => r,
@@ -787,8 +781,8 @@ impl<'a> QuickEmit<'a> {
         self.ended = true;
         let to = self.inside(off);
         if to.is_none() {
-            self.a.lea(self.ip_bytes(), Gpr::RAX, Mem::at(PAGE, self.page_offset(off)));
-            self.a.store(8, cpu(at!(s.rip)), Gpr::RAX);
+            self.a.lea(self.ip_bytes(), T0, Mem::at(PAGE, self.page_offset(off)));
+            self.a.store(8, cpu(at!(s.rip)), T0);
         }
         if to.is_none() || off <= 0 {
             self.count_down(to);
@@ -815,8 +809,9 @@ impl<'a> QuickEmit<'a> {
         let pages = self.page_offset(off) & !(PAGE_MASK as i32);
         let bytes = self.ip_bytes();
         let crossing = cross::emit(&mut self.a, |a| a.lea(bytes, PAGE, Mem::at(PAGE, pages)));
-        self.crossings.push((crossing.key, crossing.site));
-        self.addresses.push((crossing.bridge, Referent::Name(self.bridges)));
+        self.crossings.extend(crossing.way);
+        let referent = if crossing.way.is_some() { Referent::Name } else { Referent::Bridge };
+        self.addresses.push((crossing.bridge, referent(self.bridges)));
         self.calls.push((crossing.missed, Routine::Missed));
         self.bridges += 1;
     }
@@ -824,10 +819,15 @@ impl<'a> QuickEmit<'a> {
     /// Counts what enters from elsewhere, and what may be a round of a loop: it is to go on at a page offset, or at RIP.
     fn count_down(&mut self, to: Option<u64>) {
         self.a.alu_imm(8, Alu::Sub, cpu(at!(jit.until_look)), 1);
-        let look = self.a.jcc(Cc::S);
         match to {
-            Some(to) => self.looks.push((look, to)),
-            None => self.calls.push((look.0, Routine::Look)),
+            Some(to) => {
+                let look = self.a.jcc(Cc::S);
+                self.looks.push((look, to));
+            }
+            None => {
+                let look = self.a.jcc_out(Cc::S);
+                self.calls.push((look, Routine::Look));
+            }
         }
     }
 
@@ -842,8 +842,8 @@ impl<'a> QuickEmit<'a> {
     /// Returns to the dispatch loop if a kick is pending, for it to go on at a page offset or at RIP; the rest of the CPU
     /// state is exact. Changes RCX.
     fn poll(&mut self, to: Option<u64>) {
-        self.a.load(8, Gpr::RCX, cpu(at!(jit.kick)));
-        self.a.alu_imm(4, Alu::Cmp, Mem::at(Gpr::RCX, 0), 0);
+        self.a.load(8, T1, cpu(at!(jit.kick)));
+        self.a.alu_imm(4, Alu::Cmp, Mem::at(T1, 0), 0);
         let out = self.a.jcc(Cc::NE);
         self.leaves.push((out, to));
     }
@@ -860,7 +860,7 @@ impl<'a> QuickEmit<'a> {
     }
 
     fn jump_by_cache(&mut self, target: Gpr) {
-        let (rax, rcx) = (Gpr::RAX, Gpr::RCX);
+        let (rax, rcx) = (T0, T1);
         cross::emit_key(&mut self.a, rcx, target);
         self.a.mov(8, rax, target);
         self.a.shift_imm(8, Shift::Shr, rax, 12);
@@ -869,10 +869,9 @@ impl<'a> QuickEmit<'a> {
         self.a.alu_imm(4, Alu::And, rax, OFFSETS as i32);
         self.a.alu(8, Alu::Add, rax, cpu(at!(jit.jump)));
         self.a.alu(8, Alu::Cmp, rcx, Mem::at(rax, offset_of!(JumpEntry, key) as i32));
-        let miss = self.a.jcc(Cc::NE);
-        self.calls.push((miss.0, Routine::Way));
-        self.a.pop(Gpr::RBP);
-        self.a.jmp_mem(Mem::at(rax, offset_of!(JumpEntry, code) as i32));
+        let miss = self.a.jcc_out(Cc::NE);
+        self.calls.push((miss, Routine::Way));
+        self.a.go_by(Mem::at(rax, offset_of!(JumpEntry, code) as i32));
     }
 
     /// Takes one of two ways by a condition.
@@ -909,10 +908,10 @@ impl<'a> QuickEmit<'a> {
     /// Calls the interpreter's evaluation of an instruction.
     fn by_helper(&mut self, i: &Insn) {
         self.settle_flags();
-        let at = self.a.mov_imm64(Gpr::RSI, 0);
+        let at = self.a.mov_imm64(ARG, 0);
         self.addresses.push((at, Referent::Insn(self.insns.len())));
         self.insns.push(*i);
-        self.a.lea(self.ip_bytes(), Gpr::RDX, Mem::at(PAGE, self.page_offset(0)));
+        self.a.lea(self.ip_bytes(), T2, Mem::at(PAGE, self.page_offset(0)));
         self.call(Routine::Evaluate);
         self.forget();
         // The helper counts its own instruction.
@@ -930,7 +929,7 @@ impl<'a> QuickEmit<'a> {
 
     /// Calls a routine for an access at `linear`; its host address is in RAX then.
     pub(super) fn access(&mut self, linear: Val, bytes: u64, write: bool) {
-        self.reg_into(Gpr::RSI, linear);
+        self.reg_into(ARG, linear);
         self.find(bytes, write);
     }
 
@@ -969,9 +968,9 @@ fn operands(f: &Flags<Val>) -> [Option<Val>; 3] {
     }
 }
 
-/// Where the address of a helper's thunk is, which preserves every register.
-pub(super) fn thunk(helper: Helper) -> Mem {
-    cpu(at!(jit.thunks) + 8 * helper as i32)
+/// Where in the CPU state the address of a helper's thunk is, which preserves every register.
+pub(super) fn thunk(helper: Helper) -> i32 {
+    at!(jit.thunks) + 8 * helper as i32
 }
 
 /// What an instruction of no quick form says.

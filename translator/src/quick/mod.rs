@@ -6,20 +6,21 @@
 //! elsewhere, or goes back or to other pages, one in many has the dispatch loop look where it is; where it is found often
 //! enough, a region is made in the end.
 //!
-//! There is quick code on x86-64 hosts. Elsewhere blocks are interpreted until they get a region.
+//! It is emitted by an assembler for each kind of host, with the same operations ([`asm`]).
 
 pub mod asm;
 pub mod cross;
 mod emit;
+#[cfg(not(target_arch = "aarch64"))]
 pub mod site;
 mod values;
+#[cfg_attr(target_arch = "aarch64", path = "neon.rs")]
 mod vector;
 
 use std::mem::offset_of;
 
 use crate::addr::PAGE_SIZE;
 use crate::code::HostIsa;
-use crate::cpu::ANCHOR;
 use crate::insn::{Insn, Mode};
 use crate::jit::access::ENTRIES_AT;
 use crate::jit::bridge::PATIENCE;
@@ -28,14 +29,14 @@ use crate::jit::emit::{Helper, at};
 use crate::jit::frame::{HELPERS, reason};
 use crate::jit::region::Options;
 use crate::mmu::tlb::{TlbEntry, Translations};
-use asm::{Alu, Asm, Cc, Gpr, Jump, Mem, Shift};
+use asm::{ARG, Alu, Asm, Cc, Gpr, Jump, Mem, PAGE, Shift, T0, T1, T2};
 
 /// Emits quick code for an instruction.
 pub type QuickHandler = fn(&mut Emitter<'_>, &Insn) -> Result<(), crate::jit::Unsupported>;
 pub use emit::QuickEmit as Emitter;
 
 /// Code that all quick code shares. PAGE is the register that has the linear address of the page that runs
-/// ([`emit::PAGE`]).
+/// ([`asm::PAGE`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Routine {
     /// Returns to the dispatch loop for it to interpret the instruction at PAGE + RAX.
@@ -133,7 +134,7 @@ impl Routine {
     /// Emits it; the site of its branch to the jump cache if it has one.
     fn emit(self, a: &mut Asm) -> Option<usize> {
         let lookup = |a: &mut Asm| {
-            let Jump(site) = a.link(None);
+            let Jump(site) = a.link_to_lookup();
             Some(site)
         };
         match self {
@@ -152,6 +153,11 @@ impl Routine {
                 set_rip(a);
                 return lookup(a);
             }
+            Routine::Missed if !Asm::KNOWS_WAYS => {
+                // There the lookup asks.
+                a.store(8, emit::cpu(at!(jit.missed)), cross::BRIDGE);
+                return lookup(a);
+            }
             Routine::Missed => {
                 a.alu_imm(8, Alu::Sub, emit::cpu(at!(jit.until_ask)), 1);
                 let ask = a.jcc(Cc::S);
@@ -159,20 +165,15 @@ impl Routine {
                 a.here(ask);
                 a.store_imm(8, emit::cpu(at!(jit.until_ask)), PATIENCE as i32 - 1);
                 a.store(8, emit::cpu(at!(jit.asking)), cross::BRIDGE);
-                a.pop(Gpr::RBP);
-                a.ret();
+                a.go_back();
                 return site;
             }
             Routine::Way => {
-                a.pop(Gpr::RBP);
-                a.jmp_mem(emit::cpu(at!(jit.way)));
+                a.go_by(emit::cpu(at!(jit.way)));
                 return None;
             }
             Routine::Evaluate => {
-                a.push(emit::CPU);
-                a.alu_imm(8, Alu::Sub, emit::CPU, ANCHOR);
-                a.call(Mem::at(emit::CPU, ANCHOR + at!(jit.helpers) + 8 * Helper::Evaluate as i32));
-                a.pop(emit::CPU);
+                a.call_function(at!(jit.helpers) + 8 * Helper::Evaluate as i32);
                 a.alu_imm(4, Alu::Cmp, emit::cpu(at!(jit.exit_reason)), reason::NEXT as i32);
                 a.ret();
                 return None;
@@ -182,8 +183,7 @@ impl Routine {
                 let out = a.jcc(Cc::NE);
                 let site = lookup(a);
                 a.here(out);
-                a.pop(Gpr::RBP);
-                a.ret();
+                a.go_back();
                 return site;
             }
             Routine::Fold => {
@@ -191,10 +191,7 @@ impl Routine {
                 let deferred = a.jcc(Cc::NE);
                 a.ret();
                 a.here(deferred);
-                // For the stack's alignment.
-                a.push(emit::CPU);
-                a.call(emit::thunk(Helper::Fold));
-                a.pop(emit::CPU);
+                a.call_thunk(emit::thunk(Helper::Fold));
                 a.ret();
                 return None;
             }
@@ -204,16 +201,15 @@ impl Routine {
                 return None;
             }
         }
-        a.pop(Gpr::RBP);
-        a.ret();
+        a.go_back();
         None
     }
 }
 
 /// Makes the page offset in RAX the address there, and stores it as RIP.
 fn set_rip(a: &mut Asm) {
-    a.alu(8, Alu::Add, Gpr::RAX, emit::PAGE);
-    a.store(8, emit::cpu(at!(s.rip)), Gpr::RAX);
+    a.alu(8, Alu::Add, T0, PAGE);
+    a.store(8, emit::cpu(at!(s.rip)), T0);
 }
 
 /// A lookup in the soft TLB, by the registers that it uses: the entry is that of the first byte, if the last one lies in
@@ -250,18 +246,15 @@ impl Lookup {
 
 /// By the soft TLB, or else by helper.
 fn find(a: &mut Asm, bytes: i32, write: bool) {
-    let (found, linear) = (Gpr::RAX, Gpr::RSI);
-    let lookup = Lookup { table: Gpr::RCX, linear, found, page: Gpr::RDX };
+    let (found, linear) = (T0, ARG);
+    let lookup = Lookup { table: T1, linear, found, page: T2 };
     let miss = lookup.emit(a, Mem::at(linear, bytes - 1), write);
     // No guest memory is at the host's address 0.
     a.alu(8, Alu::Add, found, linear);
     a.ret();
     a.here(miss);
-    a.mov_imm(Gpr::RDX, bytes as u64);
-    // For the stack's alignment.
-    a.push(Gpr::RDI);
-    a.call(emit::thunk(if write { Helper::Modify } else { Helper::Load }));
-    a.pop(Gpr::RDI);
+    a.mov_imm(T2, bytes as u64);
+    a.call_thunk(emit::thunk(if write { Helper::Modify } else { Helper::Load }));
     a.load(8, found, emit::cpu(at!(jit.slow_result)));
     a.test(8, found, found);
 }
@@ -286,11 +279,14 @@ pub struct Quick {
 }
 
 impl Quick {
-    /// For this host, if it is of a kind that there is quick code for.
-    pub fn new(isa: HostIsa) -> Option<Quick> {
+    /// For this host.
+    pub fn new(isa: HostIsa) -> Quick {
         let features = crate::jit::host::features();
-        let counts_bits = ["has_lzcnt", "has_bmi1", "has_popcnt"].iter().all(|f| features.contains(f));
-        (isa == HostIsa::X86_64).then_some(Quick { counts_bits })
+        let counts_bits = match isa {
+            HostIsa::X86_64 => ["has_lzcnt", "has_bmi1", "has_popcnt"].iter().all(|f| features.contains(f)),
+            HostIsa::Aarch64 => true,
+        };
+        Quick { counts_bits }
     }
 
     /// The code of a block of instructions that lie in one page, from page offset `start`. Offsets of the instructions that
@@ -303,18 +299,17 @@ impl Quick {
     /// entries is meant a region learns from RIP. Where it begins.
     pub fn append_way_into(region: &mut Vec<u8>, off: u64, tail: usize) -> usize {
         let start = region.len();
-        let mut a = Asm { code: std::mem::take(region) };
-        a.mov_imm(Gpr::RAX, off);
+        let mut a = Asm::from(std::mem::take(region));
+        a.mov_imm(T0, off);
         set_rip(&mut a);
-        // As regions leave it.
-        a.mov(8, Gpr::RBP, Gpr::RSP);
-        let jump = a.jmp();
+        let jump = a.enter_region();
         a.lead(jump, tail);
         *region = a.code;
         start
     }
 
     /// Thunk number `thunk` ([`THUNKS`](crate::jit::frame::THUNKS)), if there is a shorter one than the compiler's.
+    #[cfg(not(target_arch = "aarch64"))]
     pub fn thunk(&self, thunk: usize) -> Option<Vec<u8>> {
         match thunk.checked_sub(HELPERS)? {
             0 => Some(site::thunk_for(Helper::Load)),
@@ -324,15 +319,16 @@ impl Quick {
         }
     }
 
+    /// The compiler's all do.
+    #[cfg(target_arch = "aarch64")]
+    pub fn thunk(&self, _: usize) -> Option<Vec<u8>> {
+        None
+    }
+
     /// `extern "C" fn(cpu, code)`: calls compiled code, which preserves none of the registers that C functions do.
     pub fn trampoline(&self) -> Vec<u8> {
-        let saved = [Gpr::RBX, Gpr(12), Gpr(13), Gpr(14), Gpr(15)];
         let mut a = Asm::default();
-        saved.iter().for_each(|&r| a.push(r));
-        a.alu_imm(8, Alu::Add, emit::CPU, ANCHOR);
-        a.call_reg(Gpr::RSI);
-        saved.iter().rev().for_each(|&r| a.pop(r));
-        a.ret();
+        a.trampoline();
         a.code
     }
 }

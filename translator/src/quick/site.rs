@@ -4,7 +4,7 @@
 use std::mem::offset_of;
 
 use super::Lookup;
-use super::asm::{Alu, Asm, Cc, Gpr, Mem, Shift, Unary};
+use super::asm::{ARG, Alu, Asm, CPU, Cc, Gpr, Mem, Shift, T0, T2, Unary};
 use super::emit::{cpu, thunk};
 use crate::addr::PAGE_SIZE;
 use crate::jit::access::{BEFORE, LAST, USED_AT, site_at};
@@ -13,8 +13,8 @@ use crate::mmu::tlb::{Place, SITE_GROUP};
 
 /// The thunk for a helper that gives an address.
 pub fn thunk_for(helper: Helper) -> Vec<u8> {
-    let (linear, which) = (Gpr::RSI, Gpr::RDX);
-    let (found, page, group, table, word) = (Gpr::RAX, Gpr(10), Gpr(11), Gpr(8), Gpr(9));
+    let (linear, which) = (ARG, T2);
+    let (found, page, group, table, word) = (T0, Gpr(10), Gpr(11), Gpr(8), Gpr(9));
     let saved = [found, which, table, word, page, group];
     let place = |places: usize, field: usize| Mem::at(table, site_at(places, field, 0));
     let fields @ [base, limit, addend] = [offset_of!(Place, base), offset_of!(Place, limit), offset_of!(Place, addend)];
@@ -51,7 +51,7 @@ pub fn thunk_for(helper: Helper) -> Vec<u8> {
     // For the stack's alignment, too.
     a.push(which);
     a.movzx(1, which, which);
-    a.call(thunk(helper));
+    a.call(Mem::at(CPU, thunk(helper)));
     a.pop(which);
     a.ret();
 

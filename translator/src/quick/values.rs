@@ -7,8 +7,8 @@ use crate::jit::Unsupported;
 use crate::jit::emit::at;
 use crate::jit::values::word_at;
 use crate::mmu::tlb::Class;
-use crate::quick::asm::{Alu, Cc, Gpr, Mem, Shift, Unary, Xmm};
-use crate::quick::emit::{CPU, FlagVal, QuickEmit, Right, Val, counts, cpu, gpr_at, none};
+use crate::quick::asm::{ARG, Alu, Asm, CPU, Cc, Gpr, Mem, Shift, T0, T1, T2, Unary, Xmm};
+use crate::quick::emit::{FlagVal, QuickEmit, Right, Val, counts, cpu, gpr_at, none};
 use crate::quick::vector;
 use crate::simd::fp::FpFmt;
 use crate::state::{cr, flag, seg};
@@ -121,9 +121,9 @@ impl QuickEmit<'_> {
         match n {
             Val::Imm(n) => self.a.shift_imm(bytes, op, to, n as u8 & (W::BITS - 1) as u8),
             n => {
-                self.reg_into(Gpr::RCX, n);
+                self.reg_into(T1, n);
                 if W::BYTES < 4 {
-                    self.a.alu_imm(4, Alu::And, Gpr::RCX, W::BITS as i32 - 1);
+                    self.a.alu_imm(4, Alu::And, T1, W::BITS as i32 - 1);
                 }
                 self.a.shift(bytes, op, to);
             }
@@ -146,19 +146,33 @@ impl QuickEmit<'_> {
     /// Finds 16 or 32 bytes, which must be aligned to 16 or not.
     fn find_x(&mut self, i: &Insn, ea: Val, bytes: u64, aligned: bool, write: bool) -> Result<(), Unsupported> {
         let linear = self.linear(i, i.seg, ea)?;
-        self.reg_into(Gpr::RSI, linear);
+        self.reg_into(ARG, linear);
         if aligned {
-            self.a.mov(4, Gpr::RAX, Gpr::RSI);
-            self.a.alu_imm(4, Alu::And, Gpr::RAX, 15);
+            self.a.mov(4, T0, ARG);
+            self.a.alu_imm(4, Alu::And, T0, 15);
             self.side_exit_if(Cc::NE);
         }
         self.find(bytes, write);
         Ok(())
     }
 
+    /// Behind a load: what comes next may not be seen before it.
+    fn loaded(&mut self) {
+        if self.options.shared {
+            self.a.loaded();
+        }
+    }
+
+    /// Before a store: it may not be seen before what came before.
+    fn storing(&mut self) {
+        if self.options.shared {
+            self.a.storing();
+        }
+    }
+
     fn load_half(&mut self, at: i32) -> Xmm {
         let x = self.take_x();
-        self.a.load_x(x, Mem::at(Gpr::RAX, at));
+        self.a.load_x(x, Mem::at(T0, at));
         x
     }
 }
@@ -338,11 +352,9 @@ impl Emit for QuickEmit<'_> {
     fn mul_wide<W: Width>(&mut self, signed: bool, x: Val, y: Val) -> (Val, Val) {
         if W::BITS == 64 {
             let y = self.reg(y);
-            self.reg_into(Gpr::RAX, x);
-            self.a.unary(8, if signed { Unary::Imul } else { Unary::Mul }, y);
+            self.reg_into(T0, x);
             let (low, high) = (self.take(64), self.take(64));
-            self.a.mov(8, low, Gpr::RAX);
-            self.a.mov(8, high, Gpr::RDX);
+            self.a.multiply(signed, low, high, y);
             return (Val::Reg(low), Val::Reg(high));
         }
         let wide = |e: &mut Self, v| if signed { e.sext::<W, W64>(v) } else { e.zext::<W, W64>(v) };
@@ -353,27 +365,31 @@ impl Emit for QuickEmit<'_> {
     }
 
     fn div_wide<W: Width>(&mut self, signed: bool, hi: Val, lo: Val, d: Val) -> Result<(Val, Val), Unsupported> {
-        if W::BITS < 32 || (signed && W::BITS == 32) {
+        if W::BITS < 32 || (W::BITS == 32 && (signed || !Asm::DIVIDES_DOUBLE)) {
             return self.div_narrow::<W>(signed, hi, lo, d);
         }
         let (hi, lo, d) = (self.reg(hi), self.reg(lo), self.reg(d));
         if signed {
             // Only dividends that fit one register, and not the one quotient of those that does not.
-            self.a.mov(8, Gpr::RAX, lo);
-            self.a.sign_into_rdx(8);
-            self.a.alu(8, Alu::Cmp, Gpr::RDX, hi);
+            self.a.mov(8, T0, lo);
+            self.a.extend_sign(8);
+            self.a.alu(8, Alu::Cmp, T2, hi);
             self.side_exit_if(Cc::NE);
-            self.a.lea(8, Gpr::RCX, Mem::at(d, 1));
-            self.a.alu_imm(8, Alu::Cmp, Gpr::RCX, 1);
+            self.a.lea(8, T1, Mem::at(d, 1));
+            self.a.alu_imm(8, Alu::Cmp, T1, 1);
             self.side_exit_if(Cc::BE);
-            self.a.unary(8, Unary::Idiv, d);
+            self.a.divide(8, true, d);
         } else {
+            if !Asm::DIVIDES_DOUBLE {
+                self.a.alu_imm(8, Alu::Cmp, hi, 0);
+                self.side_exit_if(Cc::NE);
+            }
             // A quotient that does not fit, or no divisor.
             self.a.alu(W::BYTES, Alu::Cmp, hi, d);
             self.side_exit_if(Cc::AE);
-            self.a.mov(W::BYTES, Gpr::RAX, lo);
-            self.a.mov(W::BYTES, Gpr::RDX, hi);
-            self.a.unary(W::BYTES, Unary::Div, d);
+            self.a.mov(W::BYTES, T0, lo);
+            self.a.mov(W::BYTES, T2, hi);
+            self.a.divide(W::BYTES, false, d);
         }
         Ok(self.quotient())
     }
@@ -435,12 +451,12 @@ impl Emit for QuickEmit<'_> {
 
     fn enable_interrupts(&mut self) -> Result<(), Unsupported> {
         // What else may have to be done is the interpreter's.
-        let any = Gpr::RAX;
+        let any = T0;
         self.a.movzx(1, any, cpu(at!(irq_maybe)));
         self.a.alu(1, Alu::Or, any, cpu(at!(nmi_maybe)));
         self.a.alu(1, Alu::Or, any, cpu(at!(jit.repeated)));
-        self.a.load(8, Gpr::RCX, cpu(at!(jit.kick)));
-        self.a.alu(4, Alu::Or, any, Mem::at(Gpr::RCX, 0));
+        self.a.load(8, T1, cpu(at!(jit.kick)));
+        self.a.alu(4, Alu::Or, any, Mem::at(T1, 0));
         self.side_exit_if(Cc::NE);
         self.a.alu_imm(8, Alu::Or, cpu(word_at(Word::Flags).0), flag::IF as i32);
         Ok(())
@@ -448,13 +464,13 @@ impl Emit for QuickEmit<'_> {
 
     fn fence(&mut self) {
         if self.options.shared {
-            self.a.mfence();
+            self.a.fence();
         }
     }
 
     fn set_ac(&mut self, on: bool) {
         let flags = self.word(Word::Flags);
-        let class = Gpr::RAX;
+        let class = T0;
         let flags = if on {
             self.a.mov_imm(class, Class::Supervisor as u64);
             self.bin_imm::<W64>(Bin::Or, flags, flag::AC)
@@ -503,16 +519,16 @@ impl Emit for QuickEmit<'_> {
     }
 
     fn x_high(&mut self, x: Xmm) -> Val {
-        let high = self.take_x();
-        self.a.mov_x(high, x);
-        self.a.sse(vector::PUNPCKHQDQ, high, high);
-        self.x_low(high)
+        let spare = self.take_x();
+        let to = self.take(64);
+        self.a.from_high(to, x, spare);
+        Val::Reg(to)
     }
 
     fn x_make(&mut self, low: Val, high: Val) -> Xmm {
         let x = self.take_x();
         match low {
-            Val::Imm(0) => self.a.sse(vector::PXOR, x, x),
+            Val::Imm(0) => self.a.zero_x(x),
             low => {
                 let low = self.reg(low);
                 self.a.to_x(x, low);
@@ -520,24 +536,15 @@ impl Emit for QuickEmit<'_> {
         }
         if !matches!(high, Val::Imm(0)) {
             let high = self.reg(high);
-            let top = self.take_x();
-            self.a.to_x(top, high);
-            self.a.sse(vector::PUNPCKLQDQ, x, top);
+            let spare = self.take_x();
+            self.a.set_high(x, high, spare);
         }
         x
     }
 
     fn lane(&mut self, op: LaneOp, a: Xmm, b: Xmm, _: Xmm) -> Result<Xmm, Unsupported> {
-        let form = vector::form(op).ok_or(Unsupported)?;
         let to = self.take_x();
-        if !matches!(form, vector::Form::Shuffle(..)) {
-            self.a.mov_x(to, a);
-        }
-        match form {
-            vector::Form::Two(opcode) => self.a.sse(opcode, to, b),
-            vector::Form::Shuffle(prefix, opcode, k) => self.a.sse_imm(prefix, opcode, to, a, k),
-            vector::Form::Shift(opcode, group, k) => self.a.sse_shift(opcode, group, to, k),
-        }
+        vector::lane(&mut self.a, op, to, a, b).ok_or(Unsupported)?;
         Ok(to)
     }
 
@@ -601,7 +608,9 @@ impl Emit for QuickEmit<'_> {
     fn load<W: Width>(&mut self, i: &Insn, s: u8, ea: Val) -> Result<Val, Unsupported> {
         let linear = self.linear(i, s, ea)?;
         self.access(linear, W::BYTES, false);
-        Ok(self.load_at::<W>(Gpr::RAX))
+        let v = self.load_at::<W>(T0);
+        self.loaded();
+        Ok(v)
     }
 
     fn store<W: Width>(&mut self, i: &Insn, s: u8, ea: Val, v: Val) -> Result<(), Unsupported> {
@@ -614,9 +623,10 @@ impl Emit for QuickEmit<'_> {
             None => {
                 let linear = self.linear(i, s, ea)?;
                 self.access(linear, W::BYTES, true);
-                Gpr::RAX
+                T0
             }
         };
+        self.storing();
         match v {
             Val::Imm(k) => self.a.store_imm(W::BYTES, Mem::at(at, 0), k as i32),
             v => {
@@ -634,9 +644,11 @@ impl Emit for QuickEmit<'_> {
         let linear = self.linear(i, s, ea)?;
         self.access(linear, W::BYTES, true);
         let host = self.take(64);
-        self.a.mov(8, host, Gpr::RAX);
+        self.a.mov(8, host, T0);
         self.rmw = Some(host);
-        Ok(self.load_at::<W>(host))
+        let v = self.load_at::<W>(host);
+        self.loaded();
+        Ok(v)
     }
 
     fn check_store<W: Width>(&mut self, i: &Insn, ea: Val) -> Result<(), Unsupported> {
@@ -650,34 +662,41 @@ impl Emit for QuickEmit<'_> {
         self.access(linear, W::BYTES, false);
         let x = self.take_x();
         if W::BYTES < 4 {
-            self.a.movzx(W::BYTES, Gpr::RAX, Mem::at(Gpr::RAX, 0));
-            self.a.to_x(x, Gpr::RAX);
+            self.a.movzx(W::BYTES, T0, Mem::at(T0, 0));
+            self.a.to_x(x, T0);
         } else {
-            self.a.load_x_low(W::BYTES, x, Mem::at(Gpr::RAX, 0));
+            self.a.load_x_low(W::BYTES, x, Mem::at(T0, 0));
         }
+        self.loaded();
         Ok(x)
     }
 
     fn load_x(&mut self, i: &Insn, ea: Val, aligned: bool) -> Result<Xmm, Unsupported> {
         self.find_x(i, ea, 16, aligned, false)?;
-        Ok(self.load_half(0))
+        let x = self.load_half(0);
+        self.loaded();
+        Ok(x)
     }
 
     fn store_x(&mut self, i: &Insn, ea: Val, v: Xmm, aligned: bool) -> Result<(), Unsupported> {
         self.find_x(i, ea, 16, aligned, true)?;
-        self.a.store_x(Mem::at(Gpr::RAX, 0), v);
+        self.storing();
+        self.a.store_x(Mem::at(T0, 0), v);
         Ok(())
     }
 
     fn load_pair(&mut self, i: &Insn, ea: Val, aligned: bool) -> Result<(Xmm, Xmm), Unsupported> {
         self.find_x(i, ea, 32, aligned, false)?;
-        Ok((self.load_half(0), self.load_half(16)))
+        let halves = (self.load_half(0), self.load_half(16));
+        self.loaded();
+        Ok(halves)
     }
 
     fn store_pair(&mut self, i: &Insn, ea: Val, v: (Xmm, Xmm), aligned: bool) -> Result<(), Unsupported> {
         self.find_x(i, ea, 32, aligned, true)?;
-        self.a.store_x(Mem::at(Gpr::RAX, 0), v.0);
-        self.a.store_x(Mem::at(Gpr::RAX, 16), v.1);
+        self.storing();
+        self.a.store_x(Mem::at(T0, 0), v.0);
+        self.a.store_x(Mem::at(T0, 16), v.1);
         Ok(())
     }
 
@@ -689,10 +708,10 @@ impl Emit for QuickEmit<'_> {
         // Outside 64-bit mode CS is flat, so every 32-bit target is inside it.
         if self.long() {
             let target = self.reg(target);
-            self.a.mov(8, Gpr::RAX, target);
-            self.a.shift_imm(8, Shift::Shl, Gpr::RAX, 16);
-            self.a.shift_imm(8, Shift::Sar, Gpr::RAX, 16);
-            self.a.alu(8, Alu::Cmp, Gpr::RAX, target);
+            self.a.mov(8, T0, target);
+            self.a.shift_imm(8, Shift::Shl, T0, 16);
+            self.a.shift_imm(8, Shift::Sar, T0, 16);
+            self.a.alu(8, Alu::Cmp, T0, target);
             self.side_exit_if(Cc::NE);
         }
         Ok(())
@@ -793,8 +812,8 @@ impl QuickEmit<'_> {
     /// The quotient in RAX and the remainder in RDX.
     fn quotient(&mut self) -> (Val, Val) {
         let (q, r) = (self.take(64), self.take(64));
-        self.a.mov(8, q, Gpr::RAX);
-        self.a.mov(8, r, Gpr::RDX);
+        self.a.mov(8, q, T0);
+        self.a.mov(8, r, T2);
         (Val::Reg(q), Val::Reg(r))
     }
 
@@ -812,20 +831,20 @@ impl QuickEmit<'_> {
         let d = if signed { self.sext::<W, W64>(d) } else { self.exact::<W>(d) };
         let d = self.reg(d);
         // No divisor, or the one quotient that does not fit 64 bits.
-        self.a.lea(8, Gpr::RCX, Mem::at(d, i32::from(signed)));
-        self.a.alu_imm(8, Alu::Cmp, Gpr::RCX, i32::from(signed));
+        self.a.lea(8, T1, Mem::at(d, i32::from(signed)));
+        self.a.alu_imm(8, Alu::Cmp, T1, i32::from(signed));
         self.side_exit_if(Cc::BE);
-        self.reg_into(Gpr::RAX, n);
+        self.reg_into(T0, n);
         if signed {
-            self.a.sign_into_rdx(8);
-            self.a.unary(8, Unary::Idiv, d);
-            self.a.movsx(W::BYTES, Gpr::RCX, Gpr::RAX);
+            self.a.extend_sign(8);
+            self.a.divide(8, true, d);
+            self.a.movsx(W::BYTES, T1, T0);
         } else {
-            self.a.alu(4, Alu::Xor, Gpr::RDX, Gpr::RDX);
-            self.a.unary(8, Unary::Div, d);
-            self.a.movzx(W::BYTES, Gpr::RCX, Gpr::RAX);
+            self.a.alu(4, Alu::Xor, T2, T2);
+            self.a.divide(8, false, d);
+            self.a.movzx(W::BYTES, T1, T0);
         }
-        self.a.alu(8, Alu::Cmp, Gpr::RCX, Gpr::RAX);
+        self.a.alu(8, Alu::Cmp, T1, T0);
         self.side_exit_if(Cc::NE);
         Ok(self.quotient())
     }

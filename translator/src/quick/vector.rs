@@ -1,18 +1,12 @@
 //! Lane operations that are one SSE2 instruction; the others are for regions.
 
+use super::asm::{Asm, Xmm};
 use crate::emit::LaneOp;
 use crate::simd::{VecImmOp, VecOp};
 
-/// Opcode of PXOR.
-pub const PXOR: u8 = 0xef;
-/// Opcode of PUNPCKLQDQ.
-pub const PUNPCKLQDQ: u8 = 0x6c;
-/// Opcode of PUNPCKHQDQ.
-pub const PUNPCKHQDQ: u8 = 0x6d;
-
 /// The form of an instruction (SDM vol. 2), its opcode behind 0Fh.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Form {
+enum Form {
     /// Of two operands, with prefix 66h: opcode.
     Two(u8),
     /// Of one, with an immediate: prefix, opcode, immediate.
@@ -21,8 +15,22 @@ pub enum Form {
     Shift(u8, u8, u8),
 }
 
+/// Emits a lane operation of one or two operands, if it has such a form. `to` is neither of them.
+pub fn lane(a: &mut Asm, op: LaneOp, to: Xmm, x: Xmm, y: Xmm) -> Option<()> {
+    let form = form(op)?;
+    if !matches!(form, Form::Shuffle(..)) {
+        a.mov_x(to, x);
+    }
+    match form {
+        Form::Two(opcode) => a.sse(opcode, to, y),
+        Form::Shuffle(prefix, opcode, k) => a.sse_imm(prefix, opcode, to, x, k),
+        Form::Shift(opcode, group, k) => a.sse_shift(opcode, group, to, k),
+    }
+    Some(())
+}
+
 /// The instruction that is a lane operation.
-pub fn form(op: LaneOp) -> Option<Form> {
+fn form(op: LaneOp) -> Option<Form> {
     match op {
         LaneOp::Two(op) => two(op).map(Form::Two),
         LaneOp::Immediate(op, k) => {
@@ -63,8 +71,8 @@ fn two(op: VecOp) -> Option<u8> {
         Punpckhwd => 0x69,
         Punpckhdq => 0x6a,
         Packssdw => 0x6b,
-        Punpcklqdq => PUNPCKLQDQ,
-        Punpckhqdq => PUNPCKHQDQ,
+        Punpcklqdq => 0x6c,
+        Punpckhqdq => 0x6d,
         Pcmpeqb => 0x74,
         Pcmpeqw => 0x75,
         Pcmpeqd => 0x76,
@@ -94,7 +102,7 @@ fn two(op: VecOp) -> Option<u8> {
         Paddsb => 0xec,
         Paddsw => 0xed,
         Pmaxsw => 0xee,
-        Pxor => PXOR,
+        Pxor => 0xef,
         Psllw => 0xf1,
         Pslld => 0xf2,
         Psllq => 0xf3,

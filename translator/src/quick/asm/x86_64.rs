@@ -1,168 +1,49 @@
-//! An assembler for the few x86-64 instructions that quick code is made of (SDM vol. 2).
+//! The assembler of x86-64 hosts (SDM vol. 2).
+//!
+//! Quick code is entered with a return address on the stack, and pushes RBP, which is [`PAGE`] then.
 
-/// A general-purpose register, in encoding order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Gpr(pub u8);
+use super::{Alu, Cc, Gpr, Jump, Mem, Rm, Shift, Unary, Xmm};
+use crate::code::PUSH_LEN;
+use crate::cpu::ANCHOR;
 
-#[allow(missing_docs)]
 impl Gpr {
-    pub const RAX: Gpr = Gpr(0);
-    pub const RCX: Gpr = Gpr(1);
-    pub const RDX: Gpr = Gpr(2);
-    pub const RBX: Gpr = Gpr(3);
-    pub const RSP: Gpr = Gpr(4);
-    pub const RBP: Gpr = Gpr(5);
-    pub const RSI: Gpr = Gpr(6);
-    pub const RDI: Gpr = Gpr(7);
+    const RAX: Gpr = Gpr(0);
+    const RCX: Gpr = Gpr(1);
+    const RDX: Gpr = Gpr(2);
+    const RBX: Gpr = Gpr(3);
+    const RBP: Gpr = Gpr(5);
+    const RSI: Gpr = Gpr(6);
+    const RDI: Gpr = Gpr(7);
 }
 
-/// A vector register.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Xmm(pub u8);
-
-/// A memory operand: `[base + index << scale + disp]`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Mem {
-    /// Base; `None` only with an index.
-    pub base: Option<Gpr>,
-    /// Index, not RSP, and log2 of its scale.
-    pub index: Option<(Gpr, u8)>,
-    /// Displacement.
-    pub disp: i32,
-}
-
-impl Mem {
-    /// `[base + disp]`.
-    pub fn at(base: Gpr, disp: i32) -> Mem {
-        Mem { base: Some(base), index: None, disp }
-    }
-
-    /// `[base + index + disp]`.
-    pub fn indexed(base: Gpr, index: Gpr, disp: i32) -> Mem {
-        Mem { base: Some(base), index: Some((index, 0)), disp }
-    }
-}
-
-/// A register or memory operand.
-#[derive(Clone, Copy, Debug)]
-pub enum Rm {
-    /// A register's number.
-    Reg(u8),
-    /// Memory.
-    Mem(Mem),
-}
-
-impl From<Gpr> for Rm {
-    fn from(r: Gpr) -> Rm {
-        Rm::Reg(r.0)
-    }
-}
-
-impl From<Xmm> for Rm {
-    fn from(x: Xmm) -> Rm {
-        Rm::Reg(x.0)
-    }
-}
-
-impl From<Mem> for Rm {
-    fn from(m: Mem) -> Rm {
-        Rm::Mem(m)
-    }
-}
-
-/// The arithmetic of opcodes 00h to 3Fh, by its place there.
-#[allow(missing_docs)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Alu {
-    Add = 0,
-    Or = 1,
-    And = 4,
-    Sub = 5,
-    Xor = 6,
-    Cmp = 7,
-}
-
-/// Shifts and rotates, by their place in opcode group 2.
-#[allow(missing_docs)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Shift {
-    Rol = 0,
-    Ror = 1,
-    Shl = 4,
-    Shr = 5,
-    Sar = 7,
-}
-
-/// Operations of opcode group 3 on one operand, by their place there.
-#[allow(missing_docs)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Unary {
-    Not = 2,
-    Neg = 3,
-    /// RDX:RAX = RAX × operand.
-    Mul = 4,
-    /// The same, signed.
-    Imul = 5,
-    /// RAX = RDX:RAX ÷ operand, RDX the remainder.
-    Div = 6,
-    /// The same, signed.
-    Idiv = 7,
-}
-
-/// Condition codes of the host, in encoding order.
-#[allow(missing_docs)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Cc(pub u8);
-
-#[allow(missing_docs)]
-impl Cc {
-    pub const B: Cc = Cc(2);
-    pub const AE: Cc = Cc(3);
-    pub const E: Cc = Cc(4);
-    pub const NE: Cc = Cc(5);
-    pub const BE: Cc = Cc(6);
-    pub const A: Cc = Cc(7);
-    pub const S: Cc = Cc(8);
-    pub const NS: Cc = Cc(9);
-    pub const L: Cc = Cc(12);
-    pub const GE: Cc = Cc(13);
-    pub const LE: Cc = Cc(14);
-    pub const G: Cc = Cc(15);
-
-    /// The opposite.
-    pub fn opposite(self) -> Cc {
-        Cc(self.0 ^ 1)
-    }
-
-    /// What holds of `b, a` when this holds of `a, b`.
-    pub fn swapped(self) -> Cc {
-        match self {
-            Cc::B => Cc::A,
-            Cc::A => Cc::B,
-            Cc::AE => Cc::BE,
-            Cc::BE => Cc::AE,
-            Cc::L => Cc::G,
-            Cc::G => Cc::L,
-            Cc::GE => Cc::LE,
-            Cc::LE => Cc::GE,
-            same => same,
-        }
-    }
-}
-
-/// Where the displacement of a jump is that has no target yet.
-#[derive(Clone, Copy, Debug)]
-#[must_use = "a jump needs a target"]
-pub struct Jump(pub usize);
+/// Holds the CPU's [`ANCHOR`], as in all compiled code.
+pub const CPU: Gpr = Gpr::RDI;
+/// Holds the linear address of the page that runs.
+pub const PAGE: Gpr = Gpr::RBP;
+/// The accesses' result, a carry, a dividend.
+pub const T0: Gpr = Gpr::RAX;
+/// Counts of shifts.
+pub const T1: Gpr = Gpr::RCX;
+/// The upper half of a dividend, and a remainder.
+pub const T2: Gpr = Gpr::RDX;
+/// The linear address of an access.
+pub const ARG: Gpr = Gpr::RSI;
+/// Registers that hold values, a bit each.
+pub const POOL: u32 = 1 << Gpr::RBX.0 | 0xff00;
+/// How far past its start code is entered by who has its frame.
+pub const ENTERED: usize = PUSH_LEN;
 
 /// Code so far.
 #[derive(Default)]
 pub struct Asm {
     /// Its bytes.
     pub code: Vec<u8>,
+}
+
+impl From<Vec<u8>> for Asm {
+    fn from(code: Vec<u8>) -> Asm {
+        Asm { code }
+    }
 }
 
 impl Asm {
@@ -320,18 +201,44 @@ impl Asm {
         self.code.push(n);
     }
 
-    /// Shifts by CL.
+    /// Shifts by T1.
     pub fn shift(&mut self, bytes: u64, op: Shift, to: Gpr) {
         self.op(None, bytes, &[if bytes == 1 { 0xd2 } else { 0xd3 }], op as u8, to.into());
     }
 
-    /// An operation of group 3.
+    /// An operation on one operand.
     pub fn unary(&mut self, bytes: u64, op: Unary, r: Gpr) {
-        self.op(None, bytes, &[if bytes == 1 { 0xf6 } else { 0xf7 }], op as u8, r.into());
+        self.group_3(bytes, op as u8, r);
     }
 
-    /// Sign-extends EAX into EDX, or RAX into RDX.
-    pub fn sign_into_rdx(&mut self, bytes: u64) {
+    fn group_3(&mut self, bytes: u64, op: u8, r: Gpr) {
+        self.op(None, bytes, &[if bytes == 1 { 0xf6 } else { 0xf7 }], op, r.into());
+    }
+
+    /// `high:low = T0 * by`, 64 bits each.
+    pub fn multiply(&mut self, signed: bool, low: Gpr, high: Gpr, by: Gpr) {
+        self.group_3(8, if signed { 5 } else { 4 }, by);
+        self.mov(8, low, Gpr::RAX);
+        self.mov(8, high, Gpr::RDX);
+    }
+
+    /// Whether [`Asm::divide`] takes dividends of twice the size.
+    pub const DIVIDES_DOUBLE: bool = true;
+
+    /// Divides T2:T0: the quotient in T0, the remainder in T2.
+    pub fn divide(&mut self, bytes: u64, signed: bool, by: Gpr) {
+        self.group_3(bytes, if signed { 7 } else { 6 }, by);
+    }
+
+    /// `to = from` shifted by the count in T1, 4 or 8 bytes; a carry that is meant only if the count is not 0 in T0's low byte.
+    pub fn shift_out(&mut self, bytes: u64, op: Shift, to: Gpr, from: Gpr) {
+        self.mov(bytes, to, from);
+        self.shift(bytes, op, to);
+        self.setcc(Cc::B, Gpr::RAX);
+    }
+
+    /// Sign-extends T0 into T2.
+    pub fn extend_sign(&mut self, bytes: u64) {
         if bytes == 8 {
             self.code.push(0x48);
         }
@@ -401,12 +308,17 @@ impl Asm {
     }
 
     /// Calls the address in a register.
-    pub fn call_reg(&mut self, target: Gpr) {
+    fn call_reg(&mut self, target: Gpr) {
         self.op(None, 0, &[0xff], 2, target.into());
     }
 
+    /// Jumps to where an address in memory says; who is there has this code's frame.
+    pub fn jump_by(&mut self, target: Mem) {
+        self.jmp_mem(target);
+    }
+
     /// Jumps to where an address in memory says.
-    pub fn jmp_mem(&mut self, target: Mem) {
+    fn jmp_mem(&mut self, target: Mem) {
         self.op(None, 0, &[0xff], 4, target.into());
     }
 
@@ -421,8 +333,71 @@ impl Asm {
     }
 
     /// A fence between all loads and stores before it and those behind.
-    pub fn mfence(&mut self) {
+    pub fn fence(&mut self) {
         self.code.extend([0x0f, 0xae, 0xf0]);
+    }
+
+    /// What keeps a load in order with what is behind it: nothing.
+    pub fn loaded(&mut self) {}
+
+    /// What keeps a store in order with what is before it: nothing.
+    pub fn storing(&mut self) {}
+
+    /// Begins code that is entered from anywhere; who has its frame comes in behind, [`ENTERED`].
+    pub fn enter(&mut self) {
+        self.push(PAGE);
+        debug_assert_eq!(self.code.len(), ENTERED);
+    }
+
+    /// Returns to whoever called compiled code.
+    pub fn go_back(&mut self) {
+        self.pop(PAGE);
+        self.ret();
+    }
+
+    /// Goes to code by an address in memory, as from anywhere.
+    pub fn go_by(&mut self, address: Mem) {
+        self.pop(PAGE);
+        self.jmp_mem(address);
+    }
+
+    /// Goes into a region, where those enter it that have its frame.
+    pub fn enter_region(&mut self) -> Jump {
+        self.mov(8, Gpr::RBP, Gpr::RSP);
+        self.jmp()
+    }
+
+    /// Goes, patchably, to the code that goes on by the jump cache, where those enter it that have its frame.
+    pub fn link_to_lookup(&mut self) -> Jump {
+        self.link(None)
+    }
+
+    /// Calls the C function whose address the CPU state has at an offset, with the CPU, ARG and T2. Of registers, CPU and
+    /// PAGE are preserved.
+    pub fn call_function(&mut self, at: i32) {
+        self.push(CPU);
+        self.alu_imm(8, Alu::Sub, CPU, ANCHOR);
+        self.call(Mem::at(CPU, ANCHOR + at));
+        self.pop(CPU);
+    }
+
+    /// Calls the thunk whose address the CPU state has at an offset, with ARG and T2. Registers that hold values are
+    /// preserved, and so is ARG.
+    pub fn call_thunk(&mut self, at: i32) {
+        // For the stack's alignment.
+        self.push(CPU);
+        self.call(Mem::at(CPU, at));
+        self.pop(CPU);
+    }
+
+    /// `extern "C" fn(cpu, code)`: calls compiled code, which preserves none of the registers that C functions do.
+    pub fn trampoline(&mut self) {
+        let saved = [Gpr::RBX, Gpr(12), Gpr(13), Gpr(14), Gpr(15)];
+        saved.iter().for_each(|&r| self.push(r));
+        self.alu_imm(8, Alu::Add, CPU, ANCHOR);
+        self.call_reg(Gpr::RSI);
+        saved.iter().rev().for_each(|&r| self.pop(r));
+        self.ret();
     }
 
     /// Calls what a displacement says that stands where is given back.
@@ -442,6 +417,22 @@ impl Asm {
             Some(cc) => self.jcc(cc),
             None => self.jmp(),
         }
+    }
+
+    /// Whether [the way into another page](crate::quick::cross) has the key and the branch in code, both patched.
+    pub const KNOWS_WAYS: bool = true;
+
+    /// Makes the next constant of 8 bytes one at a multiple of 8.
+    pub fn align_constant(&mut self) {
+        while !(self.code.len() + 2).is_multiple_of(8) {
+            self.nop();
+        }
+    }
+
+    /// Jumps, if a condition holds, to other code of the arena: where its displacement stands.
+    pub fn jcc_out(&mut self, cc: Cc) -> usize {
+        let Jump(at) = self.jcc(cc);
+        at
     }
 
     /// Jumps, if a condition holds, to where [`Self::here`] says.
@@ -500,6 +491,24 @@ impl Asm {
     /// The low 8 bytes to a register.
     pub fn from_x(&mut self, to: Gpr, from: Xmm) {
         self.op(Some(0x66), 8, &[0x0f, 0x7e], from.0, to.into());
+    }
+
+    /// The high 8 bytes to a register, by way of `spare`.
+    pub fn from_high(&mut self, to: Gpr, from: Xmm, spare: Xmm) {
+        self.mov_x(spare, from);
+        self.sse(0x6d, spare, spare);
+        self.from_x(to, spare);
+    }
+
+    /// The high 8 bytes from a register, by way of `spare`.
+    pub fn set_high(&mut self, to: Xmm, from: Gpr, spare: Xmm) {
+        self.to_x(spare, from);
+        self.sse(0x6c, to, spare);
+    }
+
+    /// `x = 0`.
+    pub fn zero_x(&mut self, x: Xmm) {
+        self.sse(0xef, x, x);
     }
 
     /// An SSE2 instruction with prefix 66h and opcode 0Fh `opcode`: `to op= from`.
@@ -598,7 +607,7 @@ mod tests {
         a.alu_imm(1, Alu::Cmp, Gpr::RDI, 0x7f);
         a.shift_imm(2, Shift::Ror, r8, 3);
         a.shift(8, Shift::Sar, r9);
-        a.unary(8, Unary::Idiv, r8);
+        a.divide(8, true, r8);
         a.imul(4, r8, r9);
         a.bswap(8, r9);
         a.lzcnt(8, r8, r9);
