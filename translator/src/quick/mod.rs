@@ -26,7 +26,7 @@ use crate::jit::access::ENTRIES_AT;
 use crate::jit::bridge::PATIENCE;
 use crate::jit::compile::Compiled;
 use crate::jit::emit::{Helper, at};
-use crate::jit::frame::{HELPERS, reason};
+use crate::jit::frame::reason;
 use crate::jit::region::Options;
 use crate::mmu::tlb::{TlbEntry, Translations};
 use asm::{ARG, Alu, Asm, Cc, Gpr, Jump, Mem, PAGE, Shift, T0, T1, T2};
@@ -311,7 +311,7 @@ impl Quick {
     /// Thunk number `thunk` ([`THUNKS`](crate::jit::frame::THUNKS)), if there is a shorter one than the compiler's.
     #[cfg(not(target_arch = "aarch64"))]
     pub fn thunk(&self, thunk: usize) -> Option<Vec<u8>> {
-        match thunk.checked_sub(HELPERS)? {
+        match thunk.checked_sub(crate::jit::frame::HELPERS)? {
             0 => Some(site::thunk_for(Helper::Load)),
             2 => Some(site::thunk_for(Helper::Modify)),
             3 => Some(site::thunk_for(Helper::Find)),

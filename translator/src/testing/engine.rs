@@ -163,11 +163,6 @@ impl Engine {
         Engine { kind, bits, vcpu, memory, start: s, mode, page: CODE_PAGES.start, len: 0 }
     }
 
-    /// Whether this host has it.
-    pub(crate) fn exists(&self) -> bool {
-        self.kind != Kind::Quick || self.vcpu.jit.as_ref().is_some_and(Jit::has_quick)
-    }
-
     /// Puts code in place. Compiled, it is so from now on, or says why not; `warm` are states that reach the parts that
     /// matter.
     pub(crate) fn load(&mut self, code: &[u8], warm: &[Machine]) -> Result<(), String> {

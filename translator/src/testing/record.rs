@@ -325,7 +325,7 @@ pub fn replay(bits: u32) -> Result<Replay, String> {
             group.first = which(0);
         }
         let mut interpreted = Vec::new();
-        for (n, engine) in engines.iter_mut().enumerate().filter(|(_, e)| e.exists()) {
+        for (n, engine) in engines.iter_mut().enumerate() {
             match form.run(engine, &cases) {
                 Ok(all) => {
                     group.outcomes[n].add(&all);
@@ -346,7 +346,7 @@ pub fn replay(bits: u32) -> Result<Replay, String> {
             replay.mismatches.push(format!("{name}, {bits}-bit, {what}: nothing is recorded"));
             continue;
         };
-        for (n, kind) in Kind::ALL.into_iter().enumerate().filter(|(n, _)| engines[*n].exists()) {
+        for (n, kind) in Kind::ALL.into_iter().enumerate() {
             if group.outcomes[n].hash() != r.hash {
                 let odd = group.odd[n].as_ref().map(|odd| format!("; first otherwise than interpreted: {odd}"));
                 replay.mismatches.push(format!(

@@ -11,6 +11,7 @@ impl Gpr {
     const RCX: Gpr = Gpr(1);
     const RDX: Gpr = Gpr(2);
     const RBX: Gpr = Gpr(3);
+    const RSP: Gpr = Gpr(4);
     const RBP: Gpr = Gpr(5);
     const RSI: Gpr = Gpr(6);
     const RDI: Gpr = Gpr(7);
