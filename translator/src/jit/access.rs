@@ -17,11 +17,12 @@ use crate::jit::emit::{Helper, JitEmit, aligned, at, name, plain};
 use crate::jit::frame::HELPERS;
 use crate::jit::groups::Group;
 use crate::jit::pages::{self, Found};
-use crate::mmu::tlb::{Place, SITE_GROUP, Sites, TlbEntry, Translations, site};
+use crate::mmu::tlb::{Place, SITE_GROUP, Sites, TABLE_ANCHOR, TlbEntry, Translations, site};
 use crate::state::seg;
 
-pub(crate) const ENTRIES_AT: i32 = offset_of!(Translations, entries) as i32;
-const SITES_AT: i32 = offset_of!(Translations, sites) as i32;
+/// Where in a table the mask and the sites are, from its [`TABLE_ANCHOR`]; entries are there.
+pub(crate) const MASK_AT: i32 = offset_of!(Translations, mask) as i32 - TABLE_ANCHOR as i32;
+const SITES_AT: i32 = offset_of!(Translations, sites) as i32 - TABLE_ANCHOR as i32;
 /// Where in the table it says which groups of sites are used.
 pub(crate) const USED_AT: i32 = SITES_AT + offset_of!(Sites, used) as i32;
 
@@ -439,18 +440,18 @@ fn look_up(b: &mut FunctionBuilder<'_>, table: Value, linear: Value, bytes: Widt
     let tag = if write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) };
     let shift = size_of::<TlbEntry>().trailing_zeros();
     let index = b.ins().ushr_imm_u(linear, i64::from(12 - shift));
-    let mask = b.ins().load(I64, aligned(), table, offset_of!(Translations, mask) as i32);
+    let mask = b.ins().load(I64, aligned(), table, MASK_AT);
     let index = b.ins().band(index, mask);
     let entry = b.ins().iadd(table, index);
     let page = page_of_last(b, linear, bytes);
-    let found = b.ins().load(I64, aligned(), entry, ENTRIES_AT + tag as i32);
+    let found = b.ins().load(I64, aligned(), entry, tag as i32);
     let hit = b.ins().icmp(IntCC::Equal, found, page);
     Lookup { entry, page, hit }
 }
 
 /// What the host's addresses are more than the linear ones of an entry that was hit.
 fn addend_of(b: &mut FunctionBuilder<'_>, entry: Value) -> Value {
-    b.ins().load(I64, aligned(), entry, ENTRIES_AT + offset_of!(TlbEntry, addend) as i32)
+    b.ins().load(I64, aligned(), entry, offset_of!(TlbEntry, addend) as i32)
 }
 
 /// The page of an access's last byte.

@@ -95,7 +95,8 @@ pub struct Place {
     pub unused: u64,
 }
 
-/// What of a table compiled code sees.
+/// What of a table compiled code sees. It has the address of the entries ([`TABLE_ANCHOR`]), so that those and the mask are a
+/// short way from there.
 #[repr(C)]
 pub struct Translations {
     /// What accesses in loops look at first.
@@ -103,8 +104,15 @@ pub struct Translations {
     /// The bits of an offset into the entries in use that the linear address decides, from bit 12 on.
     pub mask: u64,
     /// Entries; those in use are valid, of the others nothing is.
-    pub entries: [TlbEntry; MOST],
+    pub entries: Entries,
 }
+
+/// The entries, none of which lies in two of the host's cache lines.
+#[repr(C, align(64))]
+pub struct Entries([TlbEntry; MOST]);
+
+/// Where in a table the address that compiled code has is.
+pub const TABLE_ANCHOR: usize = std::mem::offset_of!(Translations, entries);
 
 impl Translations {
     fn new() -> Box<Translations> {
@@ -122,7 +130,7 @@ impl Translations {
     /// The entries in use.
     fn used(&mut self) -> &mut [TlbEntry] {
         let len = self.len();
-        &mut self.entries[..len]
+        &mut self.entries.0[..len]
     }
 
     /// Takes `len` entries into use, all empty.
@@ -191,12 +199,12 @@ impl Table {
     #[inline(always)]
     pub fn entry(&mut self, linear: u64) -> &mut TlbEntry {
         let index = (linear >> 12) as usize & (self.known.len() - 1);
-        &mut self.known.entries[index]
+        &mut self.known.entries.0[index]
     }
 
     /// Where compiled code finds the table.
     pub fn address(&self) -> u64 {
-        std::ptr::from_ref(&*self.known) as u64
+        std::ptr::from_ref(&self.known.entries) as u64
     }
 
     /// Inserts a translation that comes from a page of 2^`page_bits` bytes.

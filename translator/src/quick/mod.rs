@@ -22,13 +22,13 @@ use std::mem::offset_of;
 use crate::addr::PAGE_SIZE;
 use crate::code::HostIsa;
 use crate::insn::{Insn, Mode};
-use crate::jit::access::ENTRIES_AT;
+use crate::jit::access::MASK_AT;
 use crate::jit::bridge::PATIENCE;
 use crate::jit::compile::Compiled;
 use crate::jit::emit::{Helper, at};
 use crate::jit::frame::reason;
 use crate::jit::region::Options;
-use crate::mmu::tlb::{TlbEntry, Translations};
+use crate::mmu::tlb::TlbEntry;
 use asm::{ARG, Alu, Asm, Cc, Gpr, Jump, Mem, PAGE, Shift, T0, T1, T2};
 
 /// Emits quick code for an instruction.
@@ -230,11 +230,11 @@ impl Lookup {
         let Lookup { table, linear, found, page } = *self;
         let shift = size_of::<TlbEntry>().trailing_zeros() as u8;
         let tag = if write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) };
-        let entry = |field: usize| Mem::indexed(table, found, ENTRIES_AT + field as i32);
+        let entry = |field: usize| Mem::indexed(table, found, field as i32);
         a.load(8, table, emit::cpu(at!(jit.tlb)));
         a.mov(8, found, linear);
         a.shift_imm(8, Shift::Shr, found, 12 - shift);
-        a.alu(8, Alu::And, found, Mem::at(table, offset_of!(Translations, mask) as i32));
+        a.alu(8, Alu::And, found, Mem::at(table, MASK_AT));
         a.lea(8, page, last);
         a.alu_imm(8, Alu::And, page, -(PAGE_SIZE as i32));
         a.alu(8, Alu::Cmp, page, entry(tag));
