@@ -13,10 +13,10 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use diglot_translator::insn::Mode;
-use diglot_translator::jit::Jit;
 use diglot_translator::jit::compile::Compiler;
 use diglot_translator::jit::host;
 use diglot_translator::jit::region::{Options, Plan};
+use diglot_translator::jit::{Jit, JitCounts};
 use diglot_translator::testing::bare::{self, CODE};
 use diglot_translator::vcpu::Vcpu;
 
@@ -45,6 +45,24 @@ struct Cost {
     /// Host code bytes for each guest byte of the regions.
     bytes: f64,
     /// Helper calls and slow paths in a thousand guest instructions.
+    helpers: f64,
+    /// Host instructions for each guest instruction in quick code and what it calls.
+    quick: f64,
+    /// Host code bytes for each guest byte of quick code.
+    quick_bytes: f64,
+}
+
+/// What runs a loop.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Tier {
+    Quick,
+    Regions,
+}
+
+/// What the rounds of a loop cost, in all.
+struct Counted {
+    inside: f64,
+    outside: f64,
     helpers: f64,
 }
 
@@ -89,9 +107,31 @@ fn cost(name: &'static str, code: &[u8]) -> Cost {
     };
     let guest = (interpreted(LONG) - interpreted(SHORT)) as f64 / (LONG - SHORT) as f64;
 
+    let (regions, jit) = counted(code, Tier::Regions);
+    let (quick, quick_jit) = counted(code, Tier::Quick);
+    Cost {
+        name,
+        guest,
+        inside: regions.inside / guest,
+        outside: regions.outside / guest,
+        bytes: jit.code_bytes as f64 / jit.guest_bytes as f64,
+        helpers: 1000.0 * regions.helpers / guest,
+        quick: (quick.inside + quick.outside) / guest,
+        quick_bytes: quick_jit.quick_bytes as f64 / code.len() as f64,
+    }
+}
+
+/// What a round of a loop costs in one of the compiled tiers, and what was compiled.
+fn counted(code: &[u8], tier: Tier) -> (Counted, JitCounts) {
     let jit = Jit::new(4 << 20, 1).expect("a host that Cranelift compiles for");
     let mut vcpu = Vcpu::new(bare::cpu(code), Some(jit));
-    vcpu.set_threshold(50);
+    match tier {
+        Tier::Regions => vcpu.set_threshold(50),
+        Tier::Quick => {
+            vcpu.set_quick(1, u32::MAX);
+            vcpu.cpu.jit.until_look = i64::MAX;
+        }
+    }
     // Waiting for the compiler at once, so that regions are always planned in the same moments.
     for _ in 0..2 {
         start(&mut vcpu, WARM);
@@ -99,24 +139,22 @@ fn cost(name: &'static str, code: &[u8]) -> Cost {
             vcpu.jit.as_ref().expect("a compiler").drain();
         }
     }
-    let mut counted = |rounds| {
+    let mut run = |rounds| {
         start(&mut vcpu, rounds);
         let calls = vcpu.cpu.jit.helper_calls + vcpu.cpu.jit.slow_paths;
         let steps = steps::count(|| _ = vcpu.run());
         (steps, vcpu.cpu.jit.helper_calls + vcpu.cpu.jit.slow_paths - calls)
     };
     // The first run of either length takes host page faults and the like, which count nothing but disturb nothing.
-    let ((short, short_calls), (long, long_calls)) = (counted(SHORT), counted(LONG));
-    let each = |long: u64, short: u64| (long as f64 - short as f64) / (LONG - SHORT) as f64 / guest;
-    let counts = &vcpu.jit.as_ref().expect("a compiler").counts;
-    Cost {
-        name,
-        guest,
+    let ((short, short_calls), (long, long_calls)) = (run(SHORT), run(LONG));
+    let each = |long: u64, short: u64| (long as f64 - short as f64) / (LONG - SHORT) as f64;
+    let counted = Counted {
         inside: each(long.inside, short.inside),
         outside: each(long.outside, short.outside),
-        bytes: counts.code_bytes as f64 / counts.guest_bytes as f64,
-        helpers: 1000.0 * each(long_calls, short_calls),
-    }
+        helpers: each(long_calls, short_calls),
+    };
+    let jit = vcpu.jit.map(|jit| jit.counts.clone());
+    (counted, jit.expect("a compiler"))
 }
 
 /// Puts the CPU at the start of a loop of so many rounds.
@@ -155,6 +193,8 @@ fn host_line() -> String {
     format!("host: {} with {}", std::env::consts::ARCH, host::features().join(" "))
 }
 
+/// The head of the table.
+const COLUMNS: &str = "loop           guest    code     else   bytes    calls    quick  its bytes";
 /// The line of the compile time begins so.
 const COMPILING: &str = "compiling a block, to compiling a small function:";
 
@@ -163,15 +203,16 @@ fn page(costs: &[Cost], compile_ratio: f64) -> String {
         "What compiled code costs: written and checked by `cargo xtask counts`.\n\
          \n\
          guest: guest instructions in a round of the loop. code, else: host instructions for each of them, in compiled\n\
-         code and outside it. bytes: host code bytes for a guest byte. calls: calls of helpers in 1000 guest instructions.\n\n",
+         code and outside it. bytes: host code bytes for a guest byte. calls: calls of helpers in 1000 guest instructions.\n\
+         quick, its bytes: host instructions for a guest instruction, and host code bytes for a guest byte, in quick code.\n\n",
     );
     let _ = writeln!(text, "{}\n", host_line());
-    let _ = writeln!(text, "{:<12} {:>7} {:>7} {:>8} {:>7} {:>8}", "loop", "guest", "code", "else", "bytes", "calls");
+    let _ = writeln!(text, "{COLUMNS}");
     for c in costs {
         let _ = writeln!(
             text,
-            "{:<12} {:>7.1} {:>7.2} {:>8.2} {:>7.1} {:>8.1}",
-            c.name, c.guest, c.inside, c.outside, c.bytes, c.helpers
+            "{:<12} {:>7.1} {:>7.2} {:>8.2} {:>7.1} {:>8.1} {:>8.2} {:>10.1}",
+            c.name, c.guest, c.inside, c.outside, c.bytes, c.helpers, c.quick, c.quick_bytes
         );
     }
     let _ = writeln!(text, "\n{COMPILING} {compile_ratio:.2}");
@@ -199,9 +240,9 @@ fn pages() -> Option<&'static Path> {
 
 /// How many times more host instructions than on x86-64 hosts compiled code may cost on others.
 const HOSTS_RATIO: f64 = 1.3;
-/// Loops that cost more, because floating point needs guards there, x87 instructions are evaluated by helper, and where there
-/// is no quick code, accesses are not looked up in groups, and a thunk that saves more registers finds those that stray.
-const COSTLIER: [&str; 6] = ["scalar", "packed", "avx2", "x87", "stack", "pages"];
+/// Loops that cost more, because floating point needs guards there, x87 instructions are evaluated by helper, and a thunk that
+/// saves more registers finds accesses that stray.
+const COSTLIER: [&str; 5] = ["scalar", "packed", "avx2", "x87", "pages"];
 
 /// Compares the kept pages of different hosts.
 fn compare_hosts() -> Result<(), String> {

@@ -54,6 +54,14 @@ impl HostIsa {
         }
     }
 
+    /// Whether loads and stores take any displacement of 32 bits.
+    pub const fn reaches_far(self) -> bool {
+        match self {
+            Self::X86_64 => true,
+            Self::Aarch64 => false,
+        }
+    }
+
     /// What fills the space between units: bytes that trap when executed.
     const fn filler(self) -> u8 {
         match self {

@@ -10,6 +10,7 @@ use cranelift_codegen::ir::{Block, BlockArg, InstBuilder, SigRef, Type, Value};
 use cranelift_frontend::FunctionBuilder;
 
 use crate::addr::{PAGE_MASK, PAGE_SIZE};
+use crate::code::HostIsa;
 use crate::emit::{Emit, Word};
 use crate::insn::{Insn, Mode};
 use crate::jit::Unsupported;
@@ -23,6 +24,7 @@ use crate::state::seg;
 /// Where in a table the mask and the sites are, from its [`TABLE_ANCHOR`]; entries are there.
 pub(crate) const MASK_AT: i32 = offset_of!(Translations, mask) as i32 - TABLE_ANCHOR as i32;
 const SITES_AT: i32 = offset_of!(Translations, sites) as i32 - TABLE_ANCHOR as i32;
+const _: () = assert!(SITES_AT % size_of::<Place>() as i32 == 0);
 /// Where in the table it says which groups of sites are used.
 pub(crate) const USED_AT: i32 = SITES_AT + offset_of!(Sites, used) as i32;
 
@@ -214,44 +216,58 @@ impl JitEmit<'_> {
     fn by_site(&mut self, linear: Value, bytes: u64, store: bool, look: Look, finish: impl Fn(&mut Self, Value)) {
         self.next_site += 1;
         let site = site(self.next_site, store, bytes);
-        let is_last = self.is_in(LAST, site, linear);
-        let is_before = (look == Look::Either).then(|| self.is_in(BEFORE, site, linear));
+        let last = self.place(LAST, site);
+        let is_last = self.is_in(last, linear);
+        let before = (look == Look::Either).then(|| self.place(BEFORE, site));
+        let is_before = before.map(|before| self.is_in(before, linear));
         let hit = is_before.map_or(is_last, |is_before| self.b.ins().bor(is_last, is_before));
         let elsewhere = self.go_on_if(hit);
-        let mut addend = self.addend_at(LAST, site);
-        if is_before.is_some() {
+        let mut addend = self.addend_at(last);
+        if let Some(before) = before {
             // No branch: the host could not tell which way.
-            let before = self.addend_at(BEFORE, site);
+            let before = self.addend_at(before);
             addend = self.b.ins().select(is_last, addend, before);
         }
         let host = self.b.ins().iadd(addend, linear);
         finish(self, host);
         self.b.switch_to_block(elsewhere);
         if look == Look::LastOrBefore {
-            let is_before = self.is_in(BEFORE, site, linear);
+            let before = self.place(BEFORE, site);
+            let is_before = self.is_in(before, linear);
             let elsewhere = self.go_on_if(is_before);
             self.b.current_block().into_iter().for_each(|here| self.b.set_cold_block(here));
-            let addend = self.addend_at(BEFORE, site);
+            let addend = self.addend_at(before);
             let host = self.b.ins().iadd(addend, linear);
             finish(self, host);
             self.b.switch_to_block(elsewhere);
         }
     }
 
-    /// Whether an access is in the page of a site's place.
-    fn is_in(&mut self, places: usize, site: usize, linear: Value) -> Value {
+    /// A site's place: an address, and how far it is from there.
+    fn place(&mut self, places: usize, site: usize) -> (Value, i32) {
         let table = self.b.use_var(self.tlb);
-        let at = |field| site_at(places, field, site);
+        let at = site_at(places, 0, site);
+        if HostIsa::native().is_none_or(HostIsa::reaches_far) {
+            return (table, at);
+        }
+        // One instruction for all of it, which lies in one such stretch. (An addition would go back into each load.)
+        let near = at.rem_euclid(1 << 12);
+        let far = self.b.ins().iconst(I64, i64::from(near - at));
+        (self.b.ins().isub(table, far), near)
+    }
+
+    /// Whether an access is in the page of a site's place.
+    fn is_in(&mut self, (place, at): (Value, i32), linear: Value) -> Value {
+        let at = |field: usize| at + field as i32;
         // Of use once, and in place: such a load is part of the subtraction.
-        let base = self.b.ins().load(I64, aligned(), table, at(offset_of!(Place, base)));
+        let base = self.b.ins().load(I64, aligned(), place, at(offset_of!(Place, base)));
         let offset = self.b.ins().isub(linear, base);
-        let limit = self.b.ins().load(I64, aligned(), table, at(offset_of!(Place, limit)));
+        let limit = self.b.ins().load(I64, aligned(), place, at(offset_of!(Place, limit)));
         self.b.ins().icmp(IntCC::UnsignedLessThan, offset, limit)
     }
 
-    fn addend_at(&mut self, places: usize, site: usize) -> Value {
-        let table = self.b.use_var(self.tlb);
-        self.b.ins().load(I64, aligned(), table, site_at(places, offset_of!(Place, addend), site))
+    fn addend_at(&mut self, (place, at): (Value, i32)) -> Value {
+        self.b.ins().load(I64, aligned(), place, at + offset_of!(Place, addend) as i32)
     }
 
     /// Calls a slow path and leaves to the interpreter if it says so; gives the address it found.

@@ -226,7 +226,8 @@ impl Compiler {
                 (name::BRIDGE, Reloc::Abs8) => compiled.addresses.push((offset, Referent::Bridge(index))),
                 (name::PIECE, Reloc::X86CallPCRel4) if index < pieces.len() => {
                     let piece = pieces[index];
-                    lead(HostIsa::X86_64, &mut compiled.code, offset, 0, piece).ok_or("a call of a piece has no place")?;
+                    lead(HostIsa::X86_64, &mut compiled.code, offset, 0, piece)
+                        .ok_or("a call of a piece has no place")?;
                 }
                 (name::SLOW, Reloc::X86CallPCRel4 | Reloc::Arm64Call) => to_slow.push((offset, index)),
                 other => return Err(format!("relocation {other:?} at {offset}")),

@@ -30,9 +30,12 @@ mod tests {
     use iced_x86::IcedError;
     use iced_x86::code_asm::*;
 
+    use crate::addr::PAGE_MASK;
+    use crate::code::HostIsa;
     use crate::insn::Mode;
     use crate::jit::compile::Compiler;
     use crate::jit::region::{Options, Plan};
+    use crate::quick::{Entered, Quick};
     use crate::testing::bare::{self, CODE};
     use crate::vcpu::Vcpu;
 
@@ -54,8 +57,8 @@ mod tests {
     /// DMB ISH.
     const DMB_ISH: u32 = 0xd503_3bbf;
 
-    /// Host code of `emit`'s, that ends by an access to a device.
-    fn words(options: Options, emit: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Vec<u32> {
+    /// A vCPU that has interpreted what `emit` emits, which an access to a device ends, and the addresses of its blocks.
+    fn interpreted(emit: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> (Vcpu, Vec<u64>) {
         let mut a = CodeAssembler::new(64).expect("an assembler");
         a.mov(rsi, bare::DATA)
             .and_then(|()| emit(&mut a))
@@ -64,35 +67,61 @@ mod tests {
         let mut vcpu = Vcpu::new(bare::cpu(&a.assemble(CODE).expect("code")), None);
         vcpu.run();
         let mode = Mode(vcpu.cpu.mode.0);
-        let plan = (CODE..CODE + 64)
-            .filter(|&gpa| vcpu.blocks.find(gpa, mode).is_some())
-            .filter_map(|gpa| Plan::grow(&vcpu.blocks, &vcpu.cpu, gpa, mode, |b| b.heat, options))
+        let blocks = (CODE..CODE + 64).filter(|&gpa| vcpu.blocks.find(gpa, mode).is_some()).collect();
+        (vcpu, blocks)
+    }
+
+    fn words(code: &[u8]) -> Vec<u32> {
+        code.as_chunks::<4>().0.iter().map(|&bytes| u32::from_le_bytes(bytes)).collect()
+    }
+
+    /// Host code of a region of `emit`'s.
+    fn region(options: Options, emit: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Vec<u32> {
+        let (vcpu, blocks) = interpreted(emit);
+        let mode = Mode(vcpu.cpu.mode.0);
+        let plans = blocks.iter();
+        let plan = plans
+            .filter_map(|&gpa| Plan::grow(&vcpu.blocks, &vcpu.cpu, gpa, mode, |b| b.heat, options))
             .max_by_key(|plan| plan.blocks.len())
             .expect("a region");
-        let compiled = Compiler::new().expect("a host").compile(&plan).expect("code");
-        compiled.code.as_chunks::<4>().0.iter().map(|&bytes| u32::from_le_bytes(bytes)).collect()
+        words(&Compiler::new().expect("a host").compile(&plan).expect("code").code)
+    }
+
+    /// Quick code of all blocks of `emit`'s.
+    fn quick(options: Options, emit: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Vec<u32> {
+        let (vcpu, blocks) = interpreted(emit);
+        let mode = Mode(vcpu.cpu.mode.0);
+        let code = blocks.into_iter().flat_map(|gpa| {
+            let id = vcpu.blocks.find(gpa, mode).expect("a block");
+            let insns = vcpu.blocks.get(id).insns(&vcpu.cpu);
+            Quick::new(HostIsa::Aarch64).compile(&insns, mode, gpa & PAGE_MASK, options, Entered::Often).code
+        });
+        words(&code.collect::<Vec<u8>>())
     }
 
     /// Each access has the barriers that the table says, and no other.
     #[test]
     fn several_vcpus_have_their_accesses_in_order() {
         type Emit = fn(&mut CodeAssembler) -> Result<(), IcedError>;
-        let cases: [(&str, usize, Emit); 11] = [
-            ("nothing", 0, |a| a.mov(rax, rbx)),
-            ("load", 1, |a| a.mov(rax, qword_ptr(rsi))),
-            ("narrow load", 1, |a| a.movzx(eax, byte_ptr(rsi + 3))),
-            ("vector load", 1, |a| a.movups(xmm0, xmmword_ptr(rsi + 128))),
-            ("store", 1, |a| a.mov(qword_ptr(rsi), rax)),
-            ("vector store", 1, |a| a.movups(xmmword_ptr(rsi + 144), xmm0)),
-            ("read and write", 2, |a| a.add(qword_ptr(rsi), rax)),
-            ("locked", 3, |a| a.lock().add(qword_ptr(rsi + 64), rax)),
-            ("exchange", 3, |a| a.xchg(dword_ptr(rsi + 80), ebx)),
-            ("full fence", 1, |a| a.mfence()),
-            ("fences of loads, and of stores", 0, |a| a.lfence().and_then(|()| a.sfence())),
+        // In regions, and in quick code, where helpers evaluate what is locked.
+        let cases: [(&str, [usize; 2], Emit); 11] = [
+            ("nothing", [0, 0], |a| a.mov(rax, rbx)),
+            ("load", [1, 1], |a| a.mov(rax, qword_ptr(rsi))),
+            ("narrow load", [1, 1], |a| a.movzx(eax, byte_ptr(rsi + 3))),
+            ("vector load", [1, 1], |a| a.movups(xmm0, xmmword_ptr(rsi + 128))),
+            ("store", [1, 1], |a| a.mov(qword_ptr(rsi), rax)),
+            ("vector store", [1, 1], |a| a.movups(xmmword_ptr(rsi + 144), xmm0)),
+            ("read and write", [2, 2], |a| a.add(qword_ptr(rsi), rax)),
+            ("locked", [3, 0], |a| a.lock().add(qword_ptr(rsi + 64), rax)),
+            ("exchange", [3, 0], |a| a.xchg(dword_ptr(rsi + 80), ebx)),
+            ("full fence", [1, 1], |a| a.mfence()),
+            ("fences of loads, and of stores", [0, 0], |a| a.lfence().and_then(|()| a.sfence())),
         ];
         for (name, barriers, emit) in cases {
-            let words = words(Options { shared: true, ..Options::default() }, emit);
-            assert_eq!(words.iter().filter(|&&word| word == DMB_ISH).count(), barriers, "{name}: {words:08x?}");
+            let options = Options { shared: true, ..Options::default() };
+            for (words, barriers) in [region(options, emit), quick(options, emit)].into_iter().zip(barriers) {
+                assert_eq!(words.iter().filter(|&&word| word == DMB_ISH).count(), barriers, "{name}: {words:08x?}");
+            }
         }
     }
 
@@ -119,9 +148,9 @@ mod tests {
             a.dec(rcx)?;
             a.jne(again)
         };
-        let words = words(Options::default(), emit);
+        let (region, quick) = (region(Options::default(), emit), quick(Options::default(), emit));
         let mut polls = 0;
-        for (k, word) in words.into_iter().enumerate() {
+        for (k, word) in region.into_iter().chain(quick).enumerate() {
             if word & KICK_POLL.0 == KICK_POLL.1 {
                 polls += 1;
                 continue;

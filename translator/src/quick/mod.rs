@@ -11,7 +11,6 @@
 pub mod asm;
 pub mod cross;
 mod emit;
-#[cfg(not(target_arch = "aarch64"))]
 pub mod site;
 mod values;
 #[cfg_attr(target_arch = "aarch64", path = "neon.rs")]
@@ -26,10 +25,10 @@ use crate::jit::access::MASK_AT;
 use crate::jit::bridge::PATIENCE;
 use crate::jit::compile::Compiled;
 use crate::jit::emit::{Helper, at};
-use crate::jit::frame::reason;
+use crate::jit::frame::{HELPERS, reason};
 use crate::jit::region::Options;
 use crate::mmu::tlb::TlbEntry;
-use asm::{ARG, Alu, Asm, Cc, Gpr, Jump, Mem, PAGE, Shift, T0, T1, T2};
+use asm::{ARG, Alu, Asm, CPU, Cc, Gpr, Jump, Mem, PAGE, Shift, T0, T1, T2};
 
 /// Emits quick code for an instruction.
 pub type QuickHandler = fn(&mut Emitter<'_>, &Insn) -> Result<(), crate::jit::Unsupported>;
@@ -215,6 +214,8 @@ fn set_rip(a: &mut Asm) {
 /// A lookup in the soft TLB, by the registers that it uses: the entry is that of the first byte, if the last one lies in
 /// the same page.
 struct Lookup {
+    /// Has the CPU.
+    cpu: Gpr,
     /// Becomes the current table.
     table: Gpr,
     linear: Gpr,
@@ -227,11 +228,11 @@ struct Lookup {
 impl Lookup {
     /// Emits it for an access whose last byte is at `last`; the branch that is taken on a miss.
     fn emit(&self, a: &mut Asm, last: Mem, write: bool) -> Jump {
-        let Lookup { table, linear, found, page } = *self;
+        let Lookup { cpu, table, linear, found, page } = *self;
         let shift = size_of::<TlbEntry>().trailing_zeros() as u8;
         let tag = if write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) };
         let entry = |field: usize| Mem::indexed(table, found, field as i32);
-        a.load(8, table, emit::cpu(at!(jit.tlb)));
+        a.load(8, table, Mem::at(cpu, at!(jit.tlb)));
         a.mov(8, found, linear);
         a.shift_imm(8, Shift::Shr, found, 12 - shift);
         a.alu(8, Alu::And, found, Mem::at(table, MASK_AT));
@@ -247,7 +248,7 @@ impl Lookup {
 /// By the soft TLB, or else by helper.
 fn find(a: &mut Asm, bytes: i32, write: bool) {
     let (found, linear) = (T0, ARG);
-    let lookup = Lookup { table: T1, linear, found, page: T2 };
+    let lookup = Lookup { cpu: CPU, table: T1, linear, found, page: T2 };
     let miss = lookup.emit(a, Mem::at(linear, bytes - 1), write);
     // No guest memory is at the host's address 0.
     a.alu(8, Alu::Add, found, linear);
@@ -309,20 +310,13 @@ impl Quick {
     }
 
     /// Thunk number `thunk` ([`THUNKS`](crate::jit::frame::THUNKS)), if there is a shorter one than the compiler's.
-    #[cfg(not(target_arch = "aarch64"))]
     pub fn thunk(&self, thunk: usize) -> Option<Vec<u8>> {
-        match thunk.checked_sub(crate::jit::frame::HELPERS)? {
+        match thunk.checked_sub(HELPERS)? {
             0 => Some(site::thunk_for(Helper::Load)),
             2 => Some(site::thunk_for(Helper::Modify)),
             3 => Some(site::thunk_for(Helper::Find)),
             _ => None,
         }
-    }
-
-    /// The compiler's all do.
-    #[cfg(target_arch = "aarch64")]
-    pub fn thunk(&self, _: usize) -> Option<Vec<u8>> {
-        None
     }
 
     /// `extern "C" fn(cpu, code)`: calls compiled code, which preserves none of the registers that C functions do.

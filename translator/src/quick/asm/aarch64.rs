@@ -26,6 +26,12 @@ pub const ARG: Gpr = Gpr(1);
 pub const POOL: u32 = 0x07f8_f1f8;
 /// How far past its start code is entered by who has its frame: there is none.
 pub const ENTERED: usize = 0;
+/// Where thunks have their first and third parameter, and others for their use, which they save.
+pub const THUNK_CPU: Gpr = Gpr(0);
+#[allow(missing_docs)]
+pub const THUNK_WHICH: Gpr = Gpr(2);
+#[allow(missing_docs)]
+pub const THUNK_SPARE: [Gpr; 5] = [Gpr(9), Gpr(10), Gpr(11), Gpr(12), Gpr(13)];
 
 /// Two registers of the assembler's own, the second for addresses, and a third that nothing else uses.
 const X16: Gpr = Gpr(16);
@@ -239,10 +245,13 @@ impl Asm {
 
     /// Stores a constant of 1, 2, 4 or 8 bytes, the last sign-extended from 4.
     pub fn store_imm(&mut self, bytes: u64, to: Mem, k: i32) {
+        let log2 = bytes.trailing_zeros();
+        // An address may take X16 to make.
+        let address = self.address(log2, to);
         if k != 0 {
             self.constant(bytes, X16, k);
         }
-        self.store(bytes, to, if k == 0 { ZR } else { X16 });
+        self.word(log2 << 30 | address | rd(if k == 0 { ZR } else { X16 }));
     }
 
     /// Zero-extends 1, 2 or 4 bytes to 8.
@@ -555,13 +564,34 @@ impl Asm {
 
     // ---- control ----
 
-    /// Pushes a register and X30, or pops them.
-    fn push(&mut self, r: Gpr) {
-        self.word(0xa980_0000 | (-2_i32 as u32 & 0x7f) << 15 | u32::from(X30.0) << 10 | rn(SP) | rd(r));
+    /// Pushes a register, and the return address.
+    pub fn push(&mut self, r: Gpr) {
+        self.save(&[r, X30]);
     }
 
-    fn pop(&mut self, r: Gpr) {
-        self.word(0xa8c0_0000 | 2 << 15 | u32::from(X30.0) << 10 | rn(SP) | rd(r));
+    /// Pops them.
+    pub fn pop(&mut self, r: Gpr) {
+        self.restore(&[r, X30]);
+    }
+
+    /// Calls what an address in memory says.
+    pub fn call(&mut self, target: Mem) {
+        self.load(8, X16, target);
+        self.call_register(X16);
+    }
+
+    /// Pushes registers, pairs of them.
+    pub fn save(&mut self, registers: &[Gpr]) {
+        for pair in registers.as_chunks::<2>().0 {
+            self.word(0xa980_0000 | (-2_i32 as u32 & 0x7f) << 15 | u32::from(pair[1].0) << 10 | rn(SP) | rd(pair[0]));
+        }
+    }
+
+    /// Pops what [`Self::save`] pushed.
+    pub fn restore(&mut self, registers: &[Gpr]) {
+        for pair in registers.as_chunks::<2>().0.iter().rev() {
+            self.word(0xa8c0_0000 | 2 << 15 | u32::from(pair[1].0) << 10 | rn(SP) | rd(pair[0]));
+        }
     }
 
     fn call_register(&mut self, r: Gpr) {

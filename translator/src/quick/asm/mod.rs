@@ -10,9 +10,9 @@ mod aarch64;
 mod x86_64;
 
 #[cfg(target_arch = "aarch64")]
-pub use aarch64::{ARG, Asm, CPU, ENTERED, PAGE, POOL, T0, T1, T2};
+pub use aarch64::{ARG, Asm, CPU, ENTERED, PAGE, POOL, T0, T1, T2, THUNK_CPU, THUNK_SPARE, THUNK_WHICH};
 #[cfg(not(target_arch = "aarch64"))]
-pub use x86_64::{ARG, Asm, CPU, ENTERED, PAGE, POOL, T0, T1, T2};
+pub use x86_64::{ARG, Asm, CPU, ENTERED, PAGE, POOL, T0, T1, T2, THUNK_CPU, THUNK_SPARE, THUNK_WHICH};
 
 /// How many registers a host may have.
 pub const REGISTERS: usize = 32;

@@ -33,6 +33,12 @@ pub const ARG: Gpr = Gpr::RSI;
 pub const POOL: u32 = 1 << Gpr::RBX.0 | 0xff00;
 /// How far past its start code is entered by who has its frame.
 pub const ENTERED: usize = PUSH_LEN;
+/// Where thunks have their first and third parameter, and others for their use, which they save.
+pub const THUNK_CPU: Gpr = Gpr::RDI;
+#[allow(missing_docs)]
+pub const THUNK_WHICH: Gpr = Gpr::RDX;
+#[allow(missing_docs)]
+pub const THUNK_SPARE: [Gpr; 5] = [Gpr::RAX, Gpr(10), Gpr(11), Gpr(8), Gpr(9)];
 
 /// Code so far.
 #[derive(Default)]
@@ -295,6 +301,16 @@ impl Asm {
         self.short(0x58, r);
     }
 
+    /// Pushes registers.
+    pub fn save(&mut self, registers: &[Gpr]) {
+        registers.iter().for_each(|&r| self.push(r));
+    }
+
+    /// Pops what [`Self::save`] pushed.
+    pub fn restore(&mut self, registers: &[Gpr]) {
+        registers.iter().rev().for_each(|&r| self.pop(r));
+    }
+
     /// An instruction whose opcode has the register.
     fn short(&mut self, opcode: u8, r: Gpr) {
         if r.0 >= 8 {
@@ -394,10 +410,10 @@ impl Asm {
     /// `extern "C" fn(cpu, code)`: calls compiled code, which preserves none of the registers that C functions do.
     pub fn trampoline(&mut self) {
         let saved = [Gpr::RBX, Gpr(12), Gpr(13), Gpr(14), Gpr(15)];
-        saved.iter().for_each(|&r| self.push(r));
+        self.save(&saved);
         self.alu_imm(8, Alu::Add, CPU, ANCHOR);
         self.call_reg(Gpr::RSI);
-        saved.iter().rev().for_each(|&r| self.pop(r));
+        self.restore(&saved);
         self.ret();
     }
 
