@@ -489,7 +489,7 @@ fn page_of_last(b: &mut FunctionBuilder<'_>, linear: Value, bytes: Width) -> Val
 
 /// The body of a thunk that compiled code calls for an access that is not where its site was last: by the table, whose
 /// page the site remembers then, or else by the helper's own thunk. Parameters are those of helpers, with the site's
-/// number above the number of bytes. (On x86-64 hosts [`crate::quick::site`] has a shorter one of some.)
+/// number above the number of bytes. ([`crate::quick::site`] has shorter ones of some.)
 pub fn site_thunk(b: &mut FunctionBuilder<'_>, params: &[Value], helper: Helper, signature: SigRef) {
     let [cpu, linear, which, value] = *params else { return };
     let left = b.ins().load(I64, aligned(), cpu, at!(jit.until_stray));
