@@ -6,6 +6,8 @@
 //! Under SMAP supervisors' own pages have a table of their own, and kernels have them global: so it is one for all address
 //! spaces, and a new one need not find them anew. What is in it that is not global goes when the address space does.
 
+use std::ops::{Deref, DerefMut};
+
 use crate::addr::PAGE_MASK;
 
 /// Entries in a table at first.
@@ -114,14 +116,42 @@ pub struct Entries([TlbEntry; MOST]);
 /// Where in a table the address that compiled code has is.
 pub const TABLE_ANCHOR: usize = std::mem::offset_of!(Translations, entries);
 
-impl Translations {
-    fn new() -> Box<Translations> {
-        // SAFETY: these are integers, for which zero is a value. The host gives memory to what is written first.
-        let mut new = unsafe { Box::<Translations>::new_zeroed().assume_init() };
+/// A table's memory. It begins as zeros, which the host gives to what is written first; asked for zeros so aligned, the
+/// standard allocator would write all of them.
+struct Memory {
+    words: Box<[u64]>,
+    /// How many words are before the table.
+    at: usize,
+}
+
+impl Memory {
+    fn new() -> Memory {
+        let spare = align_of::<Translations>() / size_of::<u64>();
+        let words: Box<[u64]> = vec![0; size_of::<Translations>() / size_of::<u64>() + spare].into();
+        let at = words.as_ptr().align_offset(align_of::<Translations>());
+        let mut new = Memory { words, at };
         new.resize(FEWEST);
         new
     }
+}
 
+impl Deref for Memory {
+    type Target = Translations;
+
+    fn deref(&self) -> &Translations {
+        // SAFETY: so many words are there from `at` on, which is so aligned; all of a table are integers.
+        unsafe { &*self.words[self.at..].as_ptr().cast() }
+    }
+}
+
+impl DerefMut for Memory {
+    fn deref_mut(&mut self) -> &mut Translations {
+        // SAFETY: as in `deref`.
+        unsafe { &mut *self.words[self.at..].as_mut_ptr().cast() }
+    }
+}
+
+impl Translations {
     /// Entries in use.
     fn len(&self) -> usize {
         self.mask as usize / size_of::<TlbEntry>() + 1
@@ -169,7 +199,7 @@ fn key(e: &TlbEntry) -> u32 {
 
 /// One table.
 pub struct Table {
-    known: Box<Translations>,
+    known: Memory,
     /// Whether there have been entries, in either half of the linear addresses.
     used: [bool; 2],
     /// The extent of the large pages that entries are parts of, first and last address, in either half of the linear
@@ -185,14 +215,7 @@ pub struct Table {
 
 impl Table {
     fn new() -> Table {
-        Table {
-            known: Translations::new(),
-            used: [false; 2],
-            large: [NO_EXTENT; 2],
-            inserted: 0,
-            displaced: 0,
-            keys: 0,
-        }
+        Table { known: Memory::new(), used: [false; 2], large: [NO_EXTENT; 2], inserted: 0, displaced: 0, keys: 0 }
     }
 
     /// The entry in which a linear address would be.
