@@ -8,9 +8,9 @@
 //! **Flags** are the operation that made them, as in regions, until something reads them, the block ends, or an access
 //! leaves for the interpreter.
 //!
-//! **RIP** is not kept: a register, [`PAGE`], has the linear address of the page that runs, and where in it is known. The CPU state's RIP
-//! is right again where code is left, be it for a region. Only what comes from elsewhere, and so by the CPU state's RIP,
-//! loads that anew.
+//! **RIP** is not kept: a register, [`PAGE`], has the linear address of the page that runs, and where in it is known. The
+//! CPU state's RIP is right again where code is left, be it for a region. Only what comes from elsewhere, and so by the CPU
+//! state's RIP, loads that anew.
 
 use std::mem::offset_of;
 
@@ -529,7 +529,7 @@ impl<'a> QuickEmit<'a> {
         self.a.store(8, cpu(at!(s.cc_co)), carry);
     }
 
-    /// Makes the word of a carry in RAX and an overflow in RCX, in RAX.
+    /// Makes the word of a carry in T0 and an overflow in T1, in T0.
     fn join_carry(&mut self) {
         let (carry, differ) = (T0, T1);
         self.a.alu(4, Alu::Xor, differ, carry);
@@ -580,7 +580,7 @@ impl<'a> QuickEmit<'a> {
         self.store_result_words(r, bytes);
     }
 
-    /// Stores the words of a result, and of carry and overflow in RAX.
+    /// Stores the words of a result, and of carry and overflow in T0.
     fn store_result_words(&mut self, r: Gpr, bytes: u64) {
         let carry = T0;
         self.a.store(8, cpu(at!(s.cc_co)), carry);
@@ -797,7 +797,7 @@ impl<'a> QuickEmit<'a> {
         self.links.push((site, to));
     }
 
-    /// Goes on at RIP, which is in RAX, in another page: by what the code knows of where it leads, or else by the jump
+    /// Goes on at RIP, which is in T0, in another page: by what the code knows of where it leads, or else by the jump
     /// cache.
     fn cross(&mut self, off: i64) {
         let pages = self.page_offset(off) & !(PAGE_MASK as i32);
@@ -834,7 +834,7 @@ impl<'a> QuickEmit<'a> {
     }
 
     /// Returns to the dispatch loop if a kick is pending, for it to go on at a page offset or at RIP; the rest of the CPU
-    /// state is exact. Changes RCX.
+    /// state is exact. Changes T1.
     fn poll(&mut self, to: Option<u64>) {
         self.a.load(8, T1, cpu(at!(jit.kick)));
         self.a.alu_imm(4, Alu::Cmp, Mem::at(T1, 0), 0);
@@ -854,18 +854,18 @@ impl<'a> QuickEmit<'a> {
     }
 
     fn jump_by_cache(&mut self, target: Gpr) {
-        let (rax, rcx) = (T0, T1);
-        cross::emit_key(&mut self.a, rcx, target);
-        self.a.mov(8, rax, target);
-        self.a.shift_imm(8, Shift::Shr, rax, 12);
-        self.a.alu(4, Alu::Xor, rax, target);
-        self.a.shift_imm(4, Shift::Shl, rax, ENTRY_SHIFT as u8);
-        self.a.alu_imm(4, Alu::And, rax, OFFSETS as i32);
-        self.a.alu(8, Alu::Add, rax, cpu(at!(jit.jump)));
-        self.a.alu(8, Alu::Cmp, rcx, Mem::at(rax, offset_of!(JumpEntry, key) as i32));
+        let (entry, key) = (T0, T1);
+        cross::emit_key(&mut self.a, key, target);
+        self.a.mov(8, entry, target);
+        self.a.shift_imm(8, Shift::Shr, entry, 12);
+        self.a.alu(4, Alu::Xor, entry, target);
+        self.a.shift_imm(4, Shift::Shl, entry, ENTRY_SHIFT as u8);
+        self.a.alu_imm(4, Alu::And, entry, OFFSETS as i32);
+        self.a.alu(8, Alu::Add, entry, cpu(at!(jit.jump)));
+        self.a.alu(8, Alu::Cmp, key, Mem::at(entry, offset_of!(JumpEntry, key) as i32));
         let miss = self.a.jcc_out(Cc::NE);
         self.calls.push((miss, Routine::Way));
-        self.a.go_by(Mem::at(rax, offset_of!(JumpEntry, code) as i32));
+        self.a.go_by(Mem::at(entry, offset_of!(JumpEntry, code) as i32));
     }
 
     /// Takes one of two ways by a condition.
@@ -921,13 +921,13 @@ impl<'a> QuickEmit<'a> {
         self.ended_by_helper.push((out, done));
     }
 
-    /// Calls a routine for an access at `linear`; its host address is in RAX then.
+    /// Calls a routine for an access at `linear`; its host address is in T0 then.
     pub(super) fn access(&mut self, linear: Val, bytes: u64, write: bool) {
         self.reg_into(ARG, linear);
         self.find(bytes, write);
     }
 
-    /// Calls a routine for an access at RSI.
+    /// Calls a routine for an access at ARG.
     pub(super) fn find(&mut self, bytes: u64, write: bool) {
         self.call(Routine::access(bytes, write));
         self.side_exit_if(Cc::E);

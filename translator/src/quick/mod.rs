@@ -38,30 +38,30 @@ pub use emit::QuickEmit as Emitter;
 /// ([`asm::PAGE`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Routine {
-    /// Returns to the dispatch loop for it to interpret the instruction at PAGE + RAX.
+    /// Returns to the dispatch loop for it to interpret the instruction at PAGE + T0.
     Interpret,
-    /// Returns to the dispatch loop, RIP being PAGE + RAX.
+    /// Returns to the dispatch loop, RIP being PAGE + T0.
     Leave,
-    /// Returns to the dispatch loop for it to look where quick code is: at PAGE + RAX.
+    /// Returns to the dispatch loop for it to look where quick code is: at PAGE + T0.
     LookAt,
     /// The same, at RIP.
     Look,
-    /// Goes on at PAGE + RAX, where there was no code when the branch was linked.
+    /// Goes on at PAGE + T0, where there was no code when the branch was linked.
     Onward,
-    /// Goes on where RIP says, by the jump cache: the bridge named in RCX leads another way, and once in a while asks for
+    /// Goes on where RIP says, by the jump cache: the bridge named in T1 leads another way, and once in a while asks for
     /// this one.
     Missed,
     /// Goes on where RIP says, which the jump cache does not know.
     Way,
-    /// Has the interpreter's evaluation of the instruction at RSI called for a block at RDX; sets ZF if the block may go
-    /// on. Changes everything but PAGE.
+    /// Has the interpreter's evaluation of the instruction at ARG called for a block at T2; sets the condition E if the
+    /// block may go on. Changes everything but PAGE.
     Evaluate,
     /// Goes where RIP says behind an evaluation that ended the block, if nothing else has to be done first.
     Behind,
     /// Turns flags that are deferred in the CPU state into words.
     Fold,
-    /// Finds the host address, in RAX, of 1 << `log2` bytes at the linear address in RSI that are to be read or written;
-    /// sets ZF if the interpreter has to do it. Changes RCX and RDX.
+    /// Finds the host address, in T0, of 1 << `log2` bytes at the linear address in ARG that are to be read or written;
+    /// sets the condition E if the interpreter has to do it. Changes T1 and T2.
     Find {
         /// log2 of the number of bytes, from 0 to 5.
         log2: u8,
@@ -205,7 +205,7 @@ impl Routine {
     }
 }
 
-/// Makes the page offset in RAX the address there, and stores it as RIP.
+/// Makes the page offset in T0 the address there, and stores it as RIP.
 fn set_rip(a: &mut Asm) {
     a.alu(8, Alu::Add, T0, PAGE);
     a.store(8, emit::cpu(at!(s.rip)), T0);

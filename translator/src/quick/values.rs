@@ -809,7 +809,7 @@ impl QuickEmit<'_> {
         Val::Reg(to)
     }
 
-    /// The quotient in RAX and the remainder in RDX.
+    /// The quotient in T0 and the remainder in T2.
     fn quotient(&mut self) -> (Val, Val) {
         let (q, r) = (self.take(64), self.take(64));
         self.a.mov(8, q, T0);
