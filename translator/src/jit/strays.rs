@@ -113,7 +113,6 @@ impl Strays {
 mod tests {
     use super::*;
     use crate::jit::Jit;
-    use crate::state::cr;
     use crate::testing::bare;
     use crate::vcpu::Vcpu;
 
@@ -171,7 +170,7 @@ mod tests {
         ];
         let mut vcpu = Vcpu::new(bare::cpu(&code.concat()), Some(Jit::new(4 << 20, 1).unwrap()));
         vcpu.set_threshold(50);
-        vcpu.cpu.s.cr4 |= cr::CR4_OSFXSR;
+        vcpu.cpu.s.cr4 |= crate::state::cr::CR4_OSFXSR;
         vcpu.cpu.mode_changed();
         for (at, v) in [(0xff0, 1.5f64), (0xff8, 2.0)] {
             let word = vcpu.cpu.ram.atomic(bare::DATA + at).unwrap();
