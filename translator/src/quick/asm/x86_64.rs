@@ -331,11 +331,6 @@ impl Asm {
 
     /// Jumps to where an address in memory says; who is there has this code's frame.
     pub fn jump_by(&mut self, target: Mem) {
-        self.jmp_mem(target);
-    }
-
-    /// Jumps to where an address in memory says.
-    fn jmp_mem(&mut self, target: Mem) {
         self.op(None, 0, &[0xff], 4, target.into());
     }
 
@@ -375,7 +370,7 @@ impl Asm {
     /// Goes to code by an address in memory, as from anywhere.
     pub fn go_by(&mut self, address: Mem) {
         self.pop(PAGE);
-        self.jmp_mem(address);
+        self.jump_by(address);
     }
 
     /// Goes into a region, where those enter it that have its frame.
